@@ -1,0 +1,352 @@
+"""``memory://``: a store inside this process, for tests and single-process programs.
+
+Stores of the same name are one. Everything happens under one lock; a consumer waits on a condition
+that every arrival notifies, so nothing polls.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from threading import Condition, Lock
+from time import monotonic
+from typing import Any, ClassVar
+
+from kq.backend import Capabilities
+from kq.backends.store import Counts, Ending, Entry, Lease, Taken
+
+
+@dataclass(slots=True)
+class _Message:
+    """A message and its state; ``place`` orders it within its priority."""
+
+    entry: Entry
+    place: int
+    expires_at: float | None
+    attempts: int = 0
+    crashes: int = 0
+    deliveries: int = 0
+    token: int = 0
+    until: float = 0.0
+
+
+@dataclass(slots=True)
+class _Queue:
+    """A queue: every message by id, and where each one stands.
+
+    ``ready`` holds (-priority, place, id) as a heap. Removal leaves a stale item behind, which is
+    skipped when its message is gone or elsewhere: hence the ``place`` in it. So does ``delayed``.
+    """
+
+    arguments: dict[str, Any]
+    messages: dict[str, _Message] = field(default_factory=OrderedDict)
+    ready: list[tuple[int, int, str]] = field(default_factory=list)
+    delayed: list[tuple[float, int, str]] = field(default_factory=list)
+    waiting: set[str] = field(default_factory=set)
+    held: dict[str, _Message] = field(default_factory=dict)
+    consumers: dict[str, float] = field(default_factory=dict)
+
+
+class _World:
+    """What all stores of one name share."""
+
+    def __init__(self) -> None:
+        self.changed = Condition()
+        self.queues: dict[str, _Queue] = {}
+        self.places = count(1)
+        self.tokens = count(1)
+        self.topology = ("{}", 0)
+
+
+_worlds: dict[str, _World] = defaultdict(_World)
+_worlds_lock = Lock()
+
+
+class MemoryStore:
+    """A store in this process's memory, shared by name."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        survives="nothing: the process's end is the messages' end",
+        shared=False,
+        deduplicates=True,
+        priorities="always",
+        counts_delayed=True,
+        counts_in_flight=True,
+        tells_age=True,
+        counts_deliveries="always",
+    )
+
+    def __init__(self, name: str) -> None:
+        with _worlds_lock:
+            self._world = _worlds[name]
+        self._woken = False
+
+    def ping(self) -> None:
+        """Do nothing: memory is always there."""
+
+    def warnings(self) -> list[str]:
+        """Say that nothing survives."""
+        return ["memory:// keeps messages in this process only; they are gone when it ends"]
+
+    def declare(self, queue: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """See `Store.declare`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is not None:
+                return dict(found.arguments)
+            self._world.queues[queue] = _Queue(dict(arguments))
+            return None
+
+    def arguments(self, queue: str) -> dict[str, Any] | None:
+        """See `Store.arguments`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            return None if found is None else dict(found.arguments)
+
+    def delete(self, queue: str) -> None:
+        """See `Store.delete`."""
+        with self._world.changed:
+            self._world.queues.pop(queue, None)
+
+    def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
+        """See `Store.put`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is None:
+                return None
+            for accepted, entry in enumerate(entries):
+                if entry.id in found.messages:
+                    continue
+                if max_length is not None and len(found.messages) - len(found.held) >= max_length:
+                    return accepted
+                self._add(found, entry)
+            self._world.changed.notify_all()
+            return len(entries)
+
+    def take(self, queue: str, limit: int, lease: int) -> Taken:
+        """See `Store.take`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is None:
+                return Taken([], None)
+            now = monotonic()
+            self._reclaim(found, now)
+            self._promote(found, now)
+            leases = []
+            while found.ready and len(leases) < limit:
+                _, place, id = heapq.heappop(found.ready)
+                message = found.messages.get(id)
+                if message is None or message.place != place or id not in found.waiting:
+                    continue
+                found.waiting.discard(id)
+                message.token = next(self._world.tokens)
+                message.until = now + lease / 1000
+                found.held[id] = message
+                expired = message.expires_at is not None and message.expires_at <= now
+                leases.append(
+                    Lease(
+                        id, message.entry.raw, message.token, message.attempts, message.crashes, message.deliveries, expired
+                    )
+                )
+            return Taken(leases, self._more_in(found, now))
+
+    def settle(self, queue: str, endings: Sequence[Ending]) -> list[bool]:
+        """See `Store.settle`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is None:
+                return [False] * len(endings)
+            settled = [self._end(found, ending) for ending in endings]
+            self._world.changed.notify_all()
+            return settled
+
+    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
+        """See `Store.move`."""
+        with self._world.changed:
+            found = self._world.queues.get(source)
+            message = found.messages.get(id) if found is not None else None
+            if found is None or message is None:
+                return False
+            if (token is None and id in found.held) or (token is not None and message.token != token):
+                return False
+            self._drop(found, id)
+            into = self._world.queues.setdefault(target, _Queue({}))
+            if entry.id in into.messages and not replace:
+                return True
+            self._drop(into, entry.id)
+            self._add(into, entry)
+            self._world.changed.notify_all()
+            return True
+
+    def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
+        """See `Store.renew`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is None:
+                return [False] * len(held)
+            until = monotonic() + lease / 1000
+            found.consumers[consumer] = until
+            kept = []
+            for id, token in held:
+                message = found.held.get(id)
+                kept.append(message is not None and message.token == token)
+                if message is not None and message.token == token:
+                    message.until = until
+            return kept
+
+    def leave(self, queue: str, consumer: str) -> None:
+        """See `Store.leave`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is not None:
+                found.consumers.pop(consumer, None)
+
+    def counts(self, queue: str) -> Counts:
+        """See `Store.counts`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is None:
+                return Counts(0, 0, 0, 0, [])
+            now = monotonic()
+            self._promote(found, now)
+            ready = self._in_order(found)
+            alive = sum(1 for until in found.consumers.values() if until > now)
+            held = len(found.held)
+            oldest = min(ready, key=lambda id: found.messages[id].place, default=None)
+            heads = [found.messages[oldest].entry.raw] if oldest is not None else []
+            return Counts(len(ready), len(found.messages) - held - len(ready), held, alive, heads)
+
+    def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
+        """See `Store.browse`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is None:
+                return []
+            ids = self._in_order(found)
+            seen = set(ids) | found.held.keys()
+            ids += [id for id in found.messages if id not in seen]
+            return [(id, found.messages[id].entry.raw) for id in islice(ids, offset, offset + limit)]
+
+    def remove(self, queue: str, ids: Sequence[str] | None) -> int:
+        """See `Store.remove`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is None:
+                return 0
+            chosen = [
+                id
+                for id in dict.fromkeys(list(found.messages) if ids is None else ids)
+                if id in found.messages and id not in found.held
+            ]
+            for id in chosen:
+                self._drop(found, id)
+            return len(chosen)
+
+    def read_topology(self) -> tuple[str, int]:
+        """See `Store.read_topology`."""
+        with self._world.changed:
+            return self._world.topology
+
+    def write_topology(self, document: str, version: int) -> bool:
+        """See `Store.write_topology`."""
+        with self._world.changed:
+            if self._world.topology[1] != version:
+                return False
+            self._world.topology = (document, version + 1)
+            return True
+
+    def wait(self, queues: Sequence[str], timeout: float) -> list[str]:
+        """See `Store.wait`."""
+        with self._world.changed:
+            if not self._woken and not any(self._has_ready(queue) for queue in queues):
+                self._world.changed.wait(timeout)
+            self._woken = False
+            return [queue for queue in queues if self._has_ready(queue)]
+
+    def wake(self) -> None:
+        """See `Store.wake`."""
+        with self._world.changed:
+            self._woken = True
+            self._world.changed.notify_all()
+
+    def close(self) -> None:
+        """Do nothing: other stores of the name go on."""
+
+    # Each of these runs under the lock.
+
+    def _add(self, queue: _Queue, entry: Entry) -> None:
+        now = monotonic()
+        expires_at = now + entry.ttl / 1000 if entry.ttl else None
+        message = _Message(entry, next(self._world.places), expires_at)
+        queue.messages[entry.id] = message
+        if entry.delay:
+            self._hold_back(queue, message, now + entry.delay / 1000)
+        else:
+            self._make_ready(queue, message)
+
+    def _make_ready(self, queue: _Queue, message: _Message) -> None:
+        queue.waiting.add(message.entry.id)
+        heapq.heappush(queue.ready, (-message.entry.priority, message.place, message.entry.id))
+
+    def _hold_back(self, queue: _Queue, message: _Message, until: float) -> None:
+        message.until = until
+        heapq.heappush(queue.delayed, (until, message.place, message.entry.id))
+
+    def _drop(self, queue: _Queue, id: str) -> None:
+        queue.messages.pop(id, None)
+        queue.held.pop(id, None)
+        queue.waiting.discard(id)
+
+    def _end(self, queue: _Queue, ending: Ending) -> bool:
+        message = queue.held.get(ending.id)
+        if message is None or message.token != ending.token:
+            return False
+        if ending.action == "ack":
+            self._drop(queue, ending.id)
+            return True
+        del queue.held[ending.id]
+        message.token = 0
+        message.deliveries = 0
+        if ending.action == "release":
+            self._make_ready(queue, message)
+            return True
+        message.attempts, message.crashes = ending.attempts, ending.crashes
+        message.place = next(self._world.places)
+        if ending.delay:
+            self._hold_back(queue, message, monotonic() + ending.delay / 1000)
+        else:
+            self._make_ready(queue, message)
+        return True
+
+    def _reclaim(self, queue: _Queue, now: float) -> None:
+        for id in [id for id, message in queue.held.items() if message.until <= now]:
+            message = queue.held.pop(id)
+            message.token = 0
+            message.deliveries += 1
+            self._make_ready(queue, message)
+
+    def _promote(self, queue: _Queue, now: float) -> None:
+        while queue.delayed and queue.delayed[0][0] <= now:
+            _, place, id = heapq.heappop(queue.delayed)
+            message = queue.messages.get(id)
+            if message is not None and message.place == place and id not in queue.held:
+                self._make_ready(queue, message)
+
+    def _more_in(self, queue: _Queue, now: float) -> int | None:
+        moments = [message.until for message in queue.held.values()]
+        if queue.delayed:
+            moments.append(queue.delayed[0][0])
+        return None if not moments else max(1, round((min(moments) - now) * 1000 + 0.5))
+
+    def _in_order(self, queue: _Queue) -> list[str]:
+        def rank(id: str) -> tuple[int, int]:
+            return (-queue.messages[id].entry.priority, queue.messages[id].place)
+
+        return sorted(queue.waiting, key=rank)
+
+    def _has_ready(self, name: str) -> bool:
+        queue = self._world.queues.get(name)
+        return queue is not None and bool(queue.waiting)

@@ -1,0 +1,397 @@
+"""``redis://`` and ``rediss://``: a store on a Redis server, 6.2 or newer.
+
+Every primitive is one Lua call; `kq.backends.redis_script` has them, with a map of all keys. A message
+is never in a socket without a lease: what a worker blocks on is a wake-up that carries nothing and may
+be lost without harm.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any, ClassVar, Final, TypeVar
+
+import msgspec
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.retry import Retry
+
+from kq import limit
+from kq.backend import Capabilities
+from kq.backends import redis_script
+from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
+from kq.config import hide_password
+from kq.errors import Internal, Invalid, PermissionDenied
+
+_T = TypeVar("_T")
+
+#: Messages that one Lua call handles at most: Redis serves nobody else meanwhile.
+_CHUNK: Final = 500
+#: Bytes of messages that one Lua call stores at most.
+_CHUNK_BYTES: Final = 4 * 2**20
+#: Seconds that the server holds a blocked wake-up call; also how soon a dead connection is noticed.
+_BLOCK: Final = 3.0
+
+_TOPOLOGY: Final = "kq:topology"
+
+_blobs = msgspec.msgpack.Decoder(list[bytes])
+
+
+class RedisStore:
+    """A store on a Redis server. Thread-safe, but for `wait`."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        survives="the death of processes; the server's as far as its own persistence goes",
+        shared=True,
+        deduplicates=True,
+        priorities="always",
+        counts_delayed=True,
+        counts_in_flight=True,
+        tells_age=True,
+        counts_deliveries="always",
+    )
+
+    def __init__(self, url: str, *, timeout: float, heartbeat: float, name: str) -> None:
+        self._shown = hide_password(url)
+        self._timeout = timeout
+        options: dict[str, Any] = {
+            "socket_timeout": timeout,
+            "socket_connect_timeout": min(timeout, 5.0),
+            "socket_keepalive": True,
+            "socket_keepalive_options": _keepalive(heartbeat),
+            "client_name": "".join(c if c.isalnum() else "-" for c in name) or None,
+            # One try: what a lost answer means is decided here, not in the client.
+            "retry": Retry(NoBackoff(), 0),
+            "protocol": 2,
+        }
+        if url.startswith("rediss://"):
+            options.update(ssl_cert_reqs="required", ssl_check_hostname=True)
+        try:
+            self._pool = redis.ConnectionPool.from_url(url, **options)
+        except (ValueError, TypeError):
+            raise Invalid(
+                f"broker: expected redis://[user:password@]host[:port][/db], got {self._shown!r}"
+            ) from None
+        self._client = redis.Redis(connection_pool=self._pool)
+        self._scripts = {
+            name: self._client.register_script(redis_script.source(getattr(redis_script, name)))
+            for name in (
+                "DECLARE", "PUT", "TAKE", "ACK", "RETURN", "MOVE", "RENEW", "COUNTS", "BROWSE", "REMOVE", "CLEAR",
+                "TOPOLOGY",
+            )
+        }  # fmt: skip
+        self._bell: _Bell | None = None
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._closed = threading.Event()
+
+    def ping(self) -> None:
+        """See `Store.ping`."""
+        with self._mapped():
+            self._client.ping()
+
+    def warnings(self) -> list[str]:
+        """See `Store.warnings`: an evicting, an unpersisted and an outdated server."""
+        self.ping()
+        found = []
+        version = self._ask(lambda: str(self._client.info("server").get("redis_version", "")))
+        if version and _version(version) < (6, 2):
+            found.append(f"Redis {version} is too old; expected 6.2 or newer")
+        policy = self._setting("maxmemory-policy")
+        if policy and policy != "noeviction":
+            found.append(
+                f"Redis evicts keys when it is full (maxmemory-policy {policy}), and a queue is a key: set it to noeviction"
+            )
+        if self._setting("appendonly") == "no":
+            saves = self._setting("save")
+            kept = "keeps snapshots only" if saves else "keeps nothing on disk"
+            found.append(
+                f"Redis {kept} (appendonly no): acknowledged messages do not survive its restart; set appendonly yes"
+            )
+        return found
+
+    def declare(self, queue: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """See `Store.declare`."""
+        found = self._run("DECLARE", [prefix(queue)], [json.dumps(dict(arguments))])
+        return None if found is None else dict(json.loads(found))
+
+    def arguments(self, queue: str) -> dict[str, Any] | None:
+        """See `Store.arguments`."""
+        with self._mapped():
+            found: Any = self._client.get(prefix(queue) + "q")
+        return None if found is None else dict(json.loads(found))
+
+    def delete(self, queue: str) -> None:
+        """See `Store.delete`."""
+        p = prefix(queue)
+        keys = [p + key for key in "qmdltspxncw"] + [f"{p}{kind}:{n}" for kind in "rb" for n in range(10)]
+        with self._mapped():
+            self._client.unlink(*keys)
+
+    def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
+        """See `Store.put`; long batches are pipelined in several calls."""
+        calls: list[list[Any]] = []
+        sizes: list[int] = []
+        room = -1 if max_length is None else max_length
+        size = _CHUNK_BYTES + 1
+        for entry in entries:
+            if size + len(entry.raw) > _CHUNK_BYTES or sizes[-1] >= _CHUNK:
+                calls.append([room])
+                sizes.append(0)
+                size = 0
+            calls[-1] += (entry.id, entry.raw, entry.priority, entry.delay, entry.ttl)
+            sizes[-1] += 1
+            size += len(entry.raw)
+        answers = self._run_all("PUT", [([prefix(queue)], call) for call in calls])
+        accepted = 0
+        for answer, expected in zip(answers, sizes, strict=True):
+            if answer < 0:
+                return None
+            accepted += answer
+            if answer < expected:
+                break
+        return accepted
+
+    def take(self, queue: str, limit: int, lease: int) -> Taken:
+        """See `Store.take`."""
+        parts = _blobs.decode(self._run("TAKE", [prefix(queue)], [min(limit, _CHUNK), lease]))
+        more_in = int(parts[0]) if parts[0] else None
+        token = int(parts[1])
+        leases = []
+        for i in range(2, len(parts), 4):
+            state = parts[i + 2]
+            attempts, crashes, deliveries = map(int, state.split(b":")) if state else (0, 0, 0)
+            id = parts[i].decode("utf-8", "replace")
+            leases.append(Lease(id, parts[i + 1], token, attempts, crashes, deliveries, bool(parts[i + 3])))
+            token += 1
+        return Taken(leases, more_in)
+
+    def settle(self, queue: str, endings: Sequence[Ending]) -> list[bool]:
+        """See `Store.settle`."""
+        acks = [ending for ending in endings if ending.action == "ack"]
+        calls: list[tuple[str, list[Any]]] = []
+        for i in range(0, len(acks), _CHUNK):
+            part = acks[i : i + _CHUNK]
+            calls.append(("ACK", [len(part), *(e.id for e in part), *(e.token for e in part)]))
+        others = [ending for ending in endings if ending.action != "ack"]
+        for i in range(0, len(others), _CHUNK):
+            arguments: list[Any] = []
+            for e in others[i : i + _CHUNK]:
+                arguments += (e.id, e.token, e.action, e.delay, e.attempts, e.crashes)
+            calls.append(("RETURN", arguments))
+        p = prefix(queue)
+        lost = {id for name, arguments in calls for id in self._run(name, [p], arguments)}
+        return [ending.id.encode() not in lost for ending in endings] if lost else [True] * len(endings)
+
+    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
+        """See `Store.move`."""
+        arguments = [
+            id,
+            "" if token is None else token,
+            entry.id,
+            entry.raw,
+            entry.priority,
+            entry.delay,
+            1 if replace else 0,
+        ]
+        return bool(self._run("MOVE", [prefix(source), prefix(target)], arguments))
+
+    def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
+        """See `Store.renew`."""
+        lost: set[bytes] = set()
+        for i in range(0, max(1, len(held)), _CHUNK):
+            arguments: list[Any] = [lease, consumer]
+            for id, token in held[i : i + _CHUNK]:
+                arguments += (id, token)
+            lost.update(self._run("RENEW", [prefix(queue)], arguments))
+        return [id.encode() not in lost for id, _ in held]
+
+    def leave(self, queue: str, consumer: str) -> None:
+        """See `Store.leave`."""
+        with self._mapped():
+            self._client.zrem(prefix(queue) + "c", consumer)
+
+    def counts(self, queue: str) -> Counts:
+        """See `Store.counts`."""
+        ready, delayed, leased, consumers, *heads = self._run("COUNTS", [prefix(queue)], [])
+        return Counts(ready, delayed, leased, consumers, heads)
+
+    def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
+        """See `Store.browse`."""
+        found = self._run("BROWSE", [prefix(queue)], [limit, offset])
+        return [(found[i].decode("utf-8", "replace"), found[i + 1]) for i in range(0, len(found), 2)]
+
+    def remove(self, queue: str, ids: Sequence[str] | None) -> int:
+        """See `Store.remove`."""
+        if ids is None:
+            return int(self._run("CLEAR", [prefix(queue)], []))
+        unique = list(dict.fromkeys(ids))
+        parts = [unique[i : i + _CHUNK] for i in range(0, len(unique), _CHUNK)]
+        return sum(int(self._run("REMOVE", [prefix(queue)], part)) for part in parts)
+
+    def read_topology(self) -> tuple[str, int]:
+        """See `Store.read_topology`."""
+        with self._mapped():
+            found: Any = self._client.hmget(_TOPOLOGY, ["document", "version"])
+        return (found[0] or b"{}").decode(), int(found[1] or 0)
+
+    def write_topology(self, document: str, version: int) -> bool:
+        """See `Store.write_topology`."""
+        return bool(self._run("TOPOLOGY", [_TOPOLOGY], [document, version]))
+
+    def wait(self, queues: Sequence[str], timeout: float) -> list[str]:
+        """See `Store.wait`."""
+        if self._bell is not None and self._bell.queues != tuple(queues):
+            self._bell.close()
+            self._bell = None
+        with self._mapped():
+            if self._bell is None:
+                self._bell = _Bell(self._pool, tuple(queues))
+            try:
+                return self._bell.wait(self._wake_reader, timeout)
+            except BaseException:
+                self._bell.close()
+                self._bell = None
+                raise
+
+    def wake(self) -> None:
+        """See `Store.wake`."""
+        try:
+            self._wake_writer.send(b"!")
+        except OSError:
+            pass  # full of wake-ups already, or closed meanwhile
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        if self._bell is not None:
+            self._bell.close()
+        self._pool.disconnect()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def _run(self, name: str, keys: list[str], arguments: Sequence[Any]) -> Any:
+        with self._mapped():
+            return self._scripts[name](keys=keys, args=list(arguments))
+
+    def _run_all(self, name: str, calls: Sequence[tuple[list[str], Sequence[Any]]]) -> list[Any]:
+        """Run one script several times in one round trip."""
+        if len(calls) == 1:
+            return [self._run(name, *calls[0])]
+        with self._mapped():
+            pipeline = self._client.pipeline(transaction=False)
+            for keys, arguments in calls:
+                self._scripts[name](keys=keys, args=list(arguments), client=pipeline)
+            return list(pipeline.execute())
+
+    def _setting(self, name: str) -> str:
+        found = self._ask(lambda: self._client.config_get(name))
+        return str(found.get(name, "")) if isinstance(found, dict) else ""
+
+    def _ask(self, question: Any) -> Any:
+        """Ask for something that an account or a server may not answer; None then."""
+        with self._mapped():
+            try:
+                return question()
+            except (ResponseError, NoPermissionError):
+                return None
+
+    @contextmanager
+    def _mapped(self) -> Iterator[None]:
+        """Turn redis-py's errors into ours."""
+        if self._closed.is_set():
+            raise BrokerAway("the connection to Redis is closed", details={"reason": "unavailable"})
+        try:
+            yield
+        except (AuthenticationError, NoPermissionError) as error:
+            raise PermissionDenied(f"Redis at {self._shown} refuses us: {error}") from None
+        except OutOfMemoryError:
+            raise Internal("Redis is full (maxmemory reached); free memory or raise the limit",
+                           details={"reason": "full"}) from None  # fmt: skip
+        except ReadOnlyError as error:
+            raise BrokerAway(f"Redis at {self._shown} is read-only: {error}", details={"reason": "refused"}) from None
+        except redis.exceptions.TimeoutError:
+            raise BrokerAway(
+                f"Redis at {self._shown} did not answer within {self._timeout:g} s", details={"reason": "timeout"}
+            ) from None
+        except (redis.exceptions.ConnectionError, OSError) as error:
+            raise BrokerAway(f"Redis at {self._shown} cannot be reached: {error}",
+                             details={"reason": "unavailable"}) from None  # fmt: skip
+        except ResponseError as error:
+            text = str(error)
+            if "OOM" in text:
+                raise Internal("Redis is full (maxmemory reached); free memory or raise the limit",
+                               details={"reason": "full"}) from None  # fmt: skip
+            if "NOAUTH" in text or "WRONGPASS" in text or "NOPERM" in text or "invalid password" in text:
+                raise PermissionDenied(f"Redis at {self._shown} refuses us: {text}") from None
+            raise Internal(f"Redis at {self._shown} refused a command: {text}", details={"reason": "refused"}) from None
+        except redis.exceptions.RedisError as error:
+            raise Internal(f"Redis at {self._shown} failed: {error}", details={"reason": "unavailable"}) from None
+
+
+class _Bell:
+    """A connection that waits for wake-ups; the call may outlast one `wait` and is answered in the next."""
+
+    def __init__(self, pool: redis.ConnectionPool, queues: tuple[str, ...]) -> None:
+        self.queues = queues
+        self._names = {(prefix(queue) + "w").encode(): queue for queue in queues}
+        self._connection: Any = pool.make_connection()
+        self._connection.connect()
+        self._asked_at = 0.0
+        self._pending = False
+
+    def wait(self, interrupt: socket.socket, timeout: float) -> list[str]:
+        if not self._pending:
+            self._connection.send_command("BLPOP", *self._names, _BLOCK)
+            self._asked_at = monotonic()
+            self._pending = True
+        # redis-py has no public way to wait on a connection together with something else.
+        ready, _, _ = select.select([self._connection._sock, interrupt], [], [], max(0.0, timeout))
+        if interrupt in ready:
+            try:
+                while interrupt.recv(4096):
+                    pass
+            except OSError:
+                pass
+        if self._connection._sock not in ready:
+            if monotonic() - self._asked_at > _BLOCK + 2.0:
+                # The server answers at the latest after _BLOCK: this connection is dead.
+                raise redis.exceptions.ConnectionError("no answer to a blocked call")
+            return []
+        answer = self._connection.read_response()
+        self._pending = False
+        return [self._names[answer[0]]] if answer else []
+
+    def close(self) -> None:
+        self._connection.disconnect()
+
+
+def prefix(queue: str) -> str:
+    """Return what the keys of a queue start with.
+
+    A dead-letter queue's stand under the tag of the queue beside it, so that both share a hash slot.
+    Two queues never share a prefix: a queue id holds neither braces nor a slash.
+    """
+    if queue.endswith(limit.DEAD_SUFFIX):
+        return f"{{kq:{queue.removesuffix(limit.DEAD_SUFFIX)}}}.dead:"
+    return f"{{kq:{queue}}}:"
+
+
+def _keepalive(heartbeat: float) -> dict[int, int]:
+    """Have the kernel probe a silent connection every third of ``heartbeat`` seconds."""
+    interval = max(1, int(heartbeat / 3))
+    wanted = {"TCP_KEEPIDLE": interval, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": 3}
+    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())

@@ -1,0 +1,393 @@
+"""The Lua that makes each primitive one step in Redis.
+
+Keys of a queue, all in one hash slot; ``P`` is ``{kq:<queue id>}:``, or ``{kq:<queue id>}.dead:`` for
+the dead-letter queue beside it, so that dead-lettering is one call too:
+
+=========  ======  ====================================  ==========================================
+key        type    holds                                 written by
+=========  ======  ====================================  ==========================================
+P q        string  the queue's arguments, as JSON        declare, move
+P m        hash    id -> packed envelope                 put, move; deleted at the end
+P r:<n>    list    ids ready at priority n               put, take (what is due), settle
+P b:<n>    zset    ids put back, by the token they had:  settle (release), take (leases that ran out);
+                   taken before ``r:<n>``                this is what keeps them in order
+P d        zset    ids delayed, by the moment in ms      put, settle (retry)
+P l        zset    ids leased, by the lease's end in ms  take, renew
+P t        hash    id -> token of its lease              take
+P s        hash    id -> attempts:crashes:deliveries,    settle (retry), take (leases that ran out)
+                   where one of them is not 0
+P p        hash    id -> priority, where it is not 4     put, move
+P x        hash    id -> moment in ms at which it        put
+                   expires, for plain Kombu programs
+P n        string  the last token                        take
+P c        zset    consumers, by the end of their lease  renew
+P w        list    one token at most, to wake a worker   whoever makes something ready
+=========  ======  ====================================  ==========================================
+
+Two rules. Time is the server's. And a script that must work on a full server writes first something
+that Redis never refuses for memory (ZREM, LPOP): after such a write it lets the others pass, so that
+a queue can be emptied when nothing more can be stored.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+_PRELUDE: Final = """
+local P = KEYS[1]
+local unpack = unpack or table.unpack
+local call = redis.call
+
+local function now()
+  local t = call('TIME')
+  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+end
+
+local function number(n)  -- Lua prints large numbers with an exponent
+  return string.format('%.0f', n)
+end
+
+local function level(prefix, id)
+  return call('HGET', prefix .. 'p', id) or '4'
+end
+
+local function wake(prefix)
+  if call('LLEN', prefix .. 'w') == 0 then call('RPUSH', prefix .. 'w', '1') end
+end
+
+local function forget(prefix, ids)  -- everything that is known of messages but their bodies
+  for _, key in ipairs({'s', 'p', 'x'}) do
+    if call('EXISTS', prefix .. key) == 1 then call('HDEL', prefix .. key, unpack(ids)) end
+  end
+end
+
+local function add(prefix, id, raw, priority, delay, ttl, at)
+  if priority ~= '4' then call('HSET', prefix .. 'p', id, priority) end
+  if ttl > 0 then call('HSET', prefix .. 'x', id, number(at + ttl)) end
+  if delay > 0 then
+    call('ZADD', prefix .. 'd', number(at + delay), id)
+    local head = call('ZRANGE', prefix .. 'd', 0, 0)
+    if head[1] == id then wake(prefix) end
+  else
+    call('RPUSH', prefix .. 'r:' .. priority, id)
+    wake(prefix)
+  end
+end
+
+local function unwait(prefix, id)  -- take a waiting message off its list; true if it was waiting
+  if call('ZREM', prefix .. 'd', id) == 1 then return true end
+  local n = level(prefix, id)
+  if call('ZREM', prefix .. 'b:' .. n, id) == 1 then return true end
+  return call('LREM', prefix .. 'r:' .. n, 1, id) == 1
+end
+"""
+
+#: ARGV: arguments as JSON. Returns the arguments it was made with before, or nil.
+DECLARE: Final = """
+if call('SETNX', P .. 'q', ARGV[1]) == 1 then return nil end
+return call('GET', P .. 'q')
+"""
+
+#: ARGV: max_length or -1, then id, raw, priority, delay, ttl of each. Returns how many, or -1.
+PUT: Final = """
+if call('EXISTS', P .. 'q') == 0 then return -1 end
+local room = tonumber(ARGV[1])
+local limited = room >= 0
+if limited then room = room - (call('HLEN', P .. 'm') - call('ZCARD', P .. 'l')) end
+local at = now()
+local accepted = 0
+for i = 2, #ARGV, 5 do
+  local id = ARGV[i]
+  if limited and room <= 0 then
+    if call('HEXISTS', P .. 'm', id) == 0 then return accepted end
+  elseif call('HSETNX', P .. 'm', id, ARGV[i + 1]) == 1 then
+    add(P, id, ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4]), at)
+    room = room - 1
+  end
+  accepted = accepted + 1
+end
+return accepted
+"""
+
+#: ARGV: limit, lease in ms. Returns one string: a msgpack array of byte strings, which are
+#: more_in, the first token, then id, raw, state, expired of each message.
+TAKE: Final = """
+local limit = tonumber(ARGV[1])
+local at = now()
+
+local ended = call('ZRANGEBYSCORE', P .. 'l', '-inf', number(at), 'LIMIT', 0, 200)
+for _, id in ipairs(ended) do
+  call('ZREM', P .. 'l', id)
+  local token = call('HGET', P .. 't', id) or '0'
+  call('HDEL', P .. 't', id)
+  local a, c, d = string.match(call('HGET', P .. 's', id) or '0:0:0', '(%d+):(%d+):(%d+)')
+  call('HSET', P .. 's', id, a .. ':' .. c .. ':' .. number(tonumber(d) + 1))
+  call('ZADD', P .. 'b:' .. level(P, id), token, id)
+end
+
+local due = call('ZRANGEBYSCORE', P .. 'd', '-inf', number(at), 'LIMIT', 0, 1000)
+for _, id in ipairs(due) do
+  call('ZREM', P .. 'd', id)
+  call('RPUSH', P .. 'r:' .. level(P, id), id)
+end
+
+local ids = {}
+for n = 9, 0, -1 do
+  local need = limit - #ids
+  if need <= 0 then break end
+  if call('EXISTS', P .. 'b:' .. n) == 1 then
+    local back = call('ZRANGE', P .. 'b:' .. n, 0, need - 1)
+    if #back > 0 then call('ZREM', P .. 'b:' .. n, unpack(back)) end
+    for _, id in ipairs(back) do ids[#ids + 1] = id end
+    need = limit - #ids
+  end
+  if need > 0 then
+    local got = call('LPOP', P .. 'r:' .. n, need)
+    if got then for _, id in ipairs(got) do ids[#ids + 1] = id end end
+  end
+end
+
+local function bin(s)
+  local n = #s
+  return string.char(198, math.floor(n / 16777216) % 256, math.floor(n / 65536) % 256,
+                     math.floor(n / 256) % 256, n % 256) .. s
+end
+
+local out = {}
+local token = 0
+if #ids > 0 then
+  token = call('INCRBY', P .. 'n', #ids) - #ids + 1
+  local raws = call('HMGET', P .. 'm', unpack(ids))
+  local states = call('EXISTS', P .. 's') == 1 and call('HMGET', P .. 's', unpack(ids)) or {}
+  local ends = call('EXISTS', P .. 'x') == 1 and call('HMGET', P .. 'x', unpack(ids)) or {}
+  local leases, tokens = {}, {}
+  local lease_end = number(at + tonumber(ARGV[2]))
+  for i, id in ipairs(ids) do
+    if not raws[i] then
+      -- Not one of ours: a stranger pushed bytes onto the list. They are the message.
+      raws[i] = id
+      id = 'foreign-' .. number(token + i - 1)
+      ids[i] = id
+      call('HSET', P .. 'm', id, raws[i])
+    end
+    leases[#leases + 1] = lease_end
+    leases[#leases + 1] = id
+    tokens[#tokens + 1] = id
+    tokens[#tokens + 1] = number(token + i - 1)
+    out[#out + 1] = bin(id) .. bin(raws[i]) .. bin(states[i] or '')
+      .. bin((ends[i] and tonumber(ends[i]) <= at) and '1' or '')
+  end
+  call('ZADD', P .. 'l', unpack(leases))
+  call('HSET', P .. 't', unpack(tokens))
+  if limit > 0 and #ids >= limit then
+    for n = 9, 0, -1 do
+      if call('EXISTS', P .. 'r:' .. n, P .. 'b:' .. n) > 0 then wake(P) break end
+    end
+  end
+end
+
+local soonest = nil
+for _, key in ipairs({'d', 'l'}) do
+  local head = call('ZRANGE', P .. key, 0, 0, 'WITHSCORES')
+  if head[2] and (not soonest or tonumber(head[2]) < soonest) then soonest = tonumber(head[2]) end
+end
+local more = soonest and number(math.max(1, soonest - at)) or ''
+local count = #out * 4 + 2
+return string.char(221, 0, math.floor(count / 65536) % 256, math.floor(count / 256) % 256, count % 256)
+  .. bin(more) .. bin(number(token)) .. table.concat(out)
+"""
+
+#: ARGV: n, then n ids, then n tokens: acknowledge them. Returns the ids that are not held so.
+ACK: Final = """
+local n = tonumber(ARGV[1])
+local ids = {}
+for i = 1, n do ids[i] = ARGV[i + 1] end
+local tokens = call('HMGET', P .. 't', unpack(ids))
+local mine, lost = {}, {}
+for i, id in ipairs(ids) do
+  if tokens[i] == ARGV[n + i + 1] then mine[#mine + 1] = id else lost[#lost + 1] = id end
+end
+if #mine > 0 then
+  call('ZREM', P .. 'l', unpack(mine))
+  call('HDEL', P .. 't', unpack(mine))
+  call('HDEL', P .. 'm', unpack(mine))
+  forget(P, mine)
+end
+return lost
+"""
+
+#: ARGV: id, token, action, delay, attempts, crashes of each: retry or release them. Returns the
+#: ids that are not held so.
+RETURN: Final = """
+local at = now()
+local lost = {}
+for i = 1, #ARGV, 6 do
+  local id, token = ARGV[i], ARGV[i + 1]
+  if call('HGET', P .. 't', id) ~= token then
+    lost[#lost + 1] = id
+  else
+    call('ZREM', P .. 'l', id)
+    call('HDEL', P .. 't', id)
+    local a, c = ARGV[i + 4], ARGV[i + 5]
+    if ARGV[i + 2] == 'release' then
+      a, c = string.match(call('HGET', P .. 's', id) or '0:0:0', '(%d+):(%d+)')
+    end
+    if a == '0' and c == '0' then
+      if call('EXISTS', P .. 's') == 1 then call('HDEL', P .. 's', id) end
+    else
+      call('HSET', P .. 's', id, a .. ':' .. c .. ':0')
+    end
+    local delay = tonumber(ARGV[i + 3])
+    if ARGV[i + 2] == 'release' then
+      call('ZADD', P .. 'b:' .. level(P, id), token, id)
+      wake(P)
+    elseif delay > 0 then
+      call('ZADD', P .. 'd', number(at + delay), id)
+      if call('ZRANGE', P .. 'd', 0, 0)[1] == id then wake(P) end
+    else
+      call('RPUSH', P .. 'r:' .. level(P, id), id)
+      wake(P)
+    end
+  end
+end
+return lost
+"""
+
+#: KEYS: source, target. ARGV: id, token or '', the new id, raw, priority, delay, replace 1 or 0.
+#: Returns 1 if it was there.
+MOVE: Final = """
+local T = KEYS[2]
+local id, token = ARGV[1], ARGV[2]
+if token ~= '' then
+  if call('HGET', P .. 't', id) ~= token then return 0 end
+  call('ZREM', P .. 'l', id)
+  call('HDEL', P .. 't', id)
+elseif call('HEXISTS', P .. 't', id) == 1 or not unwait(P, id) then
+  return 0
+end
+call('HDEL', P .. 'm', id)
+forget(P, {id})
+call('SETNX', T .. 'q', '{}')
+local new = ARGV[3]
+if call('HEXISTS', T .. 'm', new) == 1 then
+  if ARGV[7] == '0' then return 1 end
+  if call('HEXISTS', T .. 't', new) == 1 then
+    call('ZREM', T .. 'l', new)
+    call('HDEL', T .. 't', new)
+  else
+    unwait(T, new)
+  end
+  forget(T, {new})
+end
+call('HSET', T .. 'm', new, ARGV[4])
+add(T, new, ARGV[4], ARGV[5], tonumber(ARGV[6]), 0, now())
+return 1
+"""
+
+#: ARGV: lease in ms, consumer, then id, token of each. Returns the ids that are not held so.
+RENEW: Final = """
+local until_ = number(now() + tonumber(ARGV[1]))
+call('ZREM', P .. 'c', ARGV[2])
+call('ZADD', P .. 'c', until_, ARGV[2])
+local lost = {}
+for i = 3, #ARGV, 2 do
+  if call('HGET', P .. 't', ARGV[i]) == ARGV[i + 1] then
+    call('ZADD', P .. 'l', until_, ARGV[i])
+  else
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+return lost
+"""
+
+#: Returns ready, delayed, leased, consumers, then the packed envelopes at the heads.
+COUNTS: Final = """
+local at = number(now())
+local ready, heads = 0, {}
+for n = 0, 9 do
+  ready = ready + call('LLEN', P .. 'r:' .. n) + call('ZCARD', P .. 'b:' .. n)
+  local first = call('ZRANGE', P .. 'b:' .. n, 0, 0)[1] or call('LINDEX', P .. 'r:' .. n, 0)
+  if first then
+    local raw = call('HGET', P .. 'm', first)
+    if raw then heads[#heads + 1] = raw end
+  end
+end
+local due = call('ZCOUNT', P .. 'd', '-inf', at)
+local ended = call('ZCOUNT', P .. 'l', '-inf', at)
+local out = {
+  ready + due + ended,
+  call('ZCARD', P .. 'd') - due,
+  call('ZCARD', P .. 'l') - ended,
+  call('ZCOUNT', P .. 'c', '(' .. at, '+inf'),
+}
+for _, raw in ipairs(heads) do out[#out + 1] = raw end
+return out
+"""
+
+#: ARGV: limit, offset. Returns id, raw of each waiting message in the order of delivery.
+BROWSE: Final = """
+local limit, skip = tonumber(ARGV[1]), tonumber(ARGV[2])
+local out = {}
+local function page(size, range)
+  if limit > 0 and skip < size then
+    for _, id in ipairs(range(skip, math.min(size, skip + limit) - 1)) do
+      local raw = call('HGET', P .. 'm', id)
+      out[#out + 1] = id
+      out[#out + 1] = raw or id
+      limit = limit - 1
+    end
+    skip = 0
+  else
+    skip = math.max(0, skip - size)
+  end
+end
+for n = 9, 0, -1 do
+  local b, r = P .. 'b:' .. n, P .. 'r:' .. n
+  page(call('ZCARD', b), function(i, j) return call('ZRANGE', b, i, j) end)
+  page(call('LLEN', r), function(i, j) return call('LRANGE', r, i, j) end)
+end
+page(call('ZCARD', P .. 'd'), function(i, j) return call('ZRANGE', P .. 'd', i, j) end)
+return out
+"""
+
+#: ARGV: ids. Returns how many of them were waiting.
+REMOVE: Final = """
+local removed = 0
+for _, id in ipairs(ARGV) do
+  if call('HEXISTS', P .. 't', id) == 0 and unwait(P, id) then
+    call('HDEL', P .. 'm', id)
+    forget(P, {id})
+    removed = removed + 1
+  end
+end
+return removed
+"""
+
+#: Drops everything that waits. Returns how many that were.
+CLEAR: Final = """
+local held = call('ZRANGE', P .. 'l', 0, -1)
+local removed = call('HLEN', P .. 'm') - #held
+local kept = {}
+for _, key in ipairs({'m', 's', 'p', 'x'}) do
+  for _, id in ipairs(held) do
+    local value = call('HGET', P .. key, id)
+    if value then kept[#kept + 1] = {key, id, value} end
+  end
+end
+for _, key in ipairs({'m', 's', 'p', 'x', 'd', 'w'}) do call('UNLINK', P .. key) end
+for n = 0, 9 do call('UNLINK', P .. 'r:' .. n, P .. 'b:' .. n) end
+for _, field in ipairs(kept) do call('HSET', P .. field[1], field[2], field[3]) end
+return removed
+"""
+
+#: KEYS: the topology. ARGV: document, version. Returns 1 if it was of that version.
+TOPOLOGY: Final = """
+if (call('HGET', P, 'version') or '0') ~= ARGV[2] then return 0 end
+call('HSET', P, 'document', ARGV[1], 'version', number(tonumber(ARGV[2]) + 1))
+return 1
+"""
+
+
+def source(script: str) -> str:
+    """Return a script with what all of them share."""
+    return _PRELUDE + script

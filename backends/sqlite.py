@@ -1,0 +1,601 @@
+"""``sqlite:///file.db``: a store in one file, for many processes of one machine.
+
+Theory of operation
+===================
+
+One table holds every message of every queue; each primitive is one ``BEGIN IMMEDIATE`` transaction,
+so that writers queue up instead of failing. ``state`` says where a message stands:
+
+====  =========  ==========================================================
+0     ready      taken in the order of ``priority`` (down) and ``place`` (up)
+1     delayed    becomes ready at ``moment``
+2     leased     under ``token``; ready again at ``moment`` unless renewed
+====  =========  ==========================================================
+
+``journal_mode=WAL`` with ``synchronous=FULL``: a commit that returned is on disk
+(https://www.sqlite.org/pragma.html#pragma_synchronous). WAL needs shared memory, so network file
+systems are refused.
+
+Waking other processes: a consumer binds a datagram socket and registers its path in ``listener``.
+Whoever commits something that makes a message ready sends one byte to each listener of the queue.
+Nothing polls; a socket whose owner died is struck off by the first sender that notices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from time import time
+from typing import Any, ClassVar, Final
+from urllib.parse import unquote
+from uuid import uuid4
+
+from kq.backend import Capabilities
+from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
+from kq.errors import Internal, Invalid
+
+_READY: Final = 0
+_DELAYED: Final = 1
+_LEASED: Final = 2
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS queue (name TEXT PRIMARY KEY, arguments TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS message (
+    place INTEGER PRIMARY KEY,
+    queue TEXT NOT NULL,
+    id TEXT NOT NULL,
+    priority INTEGER NOT NULL,
+    state INTEGER NOT NULL,
+    moment INTEGER NOT NULL DEFAULT 0,
+    token INTEGER NOT NULL DEFAULT 0,
+    expires INTEGER NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    crashes INTEGER NOT NULL DEFAULT 0,
+    deliveries INTEGER NOT NULL DEFAULT 0,
+    raw BLOB NOT NULL,
+    UNIQUE (queue, id)
+);
+CREATE INDEX IF NOT EXISTS message_ready ON message (queue, priority DESC, place) WHERE state = 0;
+CREATE INDEX IF NOT EXISTS message_delayed ON message (queue, moment) WHERE state = 1;
+CREATE INDEX IF NOT EXISTS message_leased ON message (queue, moment) WHERE state = 2;
+CREATE TABLE IF NOT EXISTS sequence (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT OR IGNORE INTO sequence VALUES ('place', 0), ('token', 0);
+CREATE TABLE IF NOT EXISTS listener (queue TEXT, path TEXT, PRIMARY KEY (queue, path)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS consumer (queue TEXT, name TEXT, until INTEGER, PRIMARY KEY (queue, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS topology (one INTEGER PRIMARY KEY, version INTEGER NOT NULL, document TEXT NOT NULL);
+INSERT OR IGNORE INTO topology VALUES (1, 0, '{}');
+"""
+
+#: ``f_type`` of file systems on which WAL's shared memory does not work: NFS, SMB, CIFS, SMB2.
+_NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs"})
+
+#: Rows that one statement names at most; SQLite's own limit on parameters is far above.
+_CHUNK: Final = 500
+
+
+class SQLiteStore:
+    """A store in a SQLite file. One connection, used by one thread at a time."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        survives="the death of processes and of the machine",
+        shared=True,
+        deduplicates=True,
+        priorities="always",
+        counts_delayed=True,
+        counts_in_flight=True,
+        tells_age=True,
+        counts_deliveries="always",
+    )
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self._path = path
+        self._timeout = timeout
+        self._lock = Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._listener: _Listener | None = None
+        self._wake_reader, self._wake_writer = _pipe()
+        self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sender.setblocking(False)
+        self._closed = False
+
+    def ping(self) -> None:
+        """See `Store.ping`."""
+        with self._lock, _mapped(self._path):
+            self._connect()
+
+    def warnings(self) -> list[str]:
+        """See `Store.warnings`."""
+        self.ping()
+        return []
+
+    def declare(self, queue: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """See `Store.declare`."""
+        with self._transaction() as db:
+            found = _arguments(db, queue)
+            if found is None:
+                db.execute("INSERT INTO queue VALUES (?, ?)", (queue, json.dumps(dict(arguments))))
+            return found
+
+    def arguments(self, queue: str) -> dict[str, Any] | None:
+        """See `Store.arguments`."""
+        with self._reading() as db:
+            return _arguments(db, queue)
+
+    def delete(self, queue: str) -> None:
+        """See `Store.delete`."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM message WHERE queue = ?", (queue,))
+            db.execute("DELETE FROM queue WHERE name = ?", (queue,))
+
+    def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
+        """See `Store.put`."""
+        with self._transaction() as db:
+            if _arguments(db, queue) is None:
+                return None
+            accepted = len(entries)
+            room = None
+            if max_length is not None:
+                room = max_length - _count(db, queue, "state <> 2")
+            place = _advance(db, "place", len(entries))
+            now = _now()
+            for index, entry in enumerate(entries):
+                if room is not None and room <= 0:
+                    known = db.execute("SELECT 1 FROM message WHERE queue = ? AND id = ?", (queue, entry.id))
+                    if known.fetchone() is None:
+                        accepted = index
+                        break
+                added = _insert(db, queue, entry, place + index, now)
+                if room is not None:
+                    room -= added
+            listeners = _listeners(db, queue)
+        self._notify(listeners)
+        return accepted
+
+    def take(self, queue: str, limit: int, lease: int) -> Taken:
+        """See `Store.take`."""
+        with self._transaction() as db:
+            now = _now()
+            db.execute(
+                "UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 "
+                "WHERE queue = ? AND state = 2 AND moment <= ?",
+                (queue, now),
+            )
+            db.execute("UPDATE message SET state = 0 WHERE queue = ? AND state = 1 AND moment <= ?", (queue, now))
+            rows = db.execute(
+                "SELECT place, id, raw, attempts, crashes, deliveries, expires FROM message "
+                "WHERE queue = ? AND state = 0 ORDER BY priority DESC, place LIMIT ?",
+                (queue, limit),
+            ).fetchall()
+            token = _advance(db, "token", len(rows)) if rows else 0
+            db.executemany(
+                "UPDATE message SET state = 2, token = ?, moment = ? WHERE place = ?",
+                [(token + index, now + lease, row[0]) for index, row in enumerate(rows)],
+            )
+            soonest = [
+                db.execute(f"SELECT min(moment) FROM message WHERE queue = ? AND state = {state}", (queue,)).fetchone()[0]
+                for state in (_DELAYED, _LEASED)
+            ]
+        leases = [
+            Lease(id, raw, token + index, attempts, crashes, deliveries, 0 < expires <= now)
+            for index, (_, id, raw, attempts, crashes, deliveries, expires) in enumerate(rows)
+        ]
+        moments = [moment for moment in soonest if moment is not None]
+        return Taken(leases, max(1, min(moments) - now) if moments else None)
+
+    def settle(self, queue: str, endings: Sequence[Ending]) -> list[bool]:
+        """See `Store.settle`."""
+        listeners: list[str] = []
+        with self._transaction() as db:
+            now = _now()
+            settled = [_end(db, queue, ending, now) for ending in endings]
+            if any(ending.action != "ack" for ending in endings):
+                listeners = _listeners(db, queue)
+        self._notify(listeners)
+        return settled
+
+    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
+        """See `Store.move`."""
+        with self._transaction() as db:
+            held = "state <> 2" if token is None else f"state = 2 AND token = {token:d}"
+            gone = db.execute(f"DELETE FROM message WHERE queue = ? AND id = ? AND {held}", (source, id))
+            if not gone.rowcount:
+                return False
+            db.execute("INSERT OR IGNORE INTO queue VALUES (?, '{}')", (target,))
+            if replace:
+                db.execute("DELETE FROM message WHERE queue = ? AND id = ?", (target, entry.id))
+            _insert(db, target, entry, _advance(db, "place", 1), _now())
+            listeners = _listeners(db, target)
+        self._notify(listeners)
+        return True
+
+    def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
+        """See `Store.renew`."""
+        with self._transaction() as db:
+            until = _now() + lease
+            db.execute("INSERT OR REPLACE INTO consumer VALUES (?, ?, ?)", (queue, consumer, until))
+            return [
+                db.execute(
+                    "UPDATE message SET moment = ? WHERE queue = ? AND id = ? AND state = 2 AND token = ?",
+                    (until, queue, id, token),
+                ).rowcount
+                == 1
+                for id, token in held
+            ]
+
+    def leave(self, queue: str, consumer: str) -> None:
+        """See `Store.leave`."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM consumer WHERE queue = ? AND name = ?", (queue, consumer))
+            db.execute("DELETE FROM consumer WHERE until < ?", (_now(),))
+
+    def counts(self, queue: str) -> Counts:
+        """See `Store.counts`."""
+        with self._reading() as db:
+            now = _now()
+            held = _count(db, queue, f"state = 2 AND moment > {now}")
+            delayed = _count(db, queue, f"state = 1 AND moment > {now}")
+            consumers = db.execute(
+                "SELECT count(*) FROM consumer WHERE queue = ? AND until > ?", (queue, now)
+            ).fetchone()[0]
+            # One indexed look at the head of each priority, however many messages wait.
+            heads = [
+                row[0]
+                for level in range(10)
+                for row in db.execute(
+                    "SELECT raw FROM message WHERE queue = ? AND state = 0 AND priority = ? ORDER BY place LIMIT 1",
+                    (queue, level),
+                )
+            ]
+            return Counts(_count(db, queue, "1") - held - delayed, delayed, held, consumers, heads)
+
+    def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
+        """See `Store.browse`."""
+        with self._reading() as db:
+            return db.execute(
+                "SELECT id, raw FROM message WHERE queue = ? AND state <> 2 "
+                "ORDER BY state, priority DESC, place LIMIT ? OFFSET ?",
+                (queue, limit, offset),
+            ).fetchall()
+
+    def remove(self, queue: str, ids: Sequence[str] | None) -> int:
+        """See `Store.remove`."""
+        with self._transaction() as db:
+            if ids is None:
+                return db.execute("DELETE FROM message WHERE queue = ? AND state <> 2", (queue,)).rowcount
+            return sum(
+                db.execute("DELETE FROM message WHERE queue = ? AND id = ? AND state <> 2", (queue, id)).rowcount
+                for id in dict.fromkeys(ids)
+            )
+
+    def read_topology(self) -> tuple[str, int]:
+        """See `Store.read_topology`."""
+        with self._reading() as db:
+            document, version = db.execute("SELECT document, version FROM topology").fetchone()
+            return document, version
+
+    def write_topology(self, document: str, version: int) -> bool:
+        """See `Store.write_topology`."""
+        with self._transaction() as db:
+            return (
+                db.execute(
+                    "UPDATE topology SET document = ?, version = version + 1 WHERE version = ?", (document, version)
+                ).rowcount
+                == 1
+            )
+
+    def wait(self, queues: Sequence[str], timeout: float) -> list[str]:
+        """See `Store.wait`."""
+        if self._listener is None or not self._listener.covers(queues):
+            self._listen(queues)
+            # Something may have arrived between the last look and the registration.
+            return list(queues)
+        assert self._listener is not None
+        ready, _, _ = select.select([self._listener, self._wake_reader], [], [], timeout)
+        if self._wake_reader in ready:
+            _drain(self._wake_reader)
+        return list(queues) if self._listener in ready and self._listener.drain() else []
+
+    def wake(self) -> None:
+        """See `Store.wake`."""
+        if not self._closed:
+            _poke(self._wake_writer)
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            listener, connection = self._listener, self._connection
+            self._listener = self._connection = None
+            for end in (self._wake_reader, self._wake_writer):
+                end.close()
+            self._sender.close()
+            try:
+                if listener is not None and connection is not None:
+                    connection.execute("DELETE FROM listener WHERE path = ?", (listener.path,))
+            except sqlite3.Error:
+                pass  # whoever sends next will strike it off
+            finally:
+                if listener is not None:
+                    listener.close()
+                if connection is not None:
+                    connection.close()
+
+    # Connection and transactions.
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._closed:
+            raise BrokerAway("the SQLite store is closed", details={"reason": "unavailable"})
+        if self._connection is None:
+            _check_place(self._path)
+            db = sqlite3.connect(
+                self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=64
+            )
+            try:
+                # Changing the mode needs the file for itself for a moment: only where it is not set yet.
+                if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                    db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0:
+                    db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = 1; COMMIT;")
+                elif version != 1:
+                    raise Invalid(
+                        f"broker: {self._path} has schema version {version}, this kq knows 1; use a newer kq or another file"
+                    )
+            except BaseException:
+                db.close()
+                raise
+            self._connection = db
+        return self._connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _mapped(self._path):
+            db = self._connect()
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK") if db.in_transaction else None
+                raise
+            try:
+                db.execute("COMMIT")
+            except BaseException:
+                # A commit that fails (a full disk) leaves the transaction open.
+                db.execute("ROLLBACK") if db.in_transaction else None
+                raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _mapped(self._path):
+            db = self._connect()
+            db.execute("BEGIN")
+            try:
+                yield db
+            finally:
+                db.execute("ROLLBACK")
+
+    # Waking each other.
+
+    def _listen(self, queues: Sequence[str]) -> None:
+        listener = self._listener or _Listener()
+        listener.queues = frozenset(queues)
+        with self._transaction() as db:
+            db.execute("DELETE FROM listener WHERE path = ?", (listener.path,))
+            db.executemany("INSERT INTO listener VALUES (?, ?)", [(queue, listener.path) for queue in queues])
+        self._listener = listener
+
+    def _notify(self, paths: Iterable[str]) -> None:
+        gone = []
+        for path in paths:
+            try:
+                self._sender.sendto(b"!", path)
+            except (BlockingIOError, InterruptedError):
+                pass  # its buffer is full of wake-ups already
+            except OSError:
+                gone.append(path)
+        if gone:
+            with self._transaction() as db:
+                db.executemany("DELETE FROM listener WHERE path = ?", [(path,) for path in gone])
+
+
+class _Listener:
+    """The socket on which this store hears of arrivals."""
+
+    def __init__(self) -> None:
+        # Not beside the database: the path of a Unix socket holds about a hundred bytes.
+        folder = os.path.join(tempfile.gettempdir(), f"kq-{os.getuid()}")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        self.path = os.path.join(folder, uuid4().hex)
+        self.queues: frozenset[str] = frozenset()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        self._socket.setblocking(False)
+
+    def covers(self, queues: Sequence[str]) -> bool:
+        return self.queues.issuperset(queues)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def drain(self) -> bool:
+        return _drain(self._socket)
+
+    def close(self) -> None:
+        self._socket.close()
+        try:
+            os.unlink(self.path)
+        except OSError:
+            pass
+
+
+def path_of(url: str) -> str:
+    """Return the file that a URL names: three slashes for a relative path, four for an absolute one.
+
+    Raises:
+        Invalid: If it names a host, or no file.
+    """
+    _, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    path = unquote(path.partition("?")[0])
+    if host or not slash or not path:
+        raise Invalid(
+            f"broker: expected sqlite:///relative.db or sqlite:////absolute.db, got {url!r}"
+            + ("; a third slash is missing" if host else "")
+        )
+    return path
+
+
+def _check_place(path: str) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise BrokerAway(
+            f"the directory {folder} does not exist; make it, or choose another file in the broker's URL",
+            details={"reason": "unavailable"},
+            retryable=False,
+        )
+    target = path if os.path.exists(path) else folder
+    if not os.access(target, os.W_OK) or not os.access(folder, os.W_OK):
+        raise BrokerAway(
+            f"{target} cannot be written to; give this user write permission on the file and its directory",
+            details={"reason": "refused"},
+            retryable=False,
+        )
+    kind = _file_system(folder)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise BrokerAway(
+            f"{folder} is on a network file system ({kind}), where SQLite cannot keep messages safe; "
+            "use a local disk, or Redis or RabbitMQ",
+            details={"reason": "refused"},
+            retryable=False,
+        )
+
+
+def _file_system(folder: str) -> str:
+    """Return the type of the file system that holds ``folder``; empty where nobody can tell."""
+    best, kind = "", ""
+    try:
+        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                _, point, name, *_ = line.split(" ")
+                point = point.replace("\\040", " ")
+                inside = folder == point or folder.startswith(point.rstrip("/") + "/")
+                if inside and len(point) >= len(best):
+                    best, kind = point, name
+    except OSError:
+        return ""
+    return kind
+
+
+@contextmanager
+def _mapped(path: str) -> Iterator[None]:
+    """Turn sqlite3's errors into ours."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        text = str(error)
+        if "full" in text:
+            raise Internal(f"{path}: no space left: {text}", details={"reason": "full"}) from None
+        if "locked" in text or "busy" in text:
+            raise BrokerAway(f"{path}: locked by another process for too long", details={"reason": "timeout"}) from None
+        raise BrokerAway(f"{path}: {text}", details={"reason": "unavailable"}) from None
+    except sqlite3.DatabaseError as error:
+        raise BrokerAway(f"{path} is not a database kq can use: {error}", details={"reason": "refused"}) from None
+
+
+def _now() -> int:
+    return int(time() * 1000)
+
+
+def _arguments(db: sqlite3.Connection, queue: str) -> dict[str, Any] | None:
+    row = db.execute("SELECT arguments FROM queue WHERE name = ?", (queue,)).fetchone()
+    return None if row is None else dict(json.loads(row[0]))
+
+
+def _count(db: sqlite3.Connection, queue: str, where: str) -> int:
+    return int(db.execute(f"SELECT count(*) FROM message WHERE queue = ? AND {where}", (queue,)).fetchone()[0])
+
+
+def _advance(db: sqlite3.Connection, name: str, by: int) -> int:
+    """Reserve ``by`` numbers of a sequence and return the first."""
+    db.execute("UPDATE sequence SET value = value + ? WHERE name = ?", (by, name))
+    last = int(db.execute("SELECT value FROM sequence WHERE name = ?", (name,)).fetchone()[0])
+    return last - by + 1
+
+
+def _insert(db: sqlite3.Connection, queue: str, entry: Entry, place: int, now: int) -> int:
+    return db.execute(
+        "INSERT OR IGNORE INTO message (place, queue, id, priority, state, moment, expires, raw) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            place,
+            queue,
+            entry.id,
+            entry.priority,
+            _DELAYED if entry.delay else _READY,
+            now + entry.delay,
+            now + entry.ttl if entry.ttl else 0,
+            entry.raw,
+        ),
+    ).rowcount
+
+
+def _end(db: sqlite3.Connection, queue: str, ending: Ending, now: int) -> bool:
+    key = (queue, ending.id, ending.token)
+    mine = "WHERE queue = ? AND id = ? AND state = 2 AND token = ?"
+    if ending.action == "ack":
+        return db.execute(f"DELETE FROM message {mine}", key).rowcount == 1
+    if ending.action == "release":
+        return db.execute(f"UPDATE message SET state = 0, token = 0, deliveries = 0 {mine}", key).rowcount == 1
+    return (
+        db.execute(
+            f"UPDATE message SET state = ?, moment = ?, token = 0, deliveries = 0, attempts = ?, crashes = ?, place = ? {mine}",
+            (
+                _DELAYED if ending.delay else _READY,
+                now + ending.delay,
+                ending.attempts,
+                ending.crashes,
+                _advance(db, "place", 1),
+                *key,
+            ),
+        ).rowcount
+        == 1
+    )
+
+
+def _listeners(db: sqlite3.Connection, queue: str) -> list[str]:
+    return [row[0] for row in db.execute("SELECT path FROM listener WHERE queue = ?", (queue,))]
+
+
+def _pipe() -> tuple[socket.socket, socket.socket]:
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    return reader, writer
+
+
+def _poke(writer: socket.socket) -> None:
+    try:
+        writer.send(b"!")
+    except OSError:
+        pass  # full of wake-ups already, or closed meanwhile
+
+
+def _drain(reader: socket.socket) -> bool:
+    """Read what is there and tell whether that was anything."""
+    found = False
+    try:
+        while reader.recv(4096):
+            found = True
+    except OSError:
+        pass
+    return found

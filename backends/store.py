@@ -1,0 +1,216 @@
+"""The small contract that a store implements to become a kq broker: about a dozen primitives.
+
+Each primitive is atomic: one critical section in memory, one transaction in SQLite, one Lua call in
+Redis. Times are the store's own, in milliseconds; tokens fence off workers whose lease ran out.
+What a message is, when it is retried and where dead letters go is decided above.
+
+A message is in exactly one state: *ready*, *delayed* until a moment, or *leased* under a token. A
+lease that nobody renews ends by itself: the message is ready again, at its old place, with one more
+unsettled delivery on its account.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from kq.backend import Capabilities
+from kq.errors import Internal
+
+
+class BrokerAway(Internal):
+    """The broker cannot be reached, or did not answer; what `kombu` calls a connection error."""
+
+
+class Entry(NamedTuple):
+    """A message to store.
+
+    Attributes:
+        id: Unique among what the queue holds; a second one is ignored.
+        raw: The packed envelope.
+        priority: 0 to 9, 9 first.
+        delay: Milliseconds until it is ready.
+        ttl: Milliseconds after which it counts as expired; 0 for never.
+    """
+
+    id: str
+    raw: bytes
+    priority: int
+    delay: int = 0
+    ttl: int = 0
+
+
+class Lease(NamedTuple):
+    """A message that a consumer holds.
+
+    Attributes:
+        id: The message's id.
+        raw: The packed envelope.
+        token: What fences off everybody else.
+        attempts: Charged so far.
+        crashes: Charged so far.
+        deliveries: Leases in a row that ran out.
+        expired: Whether its time to live is over.
+    """
+
+    id: str
+    raw: bytes
+    token: int
+    attempts: int
+    crashes: int
+    deliveries: int
+    expired: bool
+
+
+class Taken(NamedTuple):
+    """What `Store.take` found.
+
+    Attributes:
+        leases: The messages, in order.
+        more_in: Milliseconds until a delayed message is due or a lease runs out; None if there is none.
+    """
+
+    leases: list[Lease]
+    more_in: int | None
+
+
+class Ending(NamedTuple):
+    """The end of a lease.
+
+    Attributes:
+        id: The message's id.
+        token: The lease's.
+        action: ``ack`` removes it, ``retry`` makes it ready after ``delay``, ``release`` puts it back.
+        delay: Milliseconds, for ``retry``.
+        attempts: Charged from now on, for ``retry``.
+        crashes: Charged from now on, for ``retry``.
+    """
+
+    id: str
+    token: int
+    action: str
+    delay: int = 0
+    attempts: int = 0
+    crashes: int = 0
+
+
+class Counts(NamedTuple):
+    """What a queue holds, and the packed envelopes at its head, by which to tell its age."""
+
+    ready: int
+    delayed: int
+    leased: int
+    consumers: int
+    heads: list[bytes]
+
+
+class Store(Protocol):
+    """Messages in queues. Thread-safe, but for `wait`, which one thread calls.
+
+    Every call may raise `BrokerAway`, and ``Internal`` with reason ``full`` where space has run out.
+    """
+
+    capabilities: ClassVar[Capabilities]
+
+    def ping(self) -> None:
+        """Reach the broker, or raise."""
+        ...
+
+    def warnings(self) -> list[str]:
+        """Return what is wrong with the broker's settings."""
+        ...
+
+    def declare(self, queue: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Make a queue, and return None; or return the arguments it was made with before."""
+        ...
+
+    def arguments(self, queue: str) -> dict[str, Any] | None:
+        """Return the arguments a queue was made with, or None if there is no such queue."""
+        ...
+
+    def delete(self, queue: str) -> None:
+        """Drop a queue with everything in it."""
+        ...
+
+    def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
+        """Store messages in order until the queue is full.
+
+        Returns:
+            How many were accepted, duplicates included; None if there is no such queue.
+        """
+        ...
+
+    def take(self, queue: str, limit: int, lease: int) -> Taken:
+        """Lease up to ``limit`` ready messages for ``lease`` milliseconds, the most urgent first.
+
+        What is due becomes ready first, and so does what leases that ran out held.
+        """
+        ...
+
+    def settle(self, queue: str, endings: Sequence[Ending]) -> list[bool]:
+        """End leases; False for each whose token is not the message's any more."""
+        ...
+
+    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
+        """Move a message to another queue, rewritten.
+
+        Args:
+            source: Where it is.
+            target: Where it goes; made if it does not exist.
+            id: The message's id.
+            token: The lease it is held under, or None for one that waits.
+            entry: What to store.
+            replace: Whether it takes the place of one of the same id in ``target``; else that one stays.
+
+        Returns:
+            False, with nothing changed, if it is not there or under another lease.
+        """
+        ...
+
+    def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
+        """Extend leases by (id, token), and count ``consumer`` among the queue's for a while.
+
+        Returns:
+            False for each that is lost.
+        """
+        ...
+
+    def leave(self, queue: str, consumer: str) -> None:
+        """Count ``consumer`` no more."""
+        ...
+
+    def counts(self, queue: str) -> Counts:
+        """Count a queue's messages and consumers."""
+        ...
+
+    def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
+        """Return (id, raw) of waiting messages in the order in which they would be taken."""
+        ...
+
+    def remove(self, queue: str, ids: Sequence[str] | None) -> int:
+        """Drop these waiting messages (None: all of them), and return how many that were."""
+        ...
+
+    def read_topology(self) -> tuple[str, int]:
+        """Return the exchanges and bindings of plain Kombu programs, as JSON, and their version."""
+        ...
+
+    def write_topology(self, document: str, version: int) -> bool:
+        """Replace them if they are still of ``version``."""
+        ...
+
+    def wait(self, queues: Sequence[str], timeout: float) -> list[str]:
+        """Block until a queue may have something ready, `wake`, or ``timeout`` seconds.
+
+        Returns:
+            The queues worth a look, as far as known.
+        """
+        ...
+
+    def wake(self) -> None:
+        """End a `wait`, the present or the next one. Safe in any thread."""
+        ...
+
+    def close(self) -> None:
+        """Give up connections. Idempotent."""
+        ...

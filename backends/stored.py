@@ -1,0 +1,377 @@
+"""The backend for every store: memory, SQLite and Redis differ only in their primitives.
+
+It reaches its store through kq's own Kombu transport, as ``channel.store``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil, inf
+from threading import Lock
+from time import monotonic, time
+from typing import Any, Final
+from uuid import uuid4
+
+import kombu
+
+from kq.backend import (
+    Capabilities,
+    Delivery,
+    Envelope,
+    Publication,
+    QueueInfo,
+    QueueSpec,
+    Settlement,
+    bury,
+    clean,
+    pack,
+    unknown_options,
+    unpack_or_wrap,
+)
+from kq.backends.store import BrokerAway, Ending, Entry, Store
+from kq.errors import Conflict, Error, Internal, NotFound
+from kq.header import NORMAL
+from kq.registry import BackendOptions
+
+#: Seconds after which a feed looks at a quiet queue although nothing woke it: the insurance against
+#: a wake-up that died with the worker it went to.
+_LOOK_AGAIN: Final = 5.0
+#: Seconds between two such looks of one feed, so that a feed of many queues stays quiet as well.
+_LOOK_SPACING: Final = 0.75
+#: Messages that one look into a queue of dead letters reads.
+_PAGE: Final = 200
+
+
+class StoredBackend:
+    """A broker made of a store."""
+
+    def __init__(self, url: str, options: BackendOptions) -> None:
+        self._url = url
+        self._options = options
+        self._scheme = url.partition("://")[0].replace("rediss", "redis")
+        self._lock = Lock()
+        self._connection: Any = None
+        self._shared: Store | None = None
+        self._max_length: dict[str, int | None] = {}
+        # Ill-formed URLs fail here, before anything is used.
+        self.capabilities: Capabilities = self._connect().transport.store.capabilities
+
+    def _connect(self) -> Any:
+        options = self._options
+        return kombu.Connection(
+            f"kq-{self._url}",
+            transport_options={
+                "lease": options.lease,
+                "heartbeat": options.heartbeat,
+                "timeout": options.timeout,
+                "name": options.name,
+            },
+        )
+
+    def _store(self) -> Store:
+        with self._lock:
+            if self._shared is None:
+                self._connection = self._connect()
+                self._shared = self._connection.channel().store
+            return self._shared
+
+    def declare(self, queue: QueueSpec, *, create: bool, exact: bool) -> None:
+        """See `Backend.declare`."""
+        unknown_options(queue, self._scheme, frozenset())
+        store = self._store()
+        wanted = {"max_length": queue.max_length, "dead_letter": queue.dead_letter}
+        found = store.declare(queue.id, wanted) if create else store.arguments(queue.id)
+        if found is None and not create:
+            raise NotFound(f"queue {queue.id} does not exist; declare it, or let create_queues make it")
+        if found is not None and exact:
+            for name, value in wanted.items():
+                if name in found and found[name] != value:
+                    raise Conflict(
+                        f"queue {queue.id} exists with {name}={found[name]!r}, declared here with {name}={value!r}; "
+                        "declare it alike, or delete the queue first"
+                    )
+        self._max_length[queue.id] = queue.max_length if found is None else found.get("max_length")
+        if queue.dead_letter is not None:
+            store.declare(queue.dead_letter, {})
+
+    def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
+        """See `Backend.publish`."""
+        deadline = monotonic() + timeout
+        store = self._store()
+        results: list[Error | None] = [None] * len(batch)
+        by_queue: dict[str, list[int]] = {}
+        for index, publication in enumerate(batch):
+            by_queue.setdefault(publication.queue.id, []).append(index)
+        for queue, indexes in by_queue.items():
+            entries = [_entry(batch[index]) for index in indexes]
+            try:
+                accepted = self._put(store, queue, entries, deadline)
+            except Error as error:
+                for index in indexes:
+                    results[index] = error
+                continue
+            if accepted is None:
+                text = f"queue {queue} does not exist any more; the next publish makes it again"
+                failed = Internal(text, details={"reason": "unroutable"})
+                accepted = 0
+            else:
+                length = self._max_length.get(queue)
+                failed = Internal(f"queue {queue} is full: it holds {length} messages", details={"reason": "full"})
+            for index in indexes[accepted:]:
+                results[index] = failed
+        return results
+
+    def _put(self, store: Store, queue: str, entries: list[Entry], deadline: float) -> int | None:
+        while True:
+            if monotonic() >= deadline:
+                raise Internal("the broker did not confirm in time", details={"reason": "timeout"})
+            try:
+                return store.put(queue, entries, self._max_length.get(queue))
+            except BrokerAway as error:
+                # A connection that broke while it was idle: the same ids again are harmless.
+                if error.details.get("reason") != "unavailable" or not error.retryable:
+                    raise
+                store.ping()
+
+    def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> StoredFeed:
+        """See `Backend.feed`."""
+        connection = self._connect()
+        try:
+            store: Store = connection.channel().store
+        except BaseException:
+            connection.close()
+            raise
+        return StoredFeed(connection, store, queues, self._options.lease)
+
+    def info(self, queue: QueueSpec) -> QueueInfo:
+        """See `Backend.info`."""
+        store = self._store()
+        if store.arguments(queue.id) is None:
+            raise NotFound(f"queue {queue.id} does not exist")
+        counts = store.counts(queue.id)
+        dead = None
+        if queue.dead_letter is not None:
+            letters = store.counts(queue.dead_letter)
+            dead = letters.ready + letters.delayed + letters.leased
+        stamps = [unpack_or_wrap(raw, "").properties.get("timestamp") for raw in counts.heads]
+        ages = [time() - stamp for stamp in stamps if isinstance(stamp, (int, float))]
+        return QueueInfo(
+            message_count=counts.ready + counts.delayed + counts.leased,
+            ready=counts.ready,
+            delayed=counts.delayed,
+            in_flight=counts.leased,
+            dead=dead,
+            consumer_count=counts.consumers,
+            oldest_age=max(0.0, *ages) if ages else None,
+        )
+
+    def purge(self, queue: QueueSpec) -> int:
+        """See `Backend.purge`."""
+        return self._store().remove(queue.id, None)
+
+    def browse(self, queue: QueueSpec, limit: int, offset: int) -> list[Envelope]:
+        """See `Backend.browse`."""
+        return [unpack_or_wrap(raw, id) for id, raw in self._store().browse(queue.id, limit, offset)]
+
+    def remove(self, queue: QueueSpec, ids: Sequence[str] | None) -> int:
+        """See `Backend.remove`."""
+        return self._store().remove(queue.id, ids)
+
+    def replay(self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec) -> int:
+        """See `Backend.replay`."""
+        store = self._store()
+        wanted = None if ids is None else set(ids)
+        chosen = []
+        for id, raw in _pages(store, dead.id):
+            envelope = unpack_or_wrap(raw, id)
+            origin = envelope.headers.get("x_original_queue", target.id)
+            if origin == target.id and (wanted is None or id in wanted):
+                chosen.append((id, clean(envelope)))
+                if wanted is not None and len(chosen) == len(wanted):
+                    break
+        moved = 0
+        for id, envelope in chosen:
+            entry = Entry(envelope.id, pack(envelope), envelope.priority)
+            moved += store.move(dead.id, target.id, id, None, entry, replace=False)
+        return moved
+
+    def check(self, handler_timeout: float | None = None) -> list[str]:
+        """See `Backend.check`."""
+        return self._store().warnings()
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        with self._lock:
+            connection, self._connection, self._shared = self._connection, None, None
+        if connection is not None:
+            connection.close()
+
+
+class StoredFeed:
+    """A consumer of a store's queues. One thread's, but for `wake`."""
+
+    def __init__(self, connection: Any, store: Store, queues: Sequence[QueueSpec], lease: float) -> None:
+        self._connection = connection
+        self._store = store
+        self._specs = {queue.id: queue for queue in queues}
+        self._order = deque(self._specs)
+        self._lease = int(lease * 1000)
+        self._name = uuid4().hex
+        self._held: dict[tuple[str, str, int], Delivery] = {}
+        self._look_again = max(_LOOK_AGAIN, len(self._specs) * _LOOK_SPACING)
+        self._look_at = dict.fromkeys(self._specs, 0.0)
+        self._room: set[str] = set()
+        self._closed = False
+        self.renew()
+
+    def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
+        """See `Feed.fetch`."""
+        deliveries: list[Delivery] = []
+        self._room.clear()
+        self._order.rotate(-1)
+        for queue in self._order:
+            room = min(credit - len(deliveries), caps.get(queue, credit))
+            if room <= 0:
+                continue
+            if self._look_at[queue] > monotonic():
+                self._room.add(queue)
+                continue
+            taken = self._store.take(queue, room, self._lease)
+            for lease in taken.leases:
+                delivery = Delivery(
+                    queue, lease.id, lease.raw, lease.attempts, lease.crashes, lease.deliveries, lease.token
+                )
+                self._held[queue, lease.id, lease.token] = delivery
+                deliveries.append(delivery)
+            if len(taken.leases) < room:
+                self._room.add(queue)
+                quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
+                self._look_at[queue] = monotonic() + quiet
+        return deliveries
+
+    def settle(self, settlements: Sequence[Settlement]) -> list[Settlement]:
+        """See `Feed.settle`."""
+        late = []
+        by_queue: dict[str, list[Settlement]] = {}
+        for settlement in settlements:
+            delivery = settlement.delivery
+            if (delivery.queue, delivery.id, delivery.receipt) in self._held:
+                by_queue.setdefault(delivery.queue, []).append(settlement)
+            else:
+                late.append(settlement)
+        for queue, group in by_queue.items():
+            endings = [_ending(self._specs[queue], settlement) for settlement in group]
+            plain = [(s, ending) for s, ending in zip(group, endings, strict=True) if ending is not None]
+            answers = self._store.settle(queue, [ending for _, ending in plain]) if plain else []
+            settled = dict(zip((id(s) for s, _ in plain), answers, strict=True))
+            for settlement, ending in zip(group, endings, strict=True):
+                in_time = settled[id(settlement)] if ending is not None else self._bury(settlement)
+                delivery = settlement.delivery
+                self._held.pop((queue, delivery.id, delivery.receipt), None)
+                if not in_time:
+                    late.append(settlement)
+                elif ending is not None and ending.action != "ack":
+                    soon = monotonic() + ending.delay / 1000
+                    self._look_at[queue] = min(self._look_at[queue], soon)
+        return late
+
+    def _bury(self, settlement: Settlement) -> bool:
+        delivery, outcome = settlement.delivery, settlement.outcome
+        target = self._specs[delivery.queue].dead_letter
+        assert target is not None
+        letter = bury(unpack_or_wrap(delivery.raw, delivery.id), delivery.queue, outcome, time())
+        # One priority for all: dead letters are kept in the order of their deaths.
+        entry = Entry(letter.id, pack(letter), NORMAL)
+        return self._store.move(delivery.queue, target, delivery.id, delivery.receipt, entry, replace=True)
+
+    def due_in(self) -> float | None:
+        """See `Feed.due_in`."""
+        soonest = None
+        for queue in self._specs:
+            more_in = self._store.take(queue, 0, self._lease).more_in
+            if self._store.counts(queue).ready:
+                self._look_at[queue] = 0.0
+                more_in = 0
+            if more_in is not None and (soonest is None or more_in < soonest):
+                soonest = more_in
+                self._look_at[queue] = min(self._look_at[queue], monotonic() + more_in / 1000)
+        return None if soonest is None else soonest / 1000
+
+    def renew(self) -> None:
+        """See `Feed.renew`."""
+        held: dict[str, list[tuple[str, int]]] = {queue: [] for queue in self._specs}
+        for queue, id, token in self._held:
+            held[queue].append((id, token))
+        for queue, pairs in held.items():
+            kept = self._store.renew(queue, pairs, self._lease, self._name)
+            for (id, token), ours in zip(pairs, kept, strict=True):
+                if not ours:
+                    self._held.pop((queue, id, token)).lost = True
+
+    def wait(self, timeout: float) -> None:
+        """See `Feed.wait`."""
+        # Queues in which the last fetch left no room are not listened to: a wake-up that we cannot
+        # follow would be missing elsewhere.
+        soonest = min((self._look_at[queue] for queue in self._room), default=inf)
+        until = min(timeout, soonest - monotonic())
+        if until <= 0 and self._room:
+            return
+        for queue in self._store.wait(sorted(self._room), max(0.0, until)):
+            self._look_at[queue] = 0.0
+
+    def wake(self) -> None:
+        """See `Feed.wake`."""
+        self._store.wake()
+
+    def close(self) -> None:
+        """See `Feed.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            by_queue: dict[str, list[Ending]] = {}
+            for queue, id, token in self._held:
+                by_queue.setdefault(queue, []).append(Ending(id, token, "release"))
+            for queue, endings in by_queue.items():
+                self._store.settle(queue, endings)
+            for queue in self._specs:
+                self._store.leave(queue, self._name)
+        except Error:
+            pass  # unreachable: the leases run out by themselves
+        finally:
+            self._held.clear()
+            self._connection.close()
+
+
+def _entry(publication: Publication) -> Entry:
+    envelope = publication.envelope
+    return Entry(envelope.id, pack(envelope), envelope.priority, ceil(publication.delay * 1000))
+
+
+def _ending(queue: QueueSpec, settlement: Settlement) -> Ending | None:
+    """Return how a store ends a lease, or None if the message goes to the dead-letter queue."""
+    delivery, outcome = settlement.delivery, settlement.outcome
+    if outcome.action == "done":
+        return Ending(delivery.id, delivery.receipt, "ack")
+    if outcome.action == "release":
+        return Ending(delivery.id, delivery.receipt, "release")
+    delay = outcome.delay
+    if outcome.action == "dead":
+        if queue.dead_letter is not None:
+            return None
+        # A dead-letter queue has none of its own: what fails there stays, and rests before it is tried again.
+        delay = queue.policy.backoff.max
+    return Ending(
+        delivery.id, delivery.receipt, "retry", ceil(delay * 1000), outcome.attempts, outcome.crashes
+    )
+
+
+def _pages(store: Store, queue: str) -> Iterator[tuple[str, bytes]]:
+    offset = 0
+    while True:
+        page = store.browse(queue, _PAGE, offset)
+        yield from page
+        if len(page) < _PAGE:
+            return
+        offset += len(page)

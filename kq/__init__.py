@@ -1,0 +1,30 @@
+"""kq: a task queue for work you must not lose.
+
+Publish a message to a queue id such as ``app:emails``; a worker runs your handler on it at least once,
+retries what is worth retrying, and puts the rest where a person can look at it.
+"""
+
+from kq import errors, queue
+from kq.app import App, DeadLetter, DeadLetters
+from kq.backend import Capabilities, QueueInfo
+from kq.consumer import Consumer
+from kq.message import Message
+from kq.producer import Producer
+from kq.retry import Backoff, Retry
+from kq.version import __version__
+
+__all__ = [
+    "App",
+    "Backoff",
+    "Capabilities",
+    "Consumer",
+    "DeadLetter",
+    "DeadLetters",
+    "Message",
+    "Producer",
+    "QueueInfo",
+    "Retry",
+    "__version__",
+    "errors",
+    "queue",
+]

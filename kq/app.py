@@ -1,0 +1,518 @@
+"""The app: what people declare queues and handlers on. It puts the other parts together."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kq import codec, config, limit, registry
+from kq.backend import Envelope, QueueInfo, QueueSpec
+from kq.errors import Invalid, NotFound
+from kq.executor import Executor, HandleMiddleware
+from kq.producer import Producer, PublishMiddleware
+from kq.registry import Registry, count
+from kq.retry import Backoff
+from kq.router import Consumer
+
+if TYPE_CHECKING:
+    from kq.worker.worker import Worker
+
+_Handler = TypeVar("_Handler", bound=Callable[..., Any])
+
+#: How many dead letters one look reads while it searches for an id.
+_PAGE = 200
+
+
+class App:
+    """Queues, handlers and a broker, under one name.
+
+    Creating an app connects to nothing. Thread-safe; a forked child opens connections of its own.
+
+    Args:
+        name: For logs and for the broker's list of connections.
+        broker: The broker's URL; else ``KQ_BROKER_URL``, else ``sqlite:///kq.db``.
+        publish_timeout: Seconds that one publish may take; default 10.
+        lease: Seconds that a delivery stays with a worker that has died; default 30.
+        heartbeat: Seconds between probes of a silent connection; default 30.
+        create_queues: Whether publishing to an undeclared queue makes it; default true.
+        max_body: Bytes of the largest body, at most 8 MiB; default 1 MiB.
+        max_deliveries: Deliveries in a row that nobody settles before a message is dead-lettered; default 20.
+        on_publish: Middleware around publishing, outermost first: ``(draft, call_next) -> ids``.
+        on_handle: Middleware around handlers, outermost first: ``(message, payload, call_next) -> result``.
+
+    Raises:
+        Invalid: If a setting, here or in the environment, is not what it must be.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        broker: str | None = None,
+        publish_timeout: float | None = None,
+        lease: float | None = None,
+        heartbeat: float | None = None,
+        create_queues: bool | None = None,
+        max_body: int | None = None,
+        max_deliveries: int | None = None,
+        on_publish: Sequence[PublishMiddleware] = (),
+        on_handle: Sequence[HandleMiddleware] = (),
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            raise Invalid(f"name: expected a name for the app, got {name!r}")
+        settings = config.resolve(
+            {
+                "broker": broker,
+                "publish_timeout": publish_timeout,
+                "lease": lease,
+                "heartbeat": heartbeat,
+                "create_queues": create_queues,
+                "max_body": max_body,
+                "max_deliveries": max_deliveries,
+            }
+        )
+        config.scheme(settings.broker)
+        self.registry = Registry(name, settings)
+        self._on_handle = list(on_handle)
+        self._producer = Producer(self, middleware=list(on_publish))
+        _remember(self)
+
+    @property
+    def name(self) -> str:
+        """The app's name."""
+        return self.registry.name
+
+    def __repr__(self) -> str:
+        return f"<App {self.name!r} on {config.hide_password(self.registry.settings.broker)}>"
+
+    # Declaring.
+
+    def queue(
+        self,
+        queue_id: str,
+        *,
+        codec: str = "json/plain",
+        dead_letter: str | None = None,
+        max_attempts: int = 5,
+        max_crashes: int = 3,
+        retry: Backoff = Backoff(),  # noqa: B008 - a frozen value
+        max_length: int | None = None,
+        max_priority: int | None = None,
+        require_signature: bool = False,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> QueueSpec:
+        """Declare a queue; the broker hears of it at its first use. Idempotent.
+
+        Args:
+            queue_id: ``namespace:name``.
+            codec: ``json/plain`` or ``application/msgpack``.
+            dead_letter: The queue for messages that cannot be handled; default ``<queue id>.dead``.
+            max_attempts: Runs of a message before it is dead-lettered, the first included.
+            max_crashes: Runs under which its process may die.
+            retry: The wait between attempts.
+            max_length: Messages that may wait before publishing is refused with reason ``full``.
+            max_priority: Levels of priority; only RabbitMQ needs to know.
+            require_signature: Not available in this version.
+            options: What one kind of broker understands, e.g. ``{"amqp": {"queue_type": "classic"}}``.
+
+        Raises:
+            Invalid: If a value is not what it must be.
+            Conflict: If the queue was declared with other values.
+        """
+        spec = registry.queue_spec(
+            queue_id,
+            codec_name=codec,
+            dead_letter=dead_letter,
+            max_attempts=max_attempts,
+            max_crashes=max_crashes,
+            retry=retry,
+            max_length=max_length,
+            max_priority=max_priority,
+            require_signature=require_signature,
+            options=options,
+        )
+        return self.registry.declare(spec)
+
+    def consumer(
+        self,
+        queue_id: str,
+        *,
+        name: str | None = None,
+        concurrency: int | None = None,
+        prefetch: int | None = None,
+        timeout: Any = None,
+        auto_ack: bool = False,
+        max_attempts: int | None = None,
+        retry: Backoff | None = None,
+    ) -> Callable[[_Handler], _Handler]:
+        """Make a function, sync or async, the handler of a queue. It stays a plain function.
+
+        Args:
+            queue_id: The queue; declared with default values unless `queue` says otherwise.
+            name: For logs; default the function's own.
+            concurrency: Runs at once in one worker; default no limit of its own.
+            prefetch: Messages that one worker holds for it; default as many as fit.
+            timeout: Seconds or ``timedelta`` that one run may take; default no limit.
+            auto_ack: Settle before the handler runs: at most once.
+            max_attempts: Wins over the queue's.
+            retry: Wins over the queue's.
+
+        Raises:
+            Invalid: If a value is not what it must be.
+            Conflict: If the queue has a consumer already.
+        """
+        limit.queue_id(queue_id)
+        seconds = None if timeout is None else limit.seconds("timeout", timeout)
+        if seconds == 0:
+            raise Invalid("timeout: expected more than 0 seconds")
+        if retry is not None and not isinstance(retry, Backoff):
+            raise Invalid(f"retry: expected a kq.Backoff, got {type(retry).__name__}")
+
+        def register(handler: _Handler) -> _Handler:
+            if not callable(handler):
+                raise Invalid(f"expected a function to handle {queue_id}, got {type(handler).__name__}")
+            self.registry.router.add(
+                Consumer(
+                    queue=queue_id,
+                    name=name or getattr(handler, "__name__", type(handler).__name__),
+                    handler=handler,
+                    max_attempts=None if max_attempts is None else count("max_attempts", max_attempts, 1, 1_000_000),
+                    backoff=retry,
+                    concurrency=None if concurrency is None else count("concurrency", concurrency, 1, 100_000),
+                    prefetch=None if prefetch is None else count("prefetch", prefetch, 1, 100_000),
+                    timeout=seconds,
+                    auto_ack=auto_ack,
+                )
+            )
+            self.registry.imply(queue_id)
+            return handler
+
+        return register
+
+    # Publishing.
+
+    def publish(
+        self,
+        queue_id: str,
+        data: Any,
+        headers: Any = None,
+        *,
+        delay: Any = None,
+        at: datetime | None = None,
+        expires: Any = None,
+        message_id: str | None = None,
+    ) -> str:
+        """Publish one message and return its id; see `kq.Producer.publish`."""
+        return self._producer.publish(
+            queue_id, data, headers, delay=delay, at=at, expires=expires, message_id=message_id
+        )
+
+    def publish_many(
+        self,
+        queue_id: str,
+        payloads: Iterable[Any],
+        headers: Any = None,
+        *,
+        delay: Any = None,
+        at: datetime | None = None,
+        expires: Any = None,
+    ) -> list[str]:
+        """Publish messages, pipelined, and return their ids; see `kq.Producer.publish_many`."""
+        return self._producer.publish_many(queue_id, payloads, headers, delay=delay, at=at, expires=expires)
+
+    async def apublish(
+        self,
+        queue_id: str,
+        data: Any,
+        headers: Any = None,
+        *,
+        delay: Any = None,
+        at: datetime | None = None,
+        expires: Any = None,
+        message_id: str | None = None,
+    ) -> str:
+        """Publish one message without blocking the event loop; see `kq.Producer.publish`."""
+        return await self._producer.apublish(
+            queue_id, data, headers, delay=delay, at=at, expires=expires, message_id=message_id
+        )
+
+    async def apublish_many(
+        self,
+        queue_id: str,
+        payloads: Iterable[Any],
+        headers: Any = None,
+        *,
+        delay: Any = None,
+        at: datetime | None = None,
+        expires: Any = None,
+    ) -> list[str]:
+        """Publish messages without blocking the event loop; see `kq.Producer.publish_many`."""
+        return await self._producer.apublish_many(
+            queue_id, payloads, headers, delay=delay, at=at, expires=expires
+        )
+
+    # Looking after queues.
+
+    def info(self, queue_id: str) -> QueueInfo:
+        """Return what the broker knows of a queue.
+
+        Raises:
+            Invalid: If the queue id is ill-formed.
+            NotFound: If there is no such queue.
+            Internal: If the broker cannot be reached.
+        """
+        return self.registry.backend().info(self.registry.spec(limit.queue_id(queue_id)))
+
+    def purge(self, queue_id: str) -> int:
+        """Drop what waits in a queue, and return how many messages that were; raises as `info`.
+
+        Messages that a worker holds are not touched; delayed ones are, where the broker can.
+        """
+        spec = self.registry.spec(limit.queue_id(queue_id))
+        backend = self.registry.backend()
+        backend.info(spec)
+        return backend.purge(spec)
+
+    def dead(self, queue_id: str) -> DeadLetters:
+        """Return the dead letters of a queue; raises as `info`."""
+        limit.queue_id(queue_id)
+        return DeadLetters(self.registry, queue_id)
+
+    # Working.
+
+    def worker(self, **options: Any) -> Worker:
+        """Return a worker that runs in this process: ``run()``, ``start()``, ``stop()``, or a context manager.
+
+        Args:
+            options: As in `kq.worker.worker.WorkerOptions`, e.g. ``concurrency=4``. With ``app_path``, the
+                app's ``package.module:attribute``, handlers run in processes; without, in threads.
+        """
+        from kq.worker.worker import Worker, WorkerOptions
+
+        app_path = options.pop("app_path", None)
+        try:
+            return Worker(self, app_path=app_path, options=WorkerOptions(**options))
+        except TypeError as error:
+            raise Invalid(f"worker: {error}") from None
+
+    def drain(self, timeout: Any = 60.0, *, concurrency: int = 1) -> int:
+        """Handle messages in this process until none is ready, running or due; for tests and scripts.
+
+        Blocks. Works in any thread.
+
+        Args:
+            timeout: Seconds or ``timedelta`` after which to stop; what runs then is finished.
+            concurrency: Handlers at once.
+
+        Returns:
+            How many messages were handled to their end: done or dead-lettered.
+        """
+        from kq.worker.worker import Worker, WorkerOptions
+
+        if not len(self.registry.router):
+            return 0
+        deadline = monotonic() + limit.seconds("timeout", timeout)
+        options = WorkerOptions(pool="threads", concurrency=concurrency, prefetch=max(10, 2 * concurrency))
+        worker = Worker(self, options=options, idle_until=deadline, quiet=True)
+        worker.run()
+        return worker.tally.handled + worker.tally.dead
+
+    def executor(self) -> Executor:
+        """Return what runs this app's handlers. For workers."""
+        return Executor(
+            self.registry.router,
+            self.registry.spec,
+            max_body=self.registry.settings.max_body,
+            middleware=self._on_handle,
+            activate=self._activate,
+        )
+
+    def close(self) -> None:
+        """Give up connections; the next use opens new ones. Idempotent."""
+        self._producer.close()
+        self.registry.close()
+
+    def __enter__(self) -> App:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _activate(self) -> _Active:
+        return _Active(self)
+
+
+class _Active:
+    """Makes an app the one that `kq.queue` acts on, for a while."""
+
+    __slots__ = ("_app", "_token")
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._token: Token[App | None]
+
+    def __enter__(self) -> None:
+        self._token = _active.set(self._app)
+
+    def __exit__(self, *exc: object) -> None:
+        _active.reset(self._token)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that could not be handled.
+
+    Attributes:
+        id: The message's id.
+        queue_id: The queue it came from.
+        payload: What was published, or None where it cannot be decoded.
+        body: The encoded payload as it arrived.
+        headers: The publisher's, without kq's own.
+        reason: ``max_attempts``, ``not_retryable``, ``crash_loop``, ``expired``, ``undecodable``,
+            ``unverified``, ``no_handler``, or the broker's own word.
+        attempts: How often a handler ran.
+        error_kind: The kind of the last error, or None.
+        error_message: Its message, or None.
+        dead_at: When it died; None where nobody wrote that down.
+    """
+
+    id: str
+    queue_id: str
+    payload: Any
+    body: bytes
+    headers: dict[str, Any]
+    reason: str
+    attempts: int
+    error_kind: str | None
+    error_message: str | None
+    dead_at: datetime | None
+
+
+class DeadLetters:
+    """The dead-letter queue of a queue: look, replay, purge.
+
+    Several queues may share one dead-letter queue; `list`, `get` and `purge` see all that is in it,
+    `replay` takes only what came from this queue.
+    """
+
+    def __init__(self, registry: Registry, queue_id: str) -> None:
+        self._registry = registry
+        self._origin = registry.spec(queue_id)
+        self._queue = registry.dead_letters_of(queue_id)
+
+    def list(self, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
+        """Return dead letters, oldest first, and leave them where they are.
+
+        Args:
+            limit: How many at most.
+            offset: How many to pass over.
+        """
+        count("limit", limit, 1, 1_000_000)
+        count("offset", offset, 0, 2**31 - 1)
+        self._exists()
+        return [self._open(envelope) for envelope in self._registry.backend().browse(self._queue, limit, offset)]
+
+    def get(self, message_id: str) -> DeadLetter:
+        """Return one dead letter.
+
+        Raises:
+            NotFound: If there is none of that id.
+        """
+        self._exists()
+        offset = 0
+        while True:
+            page = self._registry.backend().browse(self._queue, _PAGE, offset)
+            for envelope in page:
+                if envelope.id == message_id:
+                    return self._open(envelope)
+            if len(page) < _PAGE:
+                raise NotFound(f"no dead letter {message_id!r} in {self._queue.id}")
+            offset += len(page)
+
+    def replay(self, ids: Iterable[str] | None = None) -> int:
+        """Send dead letters back to their queue, as new messages under their old ids.
+
+        Args:
+            ids: Which; None for all.
+
+        Returns:
+            How many there were.
+        """
+        self._exists()
+        self._registry.ensure(self._origin)
+        return self._registry.backend().replay(self._queue, _ids(ids), self._origin)
+
+    def purge(self, ids: Iterable[str] | None = None) -> int:
+        """Drop dead letters for good, and return how many there were.
+
+        Args:
+            ids: Which; None for all.
+        """
+        self._exists()
+        return self._registry.backend().remove(self._queue, _ids(ids))
+
+    def _exists(self) -> None:
+        self._registry.backend().info(self._queue)
+
+    def _open(self, envelope: Envelope) -> DeadLetter:
+        headers = envelope.headers
+        properties = envelope.properties
+        try:
+            payload = codec.decode(
+                envelope.body,
+                properties.get("content_type"),
+                properties.get("content_encoding"),
+                codec.named(self._origin.codec),
+            )
+        except codec.Undecodable:
+            payload = None
+        at = headers.get("x_dead_letter_time")
+        attempts = headers.get("x_attempts", 0)
+        return DeadLetter(
+            id=envelope.id,
+            queue_id=str(headers.get("x_original_queue", self._origin.id)),
+            payload=payload,
+            body=envelope.body,
+            headers={key: value for key, value in headers.items() if not key.startswith("x_")},
+            reason=str(headers.get("x_dead_letter_reason", "rejected")),
+            attempts=attempts if isinstance(attempts, int) else 0,
+            error_kind=headers.get("x_error_kind"),
+            error_message=headers.get("x_error_message"),
+            dead_at=datetime.fromtimestamp(at, timezone.utc) if isinstance(at, (int, float)) else None,
+        )
+
+
+def _ids(ids: Iterable[str] | None) -> list[str] | None:
+    if ids is None:
+        return None
+    return [ids] if isinstance(ids, str) else [str(id) for id in ids]
+
+
+_active: ContextVar[App | None] = ContextVar("kq_app", default=None)
+_last: weakref.ref[App] | None = None
+_default: App | None = None
+
+
+def _remember(app: App) -> None:
+    global _last
+    _last = weakref.ref(app)
+
+
+def current() -> App:
+    """Return the app that `kq.queue` acts on.
+
+    That of the running handler, else the one created last in this process, else one made from the
+    environment.
+    """
+    global _default
+    app = _active.get() or (_last() if _last is not None else None)
+    if app is not None:
+        return app
+    if _default is None:
+        _default = App("kq")
+    return _default

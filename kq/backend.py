@@ -1,0 +1,375 @@
+"""The contract between kq and a broker: a few values and one Protocol of about ten methods.
+
+A backend moves envelopes. It does not decode payloads, route, run handlers or decide about
+retries; what a broker can and cannot do is data (`Capabilities`), not a special case above it.
+
+A `Backend` is shared by the threads of a process, but every call but `close` is made by one thread
+at a time (`kq.group_commit` sees to that for publishing). A `Feed` belongs to the one thread that
+fetches and settles, except for `Feed.wake`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
+
+import msgspec
+
+from kq.errors import Error, Invalid
+from kq.outcome import Outcome
+from kq.retry import RetryPolicy
+
+#: The version of the wire format, sent as the header ``x_kq``.
+WIRE_VERSION: Final = 1
+
+#: Why a broker did not confirm; ``details["reason"]`` of the error that publishing raises.
+Reason = Literal["unavailable", "timeout", "refused", "blocked", "unroutable", "full"]
+
+
+class Envelope(msgspec.Struct, array_like=True):
+    """A message as it travels.
+
+    Attributes:
+        id: The message's id.
+        headers: The user's headers and kq's own.
+        properties: AMQP's basic properties by name, e.g. ``content_type`` and ``priority``.
+        body: The encoded payload and nothing else.
+    """
+
+    id: str
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+    body: bytes
+
+    @property
+    def priority(self) -> int:
+        """The level from 0 to 9 that the broker sorts by; 4 where none can be read."""
+        value = self.properties.get("priority")
+        return value if isinstance(value, int) and 0 <= value <= 9 else 4
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def pack(envelope: Envelope) -> bytes:
+    """Return an envelope as bytes: a msgpack array of id, headers, properties and body."""
+    return _encoder.encode(envelope)
+
+
+def unpack(raw: bytes) -> Envelope:
+    """Return the envelope that ``raw`` holds.
+
+    Raises:
+        ValueError: If it holds none.
+    """
+    try:
+        return _decoder.decode(raw)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(f"not an envelope: {error}") from None
+
+
+def unpack_or_wrap(raw: bytes, id: str) -> Envelope:
+    """Return the envelope that ``raw`` holds, or one with ``raw`` as its body."""
+    try:
+        return unpack(raw)
+    except ValueError:
+        return Envelope(id, {}, {"content_type": "application/octet-stream"}, raw)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSpec:
+    """A queue as declared.
+
+    Attributes:
+        id: ``namespace:name``; also its name on the broker.
+        codec: The codec for payloads published here, and for bodies without a content type.
+        dead_letter: The queue id of its dead letters; None for a dead-letter queue itself.
+        policy: When a message has had enough.
+        max_length: Messages it holds before publishing is refused with reason ``full``.
+        max_priority: Levels of priority, where a broker must know beforehand (RabbitMQ).
+        require_signature: Whether unsigned messages are dead-lettered.
+        options: What one kind of broker understands, by its name.
+    """
+
+    id: str
+    codec: str = "json/plain"
+    dead_letter: str | None = None
+    policy: RetryPolicy = RetryPolicy()
+    max_length: int | None = None
+    max_priority: int | None = None
+    require_signature: bool = False
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Publication(msgspec.Struct, frozen=True):
+    """One message on its way to a broker.
+
+    Attributes:
+        queue: Where to.
+        envelope: What.
+        delay: Seconds that the broker holds it back.
+    """
+
+    queue: QueueSpec
+    envelope: Envelope
+    delay: float = 0.0
+
+
+class Delivery(msgspec.Struct):
+    """One arrival of a message at this process.
+
+    Attributes:
+        queue: The queue id.
+        id: The message's id.
+        raw: The packed envelope, or whatever a stranger put there.
+        attempts: Charged before this delivery.
+        crashes: Charged before this delivery.
+        deliveries: Earlier deliveries in a row that nobody settled: their worker died.
+        receipt: The backend's own, to settle it by.
+        lost: Set once the delivery is known to belong to another worker by now.
+    """
+
+    queue: str
+    id: str
+    raw: bytes
+    attempts: int
+    crashes: int
+    deliveries: int
+    receipt: Any
+    lost: bool = False
+
+
+class Settlement(msgspec.Struct, frozen=True):
+    """A delivery and its end."""
+
+    delivery: Delivery
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class QueueInfo:
+    """What a broker knows of a queue; None where it cannot tell.
+
+    Attributes:
+        message_count: Ready, delayed and in flight together, as far as known.
+        ready: Waiting for a worker.
+        delayed: Waiting for their time.
+        in_flight: With a worker.
+        dead: In the dead-letter queue.
+        consumer_count: Workers that consume it.
+        oldest_age: Seconds since the oldest ready message was published.
+    """
+
+    message_count: int
+    ready: int
+    delayed: int | None
+    in_flight: int | None
+    dead: int | None
+    consumer_count: int | None
+    oldest_age: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a broker can do, as data; ``kq check`` prints it and a test holds it to account.
+
+    Attributes:
+        survives: What published messages outlive, in words.
+        shared: Whether other processes see the same queues.
+        deduplicates: Whether a second publish of an id that is still queued has no effect.
+        priorities: ``always``, or ``declared`` where a queue must ask for them with ``max_priority``.
+        counts_delayed: Whether ``info`` can count delayed messages.
+        counts_in_flight: Whether ``info`` can count messages that workers hold.
+        tells_age: Whether ``info`` knows how old the oldest message is.
+        counts_deliveries: Whether deliveries that nobody settled are counted: ``always``, or
+            ``unless_prioritised`` where only queues without ``max_priority`` count them.
+    """
+
+    survives: str
+    shared: bool
+    deduplicates: bool
+    priorities: Literal["always", "declared"]
+    counts_delayed: bool
+    counts_in_flight: bool
+    tells_age: bool
+    counts_deliveries: Literal["always", "unless_prioritised"]
+
+
+class Feed(Protocol):
+    """A worker's, or a puller's, connection to its queues. Owned by one thread."""
+
+    def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
+        """Take what is ready, without waiting.
+
+        Args:
+            credit: Messages to take at most, of all queues together.
+            caps: Messages to take at most of single queues, by id.
+
+        What is returned is leased to this feed, and to nobody else until it is settled, the feed is
+        closed, or the lease ran out because nobody renewed it.
+        """
+        ...
+
+    def settle(self, settlements: Sequence[Settlement]) -> list[Settlement]:
+        """Carry out outcomes, in one batch, and return those that came too late.
+
+        A delivery whose lease has passed to another worker is left alone: its settlement is
+        returned. After an error nothing is known; the same call can be made again.
+        """
+        ...
+
+    def due_in(self) -> float | None:
+        """Look at every queue, announced or not, and return the seconds until there is work.
+
+        0.0 means that something is ready; None that nothing is ready, delayed or with another worker, as
+        far as the broker can tell.
+        """
+        ...
+
+    def renew(self) -> None:
+        """Extend every lease and show that this consumer lives; cheap, call it every third of a lease."""
+        ...
+
+    def wait(self, timeout: float) -> None:
+        """Block until something may be ready, `wake` is called, or ``timeout`` seconds have passed."""
+        ...
+
+    def wake(self) -> None:
+        """End a `wait`, the present or the next one. Safe in any thread and in signal handlers."""
+        ...
+
+    def close(self) -> None:
+        """Release what is unsettled, uncharged, and give up the connection. Idempotent."""
+        ...
+
+
+class Backend(Protocol):
+    """A broker, as far as kq is concerned."""
+
+    capabilities: Capabilities
+
+    def declare(self, queue: QueueSpec, *, create: bool, exact: bool) -> None:
+        """Make sure a queue and its dead-letter queue exist.
+
+        Args:
+            queue: The queue.
+            create: Whether to make one that is missing.
+            exact: Whether one that exists must have been declared with these very values.
+
+        Raises:
+            NotFound: If it is missing and not to be created.
+            Conflict: If it exists with other values; the message names the argument.
+            Invalid: If ``options`` has something unknown for this broker.
+        """
+        ...
+
+    def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
+        """Store messages and return once the broker has confirmed them.
+
+        Args:
+            batch: Messages, in order; their queues have been declared.
+            timeout: Seconds for all of it.
+
+        Returns:
+            For each message None if it is stored, else the error.
+        """
+        ...
+
+    def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> Feed:
+        """Open a feed of declared queues.
+
+        Args:
+            queues: What to consume.
+            prefetch: Deliveries it will hold at once, at most.
+        """
+        ...
+
+    def info(self, queue: QueueSpec) -> QueueInfo:
+        """Count a queue's messages; raises ``NotFound`` for one that does not exist."""
+        ...
+
+    def purge(self, queue: QueueSpec) -> int:
+        """Drop what waits in a queue, delayed or not, and return how many that were, as far as known.
+
+        Messages that a worker holds are not touched.
+        """
+        ...
+
+    def browse(self, queue: QueueSpec, limit: int, offset: int) -> list[Envelope]:
+        """Return messages that wait in a queue, oldest first, and leave them there."""
+        ...
+
+    def remove(self, queue: QueueSpec, ids: Sequence[str] | None) -> int:
+        """Drop these messages (None: all) from what waits in a queue, and return how many that were."""
+        ...
+
+    def replay(self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec) -> int:
+        """Move dead letters (None: all) back into ``target`` as new messages under their old ids.
+
+        Each is in one of the two queues at any moment.
+        """
+        ...
+
+    def check(self, handler_timeout: float | None = None) -> list[str]:
+        """Reach the broker and return warnings about settings that endanger messages.
+
+        Args:
+            handler_timeout: Seconds that the slowest handler may take, where that is limited.
+
+        Raises:
+            Internal: If it cannot be reached.
+            PermissionDenied: If it refuses us.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up all connections. Idempotent."""
+        ...
+
+
+def unknown_options(queue: QueueSpec, scheme: str, known: frozenset[str]) -> None:
+    """Refuse options that the backend does not know.
+
+    Raises:
+        Invalid: Naming the first of them.
+    """
+    for name in queue.options.get(scheme, {}):
+        if name not in known:
+            expected = ", ".join(sorted(known)) or "none"
+            raise Invalid(f"queue {queue.id}: unknown option {name!r} for {scheme}; expected {expected}")
+
+
+def clean(envelope: Envelope) -> Envelope:
+    """Return a dead letter as it was before: without kq's own headers, but for the format version."""
+    headers = {key: value for key, value in envelope.headers.items() if not key.startswith("x_")}
+    if "x_kq" in envelope.headers:
+        headers["x_kq"] = envelope.headers["x_kq"]
+    return Envelope(envelope.id, headers, envelope.properties, envelope.body)
+
+
+def bury(envelope: Envelope, queue: str, outcome: Outcome, now: float) -> Envelope:
+    """Return the dead letter of a message: itself, with headers that say why it is dead.
+
+    Args:
+        envelope: The message.
+        queue: The queue that delivered it.
+        outcome: A ``dead`` one.
+        now: Seconds since the epoch.
+    """
+    headers = dict(envelope.headers)
+    headers.update(
+        x_attempts=outcome.attempts,
+        x_crashes=outcome.crashes,
+        x_original_queue=queue,
+        x_dead_letter_reason=outcome.reason,
+        x_dead_letter_time=now,
+    )
+    headers.pop("x_due_at", None)
+    failure = outcome.failure
+    if failure is not None:
+        headers.update(x_error_kind=failure.kind, x_error_message=failure.message)
+        if failure.traceback:
+            headers["x_error_traceback"] = failure.traceback
+    return Envelope(envelope.id, headers, envelope.properties, envelope.body)

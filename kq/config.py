@@ -1,0 +1,157 @@
+"""Settings: one frozen value per app, from arguments, environment and defaults, checked at the edge.
+
+An argument wins over the environment, and the environment over the default. Every setting is also
+``KQ_<NAME>``; every command-line option likewise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from kq import limit
+from kq.errors import Invalid
+
+DEFAULT_BROKER: Final = "sqlite:///kq.db"
+PREFIX: Final = "KQ_"
+
+#: Variables that options of commands read, beside those of the settings.
+COMMAND_VARIABLES: Final = frozenset(
+    "KQ_" + name
+    for name in (
+        "APP", "ACTOR", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG", "DELAY", "EXPIRES", "GRACE",
+        "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL", "MAX_TASKS_PER_CHILD", "MESSAGE_ID",
+        "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES", "QUEUES", "YES",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an app runs with. Durations are seconds.
+
+    Attributes:
+        broker: The broker's URL; its scheme chooses the backend.
+        publish_timeout: How long one publish may take.
+        lease: For how long a delivery belongs to a worker that has stopped renewing it.
+        heartbeat: How often a silent connection is probed.
+        create_queues: Whether publishing to an undeclared queue makes it.
+        max_body: Bytes of the largest body, at most 8 MiB.
+        max_deliveries: Deliveries in a row that nobody settles before a message counts as the reason.
+    """
+
+    broker: str = DEFAULT_BROKER
+    publish_timeout: float = 10.0
+    lease: float = 30.0
+    heartbeat: float = 30.0
+    create_queues: bool = True
+    max_body: int = limit.MAX_BODY
+    max_deliveries: int = 20
+
+    def __post_init__(self) -> None:
+        _within("publish_timeout", self.publish_timeout, 0.001, 3600)
+        _within("lease", self.lease, 0.1, 86400)
+        _within("heartbeat", self.heartbeat, 1, 3600)
+        _within("max_body", self.max_body, 1, limit.MAX_BODY_CEILING)
+        _within("max_deliveries", self.max_deliveries, 1, 1_000_000)
+
+    def __repr__(self) -> str:
+        rest = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "broker")
+        return f"Settings(broker={hide_password(self.broker)!r}, {rest})"
+
+
+def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Settings:
+    """Return settings from arguments (None: not given) and the environment.
+
+    Raises:
+        Invalid: If a value is not of its type or out of range; the message says where it came from.
+    """
+    environment = os.environ if environment is None else environment
+    values: dict[str, Any] = {}
+    for field in fields(Settings):
+        given = arguments.get(field.name)
+        variable = PREFIX + field.name.upper()
+        if given is not None:
+            values[field.name] = _convert(field.name, given, type(field.default))
+        elif environment.get(variable, "") != "":
+            values[field.name] = _parse(variable, environment[variable], type(field.default))
+    return Settings(**values)
+
+
+def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return a warning for each ``KQ_...`` variable that nothing reads, with the nearest known name."""
+    environment = os.environ if environment is None else environment
+    known = COMMAND_VARIABLES | {PREFIX + field.name.upper() for field in fields(Settings)}
+    warnings = []
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in known and not name.startswith("KQ_TEST_"):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            warnings.append(f"the environment variable {name} is not one that kq reads{hint}")
+    return warnings
+
+
+def scheme(url: str) -> str:
+    """Return the scheme of a broker URL.
+
+    Raises:
+        Invalid: If it has none.
+    """
+    name, found, _ = url.partition("://")
+    if not found or not name:
+        raise Invalid(
+            "broker: expected a URL such as sqlite:///kq.db, redis://localhost or amqp://localhost; "
+            f"got {hide_password(url)!r}"
+        )
+    return name.lower()
+
+
+def hide_password(url: str) -> str:
+    """Return a broker URL that can be shown: its password, if any, replaced by ``**``.
+
+    A URL that cannot be taken apart is not shown at all, for nobody knows where its password is.
+    """
+    head, found, rest = url.partition("://")
+    if not found:
+        return "**" if "@" in url else url
+    try:
+        parts = urlsplit("//" + rest)
+        if parts.password is None and "@" not in rest:
+            return url
+        user = quote(parts.username or "", safe="")
+        place = parts.netloc.rpartition("@")[2]
+        secret = ":**" if parts.password is not None else ""
+        return f"{head}:" + urlunsplit(("", f"{user}{secret}@{place}", parts.path, parts.query, ""))
+    except ValueError:
+        return f"{head}://**"
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise Invalid(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+
+
+def _convert(name: str, value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise Invalid(f"{name}: expected {_a(kind)}, got {value!r}")
+
+
+def _parse(variable: str, text: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False,
+                    "no": False, "off": False}[text.strip().lower()]  # fmt: skip
+        return kind(text)
+    except (KeyError, ValueError):
+        raise Invalid(f"{variable}: expected {_a(kind)}, got {text!r}") from None
+
+
+def _a(kind: type) -> str:
+    return {float: "a number", int: "an integer", bool: "true or false", str: "a string"}[kind]

@@ -1,0 +1,172 @@
+"""Pulling messages in a program of your own, without a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from queue import Empty, SimpleQueue
+from time import monotonic, time
+from typing import Any
+
+from kq import codec, config, errors, limit
+from kq.backend import Delivery, Envelope, QueueSpec, Settlement, unpack
+from kq.errors import Invalid
+from kq.fetcher import Fetcher
+from kq.message import Message, Settled
+from kq.outcome import DONE, EXPIRED, UNDECODABLE, Failure, Outcome
+from kq.producer import HasRegistry
+from kq.registry import Registry
+from kq.retry import after_failure
+
+#: Seconds that closing waits for the broker.
+_CLOSE_TIMEOUT = 10.0
+
+
+class PulledMessage(Message):
+    """A message that the program settles itself: ``ack()`` or ``nack()``, in its own time."""
+
+    __slots__ = ("_payload",)
+
+    def __init__(self, payload: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._payload = payload
+
+    def payload(self) -> Any:
+        """Return what was published."""
+        return self._payload
+
+
+class Consumer:
+    """Receives messages one by one. Leases are renewed while it is open; closing releases the rest.
+
+    Thread-safe: several threads may receive from one consumer.
+
+    Args:
+        source: An app, or a broker URL.
+        queue_ids: One queue id, or several.
+        prefetch: Messages to hold beforehand.
+
+    Raises:
+        Invalid: If a queue id is ill-formed or ``prefetch`` is no positive number.
+        Internal: If the broker cannot be reached.
+    """
+
+    def __init__(self, source: HasRegistry | str, queue_ids: str | Sequence[str], *, prefetch: int = 10) -> None:
+        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 1:
+            raise Invalid(f"prefetch: expected an integer from 1, got {prefetch!r}")
+        ids = [queue_ids] if isinstance(queue_ids, str) else list(queue_ids)
+        if not ids:
+            raise Invalid("queue_ids: expected at least one queue id")
+        self._registry = (
+            Registry("kq", config.resolve({"broker": source})) if isinstance(source, str) else source.registry
+        )
+        self._specs: dict[str, QueueSpec] = {
+            limit.queue_id(queue_id): self._registry.spec(queue_id) for queue_id in ids
+        }
+        self._backend = self._registry.open()
+        self._ready: SimpleQueue[Delivery] = SimpleQueue()
+        try:
+            for spec in self._specs.values():
+                exact = self._registry.is_exact(spec.id)
+                self._backend.declare(spec, create=self._registry.create_queues or exact, exact=exact)
+        except BaseException:
+            self._backend.close()
+            raise
+        self._fetcher = Fetcher(
+            self._backend,
+            list(self._specs.values()),
+            prefetch=prefetch,
+            lease=self._registry.settings.lease,
+            on_deliveries=self._arrived,
+        )
+        self._fetcher.start()
+
+    def receive(self, timeout: float | None = None) -> PulledMessage | None:
+        """Return the next message, or None after ``timeout`` seconds (None: wait for ever).
+
+        Messages that expired or cannot be decoded go to the dead-letter queue on the way.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
+        while True:
+            try:
+                left = None if deadline is None else max(0.0, deadline - monotonic())
+                delivery = self._ready.get(timeout=left)
+            except Empty:
+                return None
+            message = self._open(delivery)
+            if message is not None:
+                return message
+
+    def __iter__(self) -> Iterator[PulledMessage]:
+        """Iterate over messages, for ever."""
+        while True:
+            message = self.receive()
+            if message is not None:
+                yield message
+
+    def close(self) -> None:
+        """Settle what was settled, release the rest, and disconnect. Idempotent."""
+        self._fetcher.stop(_CLOSE_TIMEOUT)
+        self._backend.close()
+
+    def __enter__(self) -> Consumer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _arrived(self, deliveries: list[Delivery]) -> None:
+        for delivery in deliveries:
+            self._ready.put(delivery)
+
+    def _open(self, delivery: Delivery) -> PulledMessage | None:
+        spec = self._specs[delivery.queue]
+        try:
+            envelope = unpack(delivery.raw)
+            if _is_expired(envelope):
+                self._bury(delivery, EXPIRED, "expired before it was received")
+                return None
+            if len(envelope.body) > self._registry.settings.max_body:
+                raise codec.Undecodable(f"the body has {len(envelope.body):,} bytes, over the limit")
+            properties = envelope.properties
+            payload = codec.decode(
+                envelope.body,
+                properties.get("content_type"),
+                properties.get("content_encoding"),
+                codec.named(spec.codec),
+            )
+        except (ValueError, codec.Undecodable) as error:
+            self._bury(delivery, UNDECODABLE, str(error))
+            return None
+
+        def settle(how: Settled, delay: float | None) -> None:
+            if how is Settled.ACK:
+                self._settle(delivery, DONE)
+                return
+            failure = Failure(errors.INTERNAL, "the receiver called nack()", True)
+            attempts = delivery.attempts + 1
+            self._settle(
+                delivery,
+                after_failure(failure, spec.policy, attempts=attempts, crashes=delivery.crashes, delay=delay),
+            )
+
+        return PulledMessage(
+            payload,
+            envelope,
+            queue=delivery.queue,
+            attempt=delivery.attempts + 1,
+            crashes=delivery.crashes,
+            on_settle=settle,
+        )
+
+    def _bury(self, delivery: Delivery, reason: str, why: str) -> None:
+        failure = Failure(errors.INVALID, why, False)
+        self._settle(delivery, Outcome("dead", 0.0, delivery.attempts, delivery.crashes, reason, failure))
+
+    def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
+        self._fetcher.settle([Settlement(delivery, outcome)])
+        self._fetcher.finished(delivery.queue)
+
+
+def _is_expired(envelope: Envelope) -> bool:
+    at = envelope.headers.get("x_expires_at")
+    return isinstance(at, (int, float)) and not isinstance(at, bool) and time() >= at

@@ -1,0 +1,280 @@
+"""One delivery becomes one outcome: unpack, check, route, decode, run.
+
+A delivery walks through named steps; the first that cannot go on names the outcome. Nothing here
+settles anything: the outcome is a value, and the supervisor carries it out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
+from time import time
+from typing import Any
+
+import msgspec
+
+from kq import codec, errors
+from kq.backend import Envelope, QueueSpec, unpack
+from kq.message import Message, Settled, enter, leave
+from kq.outcome import (
+    DONE,
+    EXPIRED,
+    MAX_MESSAGE,
+    MAX_TRACEBACK,
+    NO_HANDLER,
+    UNDECODABLE,
+    Failure,
+    Outcome,
+    clip,
+)
+from kq.retry import Retry, RetryPolicy, after_failure
+from kq.router import Consumer, Router
+
+#: Middleware around handling. For an async handler ``call_next`` returns an awaitable.
+HandleMiddleware = Callable[[Message, Any, Callable[[Any], Any]], Any]
+
+
+class HandlerTimeout(BaseException):
+    """Raised in a handler's thread at its time limit; no ``except Exception`` swallows it."""
+
+
+class Job(msgspec.Struct, array_like=True):
+    """A delivery on its way to the process that runs it.
+
+    Attributes:
+        tag: The supervisor's number for it.
+        queue: The queue id.
+        id: The message's id.
+        raw: The packed envelope.
+        attempts: Charged before this run.
+        crashes: Charged before this run.
+        settled: Whether it was acknowledged beforehand (``auto_ack``).
+    """
+
+    tag: int
+    queue: str
+    id: str
+    raw: bytes
+    attempts: int = 0
+    crashes: int = 0
+    settled: bool = False
+
+
+class Run:
+    """A job that passed every check and is ready to run."""
+
+    __slots__ = ("consumer", "job", "message", "payload", "policy")
+
+    def __init__(
+        self, job: Job, consumer: Consumer, policy: RetryPolicy, message: Message, payload: Any
+    ) -> None:
+        self.job = job
+        self.consumer = consumer
+        self.policy = policy
+        self.message = message
+        self.payload = payload
+
+
+class Executor:
+    """Turns jobs into outcomes. Thread-safe.
+
+    Args:
+        router: Who handles what.
+        specs: Returns a queue as declared.
+        max_body: Bytes of the largest body it will parse.
+        middleware: Around every handler, outermost first.
+        activate: Makes the app the current one while a handler runs.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        specs: Callable[[str], QueueSpec],
+        *,
+        max_body: int,
+        middleware: Sequence[HandleMiddleware] = (),
+        activate: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._router = router
+        self._specs = specs
+        self._max_body = max_body
+        self._activate = activate
+        self._middleware = tuple(middleware)
+        self._calls: dict[str, Callable[[Message, Any], Any]] = {}
+
+    def prepare(self, job: Job, emit: Callable[[Job, Outcome], None]) -> Run | Outcome:
+        """Return the run for a job, or its outcome if it must not run.
+
+        Args:
+            job: The delivery.
+            emit: Called, from any thread, if the handler settles the message itself.
+        """
+        try:
+            envelope = unpack(job.raw)
+        except ValueError as error:
+            return _dead(job, UNDECODABLE, str(error))
+        expired = _expired(envelope)
+        if expired:
+            return _dead(job, EXPIRED, expired)
+        if len(envelope.body) > self._max_body:
+            size = f"the body has {len(envelope.body):,} bytes, the limit is {self._max_body:,}"
+            return _dead(job, UNDECODABLE, size)
+        task = envelope.headers.get("task")
+        consumer = self._router.resolve(job.queue, task)
+        if consumer is None:
+            what = f"the task {task!r}" if task is not None else "its messages"
+            return _dead(job, NO_HANDLER, f"no handler for {what} on queue {job.queue} in this worker")
+        spec = self._specs(job.queue)
+        properties = envelope.properties
+        try:
+            payload = codec.decode(
+                envelope.body,
+                _text(properties.get("content_type")),
+                _text(properties.get("content_encoding")),
+                codec.named(spec.codec),
+            )
+        except codec.Undecodable as error:
+            return _dead(job, UNDECODABLE, str(error))
+        policy = consumer.policy(spec.policy)
+
+        def on_settle(how: Settled, delay: float | None) -> None:
+            if how is Settled.ACK:
+                emit(job, DONE)
+            else:
+                failure = Failure(errors.INTERNAL, "the handler called nack()", True)
+                emit(job, after_failure(failure, policy, attempts=job.attempts + 1, crashes=job.crashes, delay=delay))
+
+        message = Message(
+            envelope,
+            queue=job.queue,
+            attempt=job.attempts + 1,
+            crashes=job.crashes,
+            on_settle=on_settle,
+            settled=job.settled,
+        )
+        return Run(job, consumer, policy, message, payload)
+
+    def run(self, run: Run) -> Outcome | None:
+        """Run a sync handler and return the outcome, or None if the handler settled it itself.
+
+        Raises:
+            HandlerTimeout: If it was raised in this thread; see `timed_out`.
+        """
+        token = enter(run.message)
+        try:
+            with self._activate():
+                result = self._call(run.consumer)(run.message, run.payload)
+        except HandlerTimeout:
+            raise
+        except BaseException as error:
+            outcome = _failed(run, error)
+        else:
+            outcome = _returned(run, result)
+        finally:
+            leave(token)
+            run.message.release()
+        return outcome if run.message.claim() else None
+
+    async def run_async(self, run: Run) -> Outcome | None:
+        """Run an async handler in its own task; otherwise as `run`."""
+        enter(run.message)
+        try:
+            with self._activate():
+                result: Awaitable[Any] = self._call(run.consumer)(run.message, run.payload)
+                value = await result
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            outcome = _failed(run, error)
+        else:
+            outcome = _returned(run, value)
+        finally:
+            run.message.release()
+        return outcome if run.message.claim() else None
+
+    def timed_out(self, run: Run) -> Outcome | None:
+        """Return the outcome of a run that was stopped at its time limit."""
+        run.message.release()
+        outcome = timeout_outcome(run.consumer, run.policy, attempts=run.job.attempts, crashes=run.job.crashes)
+        return outcome if run.message.claim() else None
+
+    def canceled(self, run: Run) -> Outcome | None:
+        """Return the outcome of an async handler that was cancelled from within."""
+        run.message.release()
+        outcome = _after(run, Failure(errors.CANCELED, "the handler was cancelled", True))
+        return outcome if run.message.claim() else None
+
+    def _call(self, consumer: Consumer) -> Callable[[Message, Any], Any]:
+        """Return a consumer's handler inside the middleware onion."""
+        call = self._calls.get(consumer.queue)
+        if call is None:
+            handler = consumer.handler
+            call = lambda message, payload: handler(payload)  # noqa: E731 - the innermost layer
+            for middleware in reversed(self._middleware):
+                call = _wrap(middleware, call)
+            self._calls[consumer.queue] = call
+        return call
+
+
+def timeout_outcome(consumer: Consumer, policy: RetryPolicy, *, attempts: int, crashes: int) -> Outcome:
+    """Return the outcome of a run that passed its time limit, also where its process was killed for it."""
+    failure = Failure(errors.TIMEOUT, f"handler {consumer.name} ran past its timeout of {consumer.timeout:g} s", True)
+    return after_failure(failure, policy, attempts=attempts + 1, crashes=crashes)
+
+
+def _wrap(
+    middleware: HandleMiddleware, call: Callable[[Message, Any], Any]
+) -> Callable[[Message, Any], Any]:
+    return lambda message, payload: middleware(message, payload, lambda value: call(message, value))
+
+
+def _returned(run: Run, result: Any) -> Outcome:
+    if result is False:
+        return _after(run, Failure(errors.INTERNAL, "the handler returned False", True))
+    return DONE
+
+
+def _failed(run: Run, error: BaseException) -> Outcome:
+    job = run.job
+    if isinstance(error, Retry):
+        if not error.count:
+            wait = run.policy.backoff.delay(job.attempts + 1) if error.delay is None else error.delay
+            return Outcome("retry", wait, job.attempts, job.crashes)
+        return _after(run, Failure(errors.INTERNAL, "the handler asked for a retry", True), error.delay)
+    return _after(run, describe(error))
+
+
+def _after(run: Run, failure: Failure, delay: float | None = None) -> Outcome:
+    job = run.job
+    return after_failure(failure, run.policy, attempts=job.attempts + 1, crashes=job.crashes, delay=delay)
+
+
+def describe(error: BaseException) -> Failure:
+    """Return an exception as a value: its kind, its message, whether to retry, and the traceback's end."""
+    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    trace = clip(lines, MAX_TRACEBACK, end=True)
+    if isinstance(error, errors.Error):
+        return Failure(error.kind, clip(error.message, MAX_MESSAGE), error.retryable, trace)
+    text = clip(f"{type(error).__name__}: {error}", MAX_MESSAGE)
+    return Failure(errors.INTERNAL, text, True, trace)
+
+
+def _dead(job: Job, reason: str, why: str) -> Outcome:
+    failure = Failure(errors.INVALID, clip(why, MAX_MESSAGE), False)
+    return Outcome("dead", 0.0, job.attempts, job.crashes, reason, failure)
+
+
+def _expired(envelope: Envelope) -> str:
+    """Say when a message expired, or nothing."""
+    at = envelope.headers.get("x_expires_at")
+    if isinstance(at, (int, float)) and not isinstance(at, bool):
+        late = time() - at
+        if late >= 0:
+            return f"expired {late:.1f} s before a worker came to it"
+    return ""
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

@@ -1,0 +1,124 @@
+"""The limits of the wire format, and the checks that hold publishers to them.
+
+All of this runs before a broker sees anything, so a refused message leaves no trace.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import datetime, timedelta, timezone
+from typing import Any, Final
+
+from kq.errors import Invalid
+
+#: Bytes of an encoded body, unless the app says otherwise.
+MAX_BODY: Final = 2**20
+#: Bytes that ``max_body`` may be raised to.
+MAX_BODY_CEILING: Final = 8 * 2**20
+#: Seconds that a message can be held back.
+MAX_DELAY: Final = 365 * 86400.0
+#: Levels of lists and mappings in a payload.
+MAX_NESTING: Final = 64
+
+#: ``namespace:name``. A queue's name on the broker, hence no byte that a broker, a shell or a
+#: Redis hash tag gives a meaning to.
+QUEUE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+#: What comes on top of the length limit for dead-letter queues.
+DEAD_SUFFIX: Final = ".dead"
+
+_MESSAGE_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
+
+
+def queue_id(value: Any) -> str:
+    """Return ``value`` if it is a queue id.
+
+    Raises:
+        Invalid: If it is empty or not of the form ``namespace:name``.
+    """
+    if isinstance(value, str):
+        if QUEUE_ID.fullmatch(value) or QUEUE_ID.fullmatch(value.removesuffix(DEAD_SUFFIX)):
+            return value
+        if not value:
+            raise Invalid('the queue id is empty; expected "namespace:name", e.g. "app:emails"')
+    raise Invalid(
+        f'ill-formed queue id {_short(value)}; expected "namespace:name", e.g. "app:emails": letters, '
+        "digits, '.', '_' and '-', each part starting with a letter or digit and at most 100 long"
+    )
+
+
+def message_id(value: Any) -> str:
+    """Return ``value`` if it can be a message's id: 1 to 128 printable ASCII characters.
+
+    Raises:
+        Invalid: If it cannot.
+    """
+    if isinstance(value, str) and _MESSAGE_ID.fullmatch(value):
+        return value
+    raise Invalid(f"message_id: expected 1 to 128 printable ASCII characters, got {_short(value)}")
+
+
+def seconds(name: str, value: Any, *, maximum: float = MAX_DELAY) -> float:
+    """Return a duration as float seconds.
+
+    Args:
+        name: The argument's name, for the error.
+        value: Seconds, or a ``timedelta``.
+        maximum: The longest allowed, in seconds.
+
+    Raises:
+        Invalid: If it is no number, not finite, negative or too long.
+    """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Invalid(f"{name}: expected seconds or a timedelta, got {_short(value)}")
+    if not math.isfinite(value) or value < 0:
+        raise Invalid(f"{name}: expected a number of seconds from 0, got {value!r}")
+    if value > maximum:
+        raise Invalid(f"{name}: expected at most {maximum:g} seconds, got {value!r}")
+    return float(value)
+
+
+def holding_time(delay: Any, at: Any, now: float) -> float:
+    """Return how long to hold a message back, in seconds, from ``delay`` or ``at``.
+
+    Args:
+        delay: Seconds or ``timedelta``, or None.
+        at: Aware ``datetime``, or None; one in the past means now.
+        now: The present, in seconds since the epoch.
+
+    Raises:
+        Invalid: If both are given, ``at`` is naive, or either is out of range.
+    """
+    if at is None:
+        return 0.0 if delay is None else seconds("delay", delay)
+    if delay is not None:
+        raise Invalid("delay and at: expected one of the two, got both")
+    if not isinstance(at, datetime):
+        raise Invalid(f"at: expected an aware datetime, got {_short(at)}")
+    if at.tzinfo is None or at.utcoffset() is None:
+        raise Invalid(
+            f"at: expected an aware datetime, got the naive {at.isoformat()}; "
+            "give it a zone, e.g. datetime.now(timezone.utc)"
+        )
+    ahead = (at.astimezone(timezone.utc) - datetime.fromtimestamp(now, timezone.utc)).total_seconds()
+    return seconds("at", max(0.0, ahead))
+
+
+def body_size(body: bytes, maximum: int) -> None:
+    """Check the size of an encoded body.
+
+    Raises:
+        Invalid: If it is over ``maximum`` bytes.
+    """
+    if len(body) > maximum:
+        raise Invalid(
+            f"too large: the encoded body has {len(body):,} bytes, the limit is {maximum:,}; "
+            "store the data elsewhere and publish a reference, or raise max_body"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

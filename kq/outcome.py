@@ -1,0 +1,76 @@
+"""What became of one delivery, as a value.
+
+The executor decides, the supervisor settles; between them travels an `Outcome`, across a socket
+if need be. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+Action = Literal["done", "retry", "dead", "release"]
+
+# Why a message is in a dead-letter queue.
+MAX_ATTEMPTS: Final = "max_attempts"
+NOT_RETRYABLE: Final = "not_retryable"
+CRASH_LOOP: Final = "crash_loop"
+EXPIRED: Final = "expired"
+UNDECODABLE: Final = "undecodable"
+UNVERIFIED: Final = "unverified"
+NO_HANDLER: Final = "no_handler"
+
+#: Bytes of a traceback that a dead letter keeps, from its end.
+MAX_TRACEBACK: Final = 4096
+#: Bytes of an error message that a dead letter keeps.
+MAX_MESSAGE: Final = 1024
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """What went wrong in one attempt.
+
+    Attributes:
+        kind: An error kind of `kq.errors`.
+        message: For people.
+        retryable: Whether another attempt can help.
+        traceback: Where; may be empty.
+    """
+
+    kind: str
+    message: str
+    retryable: bool
+    traceback: str = ""
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True):
+    """The end of one delivery.
+
+    Attributes:
+        action: ``done`` removes the message, ``retry`` returns it after ``delay``, ``dead`` moves it to
+            the dead-letter queue, ``release`` puts it back where it was, uncharged.
+        delay: Seconds, for ``retry``.
+        attempts: Attempts charged so far, this one included, for ``retry`` and ``dead``.
+        crashes: Crashes charged so far, likewise.
+        reason: Why, for ``dead``.
+        failure: What went wrong, where something did.
+    """
+
+    action: Action
+    delay: float = 0.0
+    attempts: int = 0
+    crashes: int = 0
+    reason: str = ""
+    failure: Failure | None = None
+
+
+DONE: Final = Outcome("done")
+RELEASE: Final = Outcome("release")
+
+
+def clip(text: str, limit: int, *, end: bool = False) -> str:
+    """Return at most ``limit`` bytes of ``text`` as valid UTF-8, from its start or its ``end``."""
+    data = text.encode("utf-8", "replace")
+    if len(data) <= limit:
+        return data.decode()
+    return (data[-limit:] if end else data[:limit]).decode("utf-8", "ignore")

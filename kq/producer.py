@@ -1,0 +1,273 @@
+"""Publishing: check everything, build envelopes, have the broker confirm them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from time import time
+from typing import Any, Protocol, TypeVar
+from uuid import uuid4
+
+from kq import codec, config, header, limit
+from kq.backend import WIRE_VERSION, Envelope, Publication, QueueSpec
+from kq.errors import Error, Invalid, NotFound
+from kq.group_commit import GroupCommit
+from kq.registry import Registry
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What is about to be published, as publishing middleware sees it; nothing is checked yet.
+
+    Attributes:
+        queue_id: Where to.
+        payloads: What, one for each message.
+        headers: For each of them, or None.
+        delay: Seconds or ``timedelta`` that the broker holds them back, or None.
+        at: The moment until which it does instead, or None.
+        expires: Seconds after which a message is dead-lettered instead of run, or None.
+        message_id: The id of a single message, where the publisher chose one.
+    """
+
+    queue_id: str
+    payloads: Sequence[Any]
+    headers: Any = None
+    delay: Any = None
+    at: Any = None
+    expires: Any = None
+    message_id: Any = None
+
+
+#: ``(draft, call_next) -> ids``: return ``call_next(draft)``, or with a draft of your own.
+PublishMiddleware = Callable[[Draft, Callable[[Draft], list[str]]], list[str]]
+
+
+class HasRegistry(Protocol):
+    """An app, as far as producers and consumers are concerned."""
+
+    @property
+    def registry(self) -> Registry:
+        """What the app has declared."""
+        ...
+
+
+class Producer:
+    """Publishes messages. Thread-safe; survives forks.
+
+    ``publish`` and ``publish_many`` block until the broker has confirmed, at most ``publish_timeout``
+    seconds; ``apublish`` and ``apublish_many`` are the same without blocking the event loop.
+
+    Args:
+        source: An app, or a broker URL.
+        middleware: Around every publish, outermost first.
+    """
+
+    def __init__(self, source: HasRegistry | str, *, middleware: Sequence[PublishMiddleware] = ()) -> None:
+        self._own = isinstance(source, str)
+        self._registry = (
+            Registry("kq", config.resolve({"broker": source})) if isinstance(source, str) else source.registry
+        )
+        self._middleware = middleware
+        self._reset()
+        self._registry.on_reset(self._reset)
+
+    def _reset(self) -> None:
+        self._commit = GroupCommit(self._declare_and_publish)
+        self._threads: ThreadPoolExecutor | None = None
+        self._threads_lock = Lock()
+
+    def publish(
+        self,
+        queue_id: str,
+        data: Any,
+        headers: Any = None,
+        *,
+        delay: Any = None,
+        at: Any = None,
+        expires: Any = None,
+        message_id: str | None = None,
+    ) -> str:
+        """Publish one message and return its id, once the broker has stored it.
+
+        A lost connection is reopened and the publish tried again under the same id, so a message may
+        arrive twice, but it is never dropped silently.
+
+        Args:
+            queue_id: Where to, e.g. ``"app:emails"``.
+            data: Any JSON value that is not empty; bytes too on a msgpack queue.
+            headers: Strings, numbers and bools by name.
+            delay: Seconds or ``timedelta`` that the broker holds the message back, at most 365 days.
+            at: An aware ``datetime`` until which it does, instead; in the past means now.
+            expires: Seconds or ``timedelta`` after which the message is dead-lettered instead of run.
+            message_id: An id of your own; while a message of that id is queued a second one has no effect
+                (not on RabbitMQ).
+
+        Raises:
+            Invalid: If the message breaks a rule.
+            NotFound: If the queue is not declared and ``create_queues`` is off.
+            Conflict: If the queue exists with other values than declared.
+            Internal: If the broker did not confirm; retryable, ``details["reason"]`` says why.
+        """
+        return self._send(Draft(queue_id, (data,), headers, delay, at, expires, message_id))[0]
+
+    def publish_many(
+        self,
+        queue_id: str,
+        payloads: Iterable[Any],
+        headers: Any = None,
+        *,
+        delay: Any = None,
+        at: Any = None,
+        expires: Any = None,
+    ) -> list[str]:
+        """Publish messages, pipelined, and return their ids once the broker has stored them all.
+
+        Everything is checked before anything is sent. Arguments and errors are those of `publish`; when
+        the broker did not confirm all, ``details["published"]`` lists the ids that are safe.
+        """
+        return self._send(Draft(queue_id, list(payloads), headers, delay, at, expires))
+
+    async def apublish(
+        self,
+        queue_id: str,
+        data: Any,
+        headers: Any = None,
+        *,
+        delay: Any = None,
+        at: Any = None,
+        expires: Any = None,
+        message_id: str | None = None,
+    ) -> str:
+        """Publish one message without blocking the event loop; otherwise as `publish`."""
+        draft = Draft(queue_id, (data,), headers, delay, at, expires, message_id)
+        return (await self._in_thread(partial(self._send, draft)))[0]
+
+    async def apublish_many(
+        self,
+        queue_id: str,
+        payloads: Iterable[Any],
+        headers: Any = None,
+        *,
+        delay: Any = None,
+        at: Any = None,
+        expires: Any = None,
+    ) -> list[str]:
+        """Publish messages without blocking the event loop; otherwise as `publish_many`."""
+        draft = Draft(queue_id, list(payloads), headers, delay, at, expires)
+        return await self._in_thread(partial(self._send, draft))
+
+    def close(self) -> None:
+        """Give up the connection if it is the producer's own. Idempotent."""
+        with self._threads_lock:
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=True)
+        if self._own:
+            self._registry.close()
+
+    def __enter__(self) -> Producer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _send(self, draft: Draft) -> list[str]:
+        call = self._publish
+        for middleware in reversed(self._middleware):
+            call = _wrap(middleware, call)
+        return call(draft)
+
+    def _publish(self, draft: Draft) -> list[str]:
+        publications = self._prepare(draft)
+        if not publications:
+            return []
+        results = self._commit.publish(publications, self._registry.settings.publish_timeout)
+        ids = [publication.envelope.id for publication in publications]
+        failed = [error for error in results if error is not None]
+        if not failed:
+            return ids
+        first = failed[0]
+        safe = [id for id, error in zip(ids, results, strict=True) if error is None]
+        text = first.message if len(ids) == 1 else f"{len(failed)} of {len(ids)} messages: {first.message}"
+        # A new error each time: several threads may have been given the same one.
+        raise type(first)(text, retryable=first.retryable, details={**first.details, "published": safe})
+
+    def _prepare(self, draft: Draft) -> list[Publication]:
+        """Check a draft, in the order that the documentation promises, and return what to send."""
+        queue_id = limit.queue_id(draft.queue_id)
+        for payload in draft.payloads:
+            if codec.is_empty(payload):
+                raise Invalid(
+                    f"the data is empty: {payload!r}; expected a value, or a text or collection with something in it"
+                )
+        headers = header.check(draft.headers)
+        now = time()
+        delay = limit.holding_time(draft.delay, draft.at, now)
+        expires = None if draft.expires is None else limit.seconds("expires", draft.expires)
+        id = None if draft.message_id is None else limit.message_id(draft.message_id)
+        spec = self._registry.spec(queue_id)
+        writer = codec.named(spec.codec)
+        bodies = [writer.encode(payload) for payload in draft.payloads]
+        for body in bodies:
+            limit.body_size(body, self._registry.settings.max_body)
+        if not (self._registry.create_queues or self._registry.is_declared(queue_id)):
+            raise NotFound(
+                f"queue {queue_id} is not declared, and create_queues is off; declare it with app.queue()"
+            )
+        properties: dict[str, Any] = {
+            "content_type": writer.content_type,
+            "content_encoding": writer.content_encoding,
+            "delivery_mode": 2,
+            "priority": header.priority(headers["priority"]) if "priority" in headers else header.NORMAL,
+            "timestamp": int(now),
+        }
+        wire: dict[str, Any] = {"x_kq": WIRE_VERSION}
+        if headers:
+            properties.update(header.properties(headers))
+            wire.update(headers)
+        if delay:
+            wire["x_due_at"] = now + delay
+        if expires is not None:
+            wire["x_expires_at"] = now + expires
+        return [
+            Publication(spec, Envelope(id or uuid4().hex, wire, properties, body), delay) for body in bodies
+        ]
+
+    def _declare_and_publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
+        backend = self._registry.backend()
+        refused: dict[str, Error] = {}
+        specs: dict[str, QueueSpec] = {publication.queue.id: publication.queue for publication in batch}
+        for spec in specs.values():
+            try:
+                self._registry.ensure(spec)
+            except Error as error:
+                refused[spec.id] = error
+        good = [p for p in batch if p.queue.id not in refused] if refused else batch
+        answers = iter(backend.publish(good, timeout) if good else [])
+        results = [refused[p.queue.id] if p.queue.id in refused else next(answers) for p in batch]
+        for publication, result in zip(batch, results, strict=True):
+            if result is not None and result.details.get("reason") == "unroutable":
+                # Somebody deleted the queue; the next publish declares it anew.
+                self._registry.forget(publication.queue.id)
+        return results
+
+    async def _in_thread(self, call: Callable[[], _T]) -> _T:
+        with self._threads_lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(16, thread_name_prefix="kq-publish")
+            threads = self._threads
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(threads, partial(context.run, call))
+
+
+def _wrap(
+    middleware: PublishMiddleware, call: Callable[[Draft], list[str]]
+) -> Callable[[Draft], list[str]]:
+    return lambda draft: middleware(draft, call)

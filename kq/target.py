@@ -1,0 +1,65 @@
+"""Loading an app by its path, ``package.module:attribute``, with errors that say which part failed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from importlib import import_module
+
+from kq.app import App
+from kq.errors import Invalid
+
+#: Attributes that are tried when a path names none.
+_USUAL = ("app", "kq_app")
+
+
+def load_app(path: str) -> App:
+    """Return the app that ``path`` names; the current directory is searched first.
+
+    Raises:
+        Invalid: If the module or the attribute does not exist, or importing fails; the message says
+            which, and where in the user's code.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not module_name or module_name.endswith(".py") or "/" in module_name:
+        raise Invalid(f"app: expected package.module:attribute, e.g. shop:app, got {path!r}")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise Invalid(
+                f"app: there is no module {error.name!r} (of {path!r}) in {here} or on the Python path"
+            ) from None
+        raise Invalid(f"app: importing {module_name!r} failed: {_where(error)}") from error
+    except Exception as error:
+        raise Invalid(f"app: importing {module_name!r} failed: {_where(error)}") from error
+    names = [attribute] if attribute else list(_USUAL)
+    for name in names:
+        found = getattr(module, name, None)
+        if isinstance(found, App):
+            return found
+        if found is not None and attribute:
+            raise Invalid(f"app: {path!r} is of type {type(found).__name__}; expected a kq.App")
+    apps = [name for name, value in vars(module).items() if isinstance(value, App)]
+    if not attribute and len(apps) == 1:
+        return vars(module)[apps[0]]  # type: ignore[no-any-return]
+    near = difflib.get_close_matches(names[0], list(vars(module)), 1)
+    hint = f"; it has {', '.join(apps)}" if apps else f"; did you mean {near[0]!r}?" if near else ""
+    raise Invalid(f"app: module {module_name!r} has no {' or '.join(map(repr, names))}{hint}")
+
+
+
+
+def _where(error: BaseException) -> str:
+    """Say what went wrong in the user's own code, and in which line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    mine = [f for f in frames if os.sep + "kq" + os.sep not in f.filename and "importlib" not in f.filename]
+    place = f" ({mine[-1].filename}, line {mine[-1].lineno})" if mine else ""
+    if isinstance(error, SyntaxError):
+        place = f" ({error.filename}, line {error.lineno})"
+    return f"{type(error).__name__}: {error}{place}"

@@ -1,0 +1,1 @@
+"""The worker: processes, signals, leases, settlement, limits."""

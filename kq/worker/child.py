@@ -1,0 +1,146 @@
+"""The child's program: ``python -m kq.worker.child SOCKET SLOTS PARENT``.
+
+It loads the app, runs the jobs that come over the socket, and answers with outcomes. It never talks to
+the broker, unless a handler publishes. When the socket closes the supervisor is gone, and so is the
+child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from threading import Lock
+from typing import Any
+
+from kq.outcome import DONE
+from kq.target import load_app
+from kq.worker import frame
+from kq.worker.log import configure
+from kq.worker.runner import Result, Runner
+from kq.worker.slot import SlotTable
+
+logger = logging.getLogger("kq.worker")
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """Reads frames, feeds the runner, writes frames."""
+
+    def __init__(self, connection: socket.socket, slots: SlotTable) -> None:
+        self._socket = connection
+        self._slots = slots
+        self._writing = Lock()
+        self._reader = frame.Reader()
+        self._runner: Runner | None = None
+        self._app: Any = None
+        self._held = 0
+        self._counting = Lock()
+        self._final = False
+
+    def run(self) -> int:
+        """Serve until the supervisor says it is enough; return the exit code."""
+        while not (self._final and self._held == 0):
+            data = self._socket.recv(frame.READ_SIZE)
+            if not data:
+                if self._final and self._held == 0:
+                    break
+                # The supervisor is gone; what runs here will be delivered again.
+                os._exit(1)
+            for raw in self._reader.feed(data):
+                if not self._take(frame.to_child.decode(raw)):
+                    return 1
+        if self._runner is not None:
+            self._runner.flush()
+        if self._app is not None:
+            self._app.close()
+        return 0
+
+    def _take(self, message: Any) -> bool:
+        if isinstance(message, frame.Work):
+            assert self._runner is not None
+            with self._counting:
+                self._held += len(message.jobs)
+            self._runner.submit(message.jobs)
+        elif isinstance(message, frame.Hello):
+            return self._load(message)
+        elif isinstance(message, frame.Recall):
+            self._final = message.final
+            tags = self._runner.recall() if self._runner is not None else []
+            with self._counting:
+                self._held -= len(tags)
+            self._send(frame.Returned(tags))
+        elif isinstance(message, frame.Dump) and self._runner is not None:
+            logger.warning("%s", self._runner.dump(), extra={"action": "dump"})
+        return True
+
+    def _load(self, hello: frame.Hello) -> bool:
+        configure(hello.log_level, hello.log_format)
+        try:
+            app = load_app(hello.app)
+            if hello.settings:
+                app.registry.override(**hello.settings)
+        except BaseException as error:
+            self._send(frame.Failed(str(error) or repr(error)))
+            return False
+        self._app = app
+        timeouts = [c.timeout for c in app.registry.router if c.queue in hello.queues and c.timeout is not None]
+        kinds = {consumer.queue: consumer.is_async for consumer in app.registry.router}
+        self._runner = Runner(
+            app.executor(),
+            concurrency=hello.concurrency,
+            is_async=lambda queue: kinds.get(queue, False),
+            shortest_timeout=min(timeouts, default=None),
+            slots=self._slots,
+            emit=self._emit,
+        )
+        self._send(frame.Ready())
+        return True
+
+    def _emit(self, results: list[Result], early: bool) -> None:
+        done = [tag for tag, outcome in results if outcome is DONE]
+        others = [(tag, outcome) for tag, outcome in results if outcome is not DONE]
+        self._send(frame.Results(done, others, early))
+        if early:
+            return
+        with self._counting:
+            self._held -= len(results)
+            last = self._final and self._held <= 0
+        if last:
+            # Wakes the reader, which waits for frames that will not come.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RD)
+
+    def _send(self, message: frame.FromChild) -> None:
+        with self._writing:
+            try:
+                self._socket.sendall(frame.encode(message))
+            except OSError:
+                os._exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the child's program and return its exit code."""
+    connection_fd, slots_fd, parent = map(int, arguments)
+    die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    slots = SlotTable(os.fstat(slots_fd).st_size // 16, slots_fd)
+    return Child(socket.socket(fileno=connection_fd), slots).run()
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""The supervisor's end of one child: its process, its socket, its slots."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from kq.executor import Job
+from kq.worker import frame
+from kq.worker.pool import Place
+from kq.worker.slot import SlotTable
+
+
+@dataclass(eq=False)
+class ChildProcess(Place):
+    """A child: a fresh interpreter that has loaded the app.
+
+    Not forked but started anew: nothing of the supervisor's connections, locks and threads is in it, and
+    a replaced child has loaded the code as it is now.
+    """
+
+    hello: frame.Hello = field(kw_only=True)
+    window_min: int = field(kw_only=True)
+    process: subprocess.Popen[bytes] = field(init=False)
+    why_failed: str = ""
+    leaving: bool = False
+    late: int = 0
+    finished: int = 0
+    measured_at: float = field(default_factory=monotonic)
+
+    def start(self) -> None:
+        """Start the process and tell it what to load."""
+        ours, theirs = socket.socketpair()
+        self.slots = SlotTable(2 * self.hello.concurrency)
+        command = [sys.executable, "-m", "kq.worker.child", str(theirs.fileno()), str(self.slots.fd), str(os.getpid())]
+        with theirs:
+            self.process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(), self.slots.fd),
+                stdin=subprocess.DEVNULL,
+                # A session of its own: the terminal's Ctrl-C is the supervisor's, and one kill
+                # reaches whatever a handler has started.
+                start_new_session=True,
+            )
+        ours.setblocking(False)
+        self.socket = ours
+        self.reader = frame.Reader()
+        self.outgoing = bytearray()
+        self.pid_fd = _pid_fd(self.process.pid)
+        self.send(self.hello)
+
+    def send(self, message: frame.ToChild) -> None:
+        """Queue a frame and write what the socket takes; the rest goes when it is writable."""
+        self.outgoing += frame.encode(message)
+        self.write()
+
+    def write(self) -> None:
+        """Write as much as the socket takes."""
+        while self.outgoing:
+            try:
+                sent = self.socket.send(self.outgoing)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                # It died; waiting for the process says so.
+                self.outgoing.clear()
+                return
+            del self.outgoing[:sent]
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Hand over jobs."""
+        self.tags.update(job.tag for job in jobs)
+        self.send(frame.Work(list(jobs)))
+
+    def read(self) -> list[Any]:
+        """Return the frames that have arrived."""
+        frames: list[Any] = []
+        while True:
+            try:
+                data = self.socket.recv(frame.READ_SIZE)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                break
+            if not data:
+                break
+            frames += [frame.from_child.decode(raw) for raw in self.reader.feed(data)]
+            if len(data) < frame.READ_SIZE:
+                break
+        return frames
+
+    def kill(self) -> None:
+        """Kill it and everything it started; the end is noticed as any other."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+    def how_it_ended(self) -> str:
+        """Say how the process ended, for people."""
+        code = self.process.returncode
+        if code is None:
+            return "still running"
+        if code >= 0:
+            return f"exited with code {code}"
+        with contextlib.suppress(ValueError):
+            return f"killed by signal {-code} ({signal.Signals(-code).name})"
+        return f"killed by signal {-code}"
+
+    def close(self) -> None:
+        """Give up what is left of a dead child."""
+        # Its group may outlive it: a handler's own processes end with their child.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.socket.close()
+        self.slots.close()
+        if self.pid_fd is not None:
+            os.close(self.pid_fd)
+            self.pid_fd = None
+
+
+def _pid_fd(pid: int) -> int | None:
+    """Return a descriptor that becomes readable when the process ends, where the system has such a thing."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None

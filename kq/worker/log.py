@@ -1,0 +1,52 @@
+"""Logs of the worker, for people or for programs, always on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import datetime, timezone
+
+#: What every log record has; anything else was given as ``extra``.
+_STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime", "taskName"}
+
+
+class TextFormatter(logging.Formatter):
+    """One line for people: time, level, process, message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s [%(process)d] %(message)s", "%H:%M:%S")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, pid, message, and whatever the record carries."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line; line breaks in it are escaped."""
+        fields = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "pid": os.getpid(),
+            "message": record.getMessage(),
+        }
+        fields.update({key: value for key, value in vars(record).items() if key not in _STANDARD})
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str, ensure_ascii=False)
+
+
+def configure(level: str, style: str) -> None:
+    """Send logs to stderr, unless the program has arranged for them itself.
+
+    Args:
+        level: A name that `logging` knows.
+        style: ``text`` or ``json``.
+    """
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
+        root.addHandler(handler)

@@ -1,0 +1,125 @@
+"""Where handlers run: what the supervisor knows of processes and threads.
+
+A pool is a few places that take jobs and answer with events. The supervisor is the same above all of
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kq.executor import Job
+from kq.outcome import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Jobs have ended.
+
+    Attributes:
+        place: Where.
+        results: Tag and outcome; None where the handler settled the message before.
+        early: Whether only the messages are settled, and the handlers run on.
+    """
+
+    place: Place
+    results: list[tuple[int, Outcome | None]]
+    early: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """Jobs came back unstarted."""
+
+    place: Place
+    tags: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """A place is gone, and what it held with it.
+
+    Attributes:
+        place: Which.
+        how: For people, e.g. ``killed by signal 9``.
+        running: Tags of the jobs that had started.
+        queued: Tags of those that had not.
+        late: The tag for whose time limit it was killed, or 0.
+    """
+
+    place: Place
+    how: str
+    running: list[int]
+    queued: list[int]
+    late: int = 0
+
+
+Event = Finished | Returned | Died
+
+
+@dataclass(eq=False)
+class Place:
+    """One process, or this one's threads.
+
+    Attributes:
+        number: For logs, from 1.
+        window: Jobs it may hold: its handlers, and as many more as keep it busy.
+        tags: Jobs it holds.
+        accepting: Whether it takes new jobs.
+        ready: Whether it has loaded the app.
+    """
+
+    number: int
+    window: int
+    tags: set[int] = field(default_factory=set)
+    accepting: bool = True
+    ready: bool = False
+
+    @property
+    def room(self) -> int:
+        """How many more jobs it takes now."""
+        return max(0, self.window - len(self.tags)) if self.ready and self.accepting else 0
+
+
+class Pool(Protocol):
+    """Places that run jobs. One thread's, but for `wake`."""
+
+    places: list[Place]
+
+    def start(self) -> None:
+        """Make the places; they report when they are ready."""
+        ...
+
+    def submit(self, place: Place, jobs: Sequence[Job]) -> None:
+        """Give jobs to a place; never blocks."""
+        ...
+
+    def poll(self, timeout: float) -> list[Event]:
+        """Wait for events at most ``timeout`` seconds, or until `wake`, and return them."""
+        ...
+
+    def wake(self) -> None:
+        """End a `poll`, the present or the next one. Safe in any thread and in signal handlers."""
+        ...
+
+    def recall(self) -> None:
+        """Ask for what has not started, and start nothing more; `Returned` brings it."""
+        ...
+
+    def replace(self) -> None:
+        """Replace every place by one that has loaded the code anew, without dropping a job."""
+        ...
+
+    def dump(self) -> None:
+        """Log what runs where, with stacks."""
+        ...
+
+    def close(self, patience: float) -> None:
+        """End every place; after ``patience`` seconds by force."""
+        ...
+
+
+class StartFailed(Exception):
+    """No place can load the app; the text says why."""

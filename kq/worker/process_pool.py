@@ -1,0 +1,300 @@
+"""Children: started, fed, watched, replaced when they die."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any
+
+from kq.executor import Job
+from kq.outcome import DONE, Outcome
+from kq.worker import frame
+from kq.worker.child_process import ChildProcess
+from kq.worker.pool import Died, Event, Finished, Place, Returned, StartFailed
+
+logger = logging.getLogger("kq.worker")
+
+#: Seconds that a handler which ignores its time limit is given before its process is killed.
+KILL_AFTER = 2.0
+#: Seconds before a child that could not start is tried again: the first and the longest wait.
+_START_BACKOFF = (0.5, 30.0)
+#: Failed starts in a row after which the worker gives up.
+_START_TRIES = 5
+#: Seconds of work that a child holds beyond what its handlers run.
+_LOOKAHEAD = 0.1
+#: Jobs that a child holds at most.
+_WINDOW_MAX = 1000
+#: Seconds over which a child's pace is measured, at least.
+_MEASURE = 0.005
+#: Seconds between two looks at children where the system cannot announce their deaths.
+_LOOK_AT_CHILDREN = 0.2
+
+
+class ProcessPool:
+    """A pool of child processes.
+
+    Args:
+        size: How many.
+        hello: What each is told first.
+        timeout_of: Returns the time limit of a job by its tag, or None.
+    """
+
+    def __init__(self, size: int, hello: frame.Hello, timeout_of: Callable[[int], float | None] | None) -> None:
+        self._size = size
+        self._hello = hello
+        self._timeout_of = timeout_of
+        self.places: list[Place] = []
+        self._children: list[ChildProcess] = []
+        self._selector = selectors.DefaultSelector()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        for end in (self._wake_reader, self._wake_writer):
+            end.setblocking(False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
+        self._failed_starts = 0
+        self._start_at = 0.0
+        self._numbers = 0
+        self._closing = False
+        self._recalled = False
+
+    @property
+    def wake_fd(self) -> int:
+        """A descriptor for `signal.set_wakeup_fd`."""
+        return self._wake_writer.fileno()
+
+    def start(self) -> None:
+        """See `Pool.start`."""
+        while len(self._active()) < self._size:
+            self._add()
+
+    def submit(self, place: Place, jobs: Sequence[Job]) -> None:
+        """See `Pool.submit`."""
+        assert isinstance(place, ChildProcess)
+        place.submit(jobs)
+        self._watch(place)
+
+    def poll(self, timeout: float) -> list[Event]:
+        """See `Pool.poll`."""
+        events: list[Event] = []
+        for key, mask in self._selector.select(self._patience(timeout)):
+            child = key.data
+            if child is None:
+                _drain(self._wake_reader)
+                continue
+            if mask & selectors.EVENT_WRITE:
+                child.write()
+            if mask & selectors.EVENT_READ and key.fileobj is child.socket:
+                self._read(child, events)
+            self._watch(child)
+        self._stop_late_handlers()
+        for child in list(self._children):
+            if child.process.poll() is not None:
+                self._bury(child, events)
+        if not self._closing and not self._recalled and len(self._active()) < self._size and monotonic() >= self._start_at:
+            self.start()
+        return events
+
+    def wake(self) -> None:
+        """See `Pool.wake`."""
+        try:
+            self._wake_writer.send(b"!")
+        except OSError:
+            pass  # full of wake-ups already, or closed meanwhile
+
+    def recall(self) -> None:
+        """See `Pool.recall`."""
+        self._recalled = True
+        for child in self._children:
+            child.accepting = False
+            child.leaving = True
+            child.send(frame.Recall(final=True))
+            self._watch(child)
+
+    def replace(self) -> None:
+        """See `Pool.replace`."""
+        for child in self._active():
+            self._retire(child)
+        self.start()
+
+    def dump(self) -> None:
+        """See `Pool.dump`."""
+        for child in self._children:
+            running = ", ".join(
+                f"{slot.tag} for {monotonic() - slot.started_at:.1f} s" for slot in child.slots.running()
+            )
+            logger.warning(
+                "child %d (pid %d) holds %d jobs; running: %s",
+                child.number, child.process.pid, len(child.tags), running or "none",
+                extra={"action": "dump"},
+            )  # fmt: skip
+            child.send(frame.Dump())
+            self._watch(child)
+
+    def close(self, patience: float) -> None:
+        """See `Pool.close`."""
+        self._closing = True
+        until = monotonic() + patience
+        for child in self._children:
+            child.leaving = True
+            child.send(frame.Recall(final=True))
+            self._watch(child)
+        while self._children and monotonic() < until:
+            self.poll(until - monotonic())
+        for child in list(self._children):
+            child.kill()
+        for child in list(self._children):
+            child.process.wait()
+            self._forget(child)
+        self._selector.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def pids(self) -> list[int]:
+        """Return the children's process ids."""
+        return [child.process.pid for child in self._children]
+
+    def _active(self) -> list[ChildProcess]:
+        return [child for child in self._children if not child.leaving]
+
+    def _add(self) -> None:
+        self._numbers += 1
+        concurrency = self._hello.concurrency
+        child = ChildProcess(self._numbers, concurrency, hello=self._hello, window_min=concurrency)
+        child.start()
+        self._children.append(child)
+        self.places.append(child)
+        self._selector.register(child.socket, selectors.EVENT_READ, child)
+        if child.pid_fd is not None:
+            self._selector.register(child.pid_fd, selectors.EVENT_READ, child)
+        self._watch(child)
+
+    def _retire(self, child: ChildProcess) -> None:
+        child.leaving = True
+        child.accepting = False
+        child.send(frame.Recall(final=True))
+        self._watch(child)
+
+    def _watch(self, child: ChildProcess) -> None:
+        """Ask for writability exactly while there is something to write."""
+        if child.socket.fileno() < 0:
+            return
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.outgoing else 0)
+        if self._selector.get_key(child.socket).events != wanted:
+            self._selector.modify(child.socket, wanted, child)
+
+    def _read(self, child: ChildProcess, events: list[Event]) -> None:
+        for message in child.read():
+            self._take(child, message, events)
+
+    def _take(self, child: ChildProcess, message: Any, events: list[Event]) -> None:
+        if isinstance(message, frame.Results):
+            results: list[tuple[int, Outcome | None]] = [(tag, DONE) for tag in message.done] + message.others
+            if message.early:
+                events.append(Finished(child, results, early=True))
+                return
+            child.tags.difference_update(tag for tag, _ in results)
+            self._measure(child, len(results))
+            events.append(Finished(child, results))
+        elif isinstance(message, frame.Returned):
+            child.tags.difference_update(message.tags)
+            events.append(Returned(child, message.tags))
+        elif isinstance(message, frame.Ready):
+            child.ready = True
+            self._failed_starts = 0
+        elif isinstance(message, frame.Failed):
+            child.why_failed = message.why
+
+    @staticmethod
+    def _measure(child: ChildProcess, count: int) -> None:
+        """Fit the window to the child's pace: slow handlers hoard nothing, fast ones never wait."""
+        child.finished += count
+        now = monotonic()
+        elapsed = now - child.measured_at
+        if elapsed >= _MEASURE:
+            ahead = int(child.finished / elapsed * _LOOKAHEAD)
+            target = min(child.window_min + ahead, _WINDOW_MAX)
+            child.window = max(child.window_min, (child.window + target) // 2 if target < child.window else target)
+            child.finished = 0
+            child.measured_at = now
+
+    def _bury(self, child: ChildProcess, events: list[Event]) -> None:
+        # What it wrote before it died still counts.
+        self._read(child, events)
+        running = [slot.tag for slot in child.slots.running() if slot.tag in child.tags]
+        queued = sorted(child.tags.difference(running))
+        how = child.how_it_ended()
+        expected = child.leaving and child.process.returncode == 0
+        if not child.ready and not child.leaving:
+            self._count_failed_start(child, how)
+        elif not expected:
+            logger.error(
+                "child %d (pid %d) %s while running %d and holding %d jobs; starting a new one",
+                child.number, child.process.pid, how, len(running), len(queued),
+                extra={"action": "child_died"},
+            )  # fmt: skip
+        self._forget(child)
+        if running or queued:
+            events.append(Died(child, how, running, queued, child.late))
+
+    def _forget(self, child: ChildProcess) -> None:
+        self._selector.unregister(child.socket)
+        if child.pid_fd is not None:
+            self._selector.unregister(child.pid_fd)
+        child.close()
+        self._children.remove(child)
+        self.places.remove(child)
+
+    def _count_failed_start(self, child: ChildProcess, how: str) -> None:
+        self._failed_starts += 1
+        why = child.why_failed or f"the process {how}"
+        if self._failed_starts >= _START_TRIES * self._size:
+            raise StartFailed(why)
+        first, longest = _START_BACKOFF
+        wait = min(longest, first * 2 ** ((self._failed_starts - 1) // self._size))
+        self._start_at = monotonic() + wait
+        logger.error(
+            "child %d could not start: %s; next try in %.1f s", child.number, why, wait,
+            extra={"action": "child_failed"},
+        )  # fmt: skip
+
+    def _stop_late_handlers(self) -> None:
+        """Kill a child whose handler does not heed its time limit."""
+        if self._timeout_of is None:
+            return
+        now = monotonic()
+        for child in self._children:
+            if child.late:
+                continue
+            for slot in child.slots.running():
+                timeout = self._timeout_of(slot.tag)
+                if timeout is not None and now - slot.started_at > timeout + KILL_AFTER:
+                    child.late = slot.tag
+                    child.kill()
+                    break
+
+    def _patience(self, timeout: float) -> float:
+        now = monotonic()
+        if any(child.pid_fd is None for child in self._children):
+            timeout = min(timeout, _LOOK_AT_CHILDREN)
+        if not self._closing and len(self._active()) < self._size:
+            timeout = min(timeout, max(0.0, self._start_at - now))
+        if self._timeout_of is not None:
+            for child in self._children:
+                for slot in child.slots.running():
+                    limit = self._timeout_of(slot.tag)
+                    if limit is not None:
+                        timeout = min(timeout, max(0.0, slot.started_at + limit + KILL_AFTER + 0.01 - now))
+                if child.tags:
+                    # One that starts while we sleep is looked at in time as well.
+                    timeout = min(timeout, KILL_AFTER / 4)
+        return timeout
+
+
+def _drain(reader: socket.socket) -> None:
+    try:
+        while reader.recv(4096):
+            pass
+    except OSError:
+        pass

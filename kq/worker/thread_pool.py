@@ -1,0 +1,111 @@
+"""``--pool threads``: handlers run in the supervisor's own process.
+
+For platforms without children, for debugging, for ``app.drain()``, and always on ``memory://``. A
+handler that takes the process with it takes the worker with it, and one that ignores its time limit
+cannot be killed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from time import monotonic
+
+from kq.executor import Executor, Job
+from kq.worker.pool import Event, Finished, Place, Returned
+from kq.worker.runner import Result, Runner
+from kq.worker.slot import SlotTable
+
+logger = logging.getLogger("kq.worker")
+
+#: Jobs beyond the running ones that wait in this process, so that handlers find the next one at once.
+_AHEAD = 2
+
+
+class ThreadPool:
+    """A pool with one place: this process.
+
+    Args:
+        executor: Turns a job into an outcome.
+        concurrency: Handlers at once.
+        is_async: Tells whether a queue's handler is async.
+        shortest_timeout: Seconds of the shortest time limit of any handler, or None.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        concurrency: int,
+        is_async: Callable[[str], bool],
+        shortest_timeout: float | None,
+    ) -> None:
+        self._place = Place(1, concurrency * _AHEAD, ready=True)
+        self.places: list[Place] = [self._place]
+        self._events: SimpleQueue[Event | None] = SimpleQueue()
+        self._slots = SlotTable(2 * concurrency)
+        self._runner = Runner(
+            executor,
+            concurrency=concurrency,
+            is_async=is_async,
+            shortest_timeout=shortest_timeout,
+            slots=self._slots,
+            emit=self._emit,
+        )
+
+    def start(self) -> None:
+        """Do nothing: threads start with their first job."""
+
+    def submit(self, place: Place, jobs: Sequence[Job]) -> None:
+        """See `Pool.submit`."""
+        place.tags.update(job.tag for job in jobs)
+        self._runner.submit(jobs)
+
+    def poll(self, timeout: float) -> list[Event]:
+        """See `Pool.poll`."""
+        events: list[Event] = []
+        try:
+            event = self._events.get(timeout=max(0.0, timeout))
+            while True:
+                if event is not None:
+                    tags = event.tags if isinstance(event, Returned) else [tag for tag, _ in _results(event)]
+                    self._place.tags.difference_update(tags)
+                    events.append(event)
+                event = self._events.get_nowait()
+        except Empty:
+            return events
+
+    def wake(self) -> None:
+        """See `Pool.wake`."""
+        self._events.put(None)
+
+    def recall(self) -> None:
+        """See `Pool.recall`."""
+        self._place.accepting = False
+        self._events.put(Returned(self._place, self._runner.recall()))
+
+    def replace(self) -> None:
+        """Say that there is nothing to replace."""
+        logger.warning(
+            "HUP does nothing with a pool of threads: restart the worker to load new code",
+            extra={"action": "reload"},
+        )
+
+    def dump(self) -> None:
+        """See `Pool.dump`."""
+        logger.warning("%s", self._runner.dump(), extra={"action": "dump"})
+
+    def close(self, patience: float) -> None:
+        """See `Pool.close`; threads that still run are daemons and end with the process."""
+        self._runner.stop()
+        until = monotonic() + patience
+        while self._place.tags and monotonic() < until:
+            self.poll(until - monotonic())
+
+    def _emit(self, results: list[Result], early: bool) -> None:
+        self._events.put(Finished(self._place, results, early))
+
+
+def _results(event: Event) -> list[Result]:
+    return event.results if isinstance(event, Finished) and not event.early else []

@@ -1,0 +1,430 @@
+"""The worker from the outside: options, start, signals, stop.
+
+1. Reach the broker and declare the queues.
+2. Start the pool and the fetcher.
+3. Let the supervisor turn until told to stop.
+4. Stop fetching, let handlers finish for a while, release the rest, disconnect.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Event, Thread, current_thread, main_thread
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from kq import config, limit
+from kq.backend import Backend
+from kq.errors import Internal, Invalid
+from kq.fetcher import Fetcher
+from kq.router import Consumer
+from kq.worker.frame import Hello
+from kq.worker.pool import Pool
+from kq.worker.process_pool import ProcessPool
+from kq.worker.supervisor import Supervisor, Tally
+from kq.worker.thread_pool import ThreadPool
+
+if TYPE_CHECKING:
+    from kq.app import App
+
+logger = logging.getLogger("kq.worker")
+
+#: Messages that a worker holds for each handler at most, unless told otherwise.
+_PREFETCH_PER_CHILD = 1000
+#: Seconds between tries to reach the broker at the start.
+_CONNECT_PAUSE = 0.5
+#: Seconds that children get to end by themselves once their work is done.
+_END_PATIENCE = 5.0
+#: Seconds that the last settlements may take.
+_SETTLE_PATIENCE = 10.0
+#: Seconds ahead that ``burst`` waits for delayed messages.
+_BURST_HORIZON = 60.0
+#: Seconds between two turns of the loop in which nothing happens.
+_IDLE_TURN = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a worker works. Durations are seconds.
+
+    Attributes:
+        queues: The queues to consume; None for all that have a handler.
+        processes: Child processes; None for one for each CPU.
+        concurrency: Handlers at once in each.
+        pool: ``processes`` or ``threads``; None for what fits.
+        prefetch: Messages in hand at most; None for a number that fits.
+        grace: How long handlers may go on after a stop.
+        burst: Whether to stop when the queues are empty.
+        connect_timeout: How long to try to reach the broker at the start.
+        log_level: For the children's logs.
+        log_format: ``text`` or ``json``, likewise.
+    """
+
+    queues: Sequence[str] | None = None
+    processes: int | None = None
+    concurrency: int = 8
+    pool: str | None = None
+    prefetch: int | None = None
+    grace: float = 30.0
+    burst: bool = False
+    connect_timeout: float = 10.0
+    log_level: str = "info"
+    log_format: str = "text"
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "concurrency", "prefetch"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise Invalid(f"{name}: expected an integer from 1, got {value!r}")
+        if self.pool not in (None, "processes", "threads"):
+            raise Invalid(f"pool: expected processes or threads, got {self.pool!r}")
+        for name in ("grace", "connect_timeout"):
+            limit.seconds(name, getattr(self, name))
+
+
+class Worker:
+    """Consumes an app's queues and runs its handlers.
+
+    ``run`` blocks; ``start`` runs it in a thread; ``stop`` ends either. A context manager starts and stops.
+    In the main thread TERM and INT stop it, a second one at once; HUP replaces the children, USR1 logs
+    what runs where.
+
+    Args:
+        app: The app.
+        app_path: ``module:attribute``, by which children find the app; without it only a pool of threads
+            is possible.
+        options: How to work.
+        idle_until: For ``app.drain``: the moment until which to wait for what is due.
+        quiet: Whether to keep the start and the end out of the log.
+
+    Raises:
+        Invalid: If there is nothing to consume, or the pool does not fit.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        app_path: str | None = None,
+        options: WorkerOptions | None = None,
+        idle_until: float | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self._app = app
+        self._app_path = app_path
+        self.options = options or WorkerOptions()
+        self._idle_until = idle_until
+        self._quiet = quiet
+        self._registry = app.registry
+        self._consumers = self._choose()
+        self._specs = {queue: self._registry.spec(queue) for queue in self._consumers}
+        self._threads = self._pool_kind() == "threads"
+        self.processes = 1 if self._threads else (self.options.processes or os.cpu_count() or 1)
+        self._pool: Pool | None = None
+        self._supervisor: Supervisor | None = None
+        self._thread: Thread | None = None
+        self._stop = Event()
+        self._hurry = False
+        self._replace = False
+        self._dump = False
+        self._ready = Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def tally(self) -> Tally:
+        """What this worker has done so far."""
+        return Tally() if self._supervisor is None else self._supervisor.tally
+
+    def run(self) -> None:
+        """Work until stopped, or, in burst mode, until the queues are empty.
+
+        Raises:
+            Internal: If the broker cannot be reached within ``connect_timeout``.
+            PermissionDenied: If the broker refuses us.
+            Conflict: If a queue exists with other values than declared.
+            StartFailed: If the children cannot load the app.
+        """
+        backend = self._registry.open()
+        previous = self._install_signals()
+        try:
+            self._connect(backend)
+            self._work(backend)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            backend.close()
+
+    def start(self) -> None:
+        """Run in a thread of its own, and return once it fetches.
+
+        Raises:
+            Error: What `run` raised, if it did so at the start.
+        """
+        self._thread = Thread(target=self._run_in_thread, name="kq-worker", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+
+    def stop(self, *, now: bool = False) -> None:
+        """Stop fetching, let handlers finish within ``grace``, release the rest. Safe in any thread.
+
+        Args:
+            now: Release at once what is not done.
+        """
+        self._hurry = self._hurry or now
+        self._stop.set()
+        self._wake()
+        thread = self._thread
+        if thread is not None and thread is not current_thread():
+            thread.join()
+
+    def __enter__(self) -> Worker:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _run_in_thread(self) -> None:
+        try:
+            self.run()
+        except BaseException as error:
+            self._failure = error
+            if self._ready.is_set():
+                logger.exception("the worker failed", extra={"action": "worker_failed"})
+        finally:
+            self._ready.set()
+
+    def _choose(self) -> dict[str, Consumer]:
+        consumers = {consumer.queue: consumer for consumer in self._registry.router}
+        if self.options.queues is not None:
+            for queue in self.options.queues:
+                limit.queue_id(queue)
+                if queue not in consumers:
+                    logger.warning(
+                        "queue %s has no handler in %s: it is not consumed", queue, self._registry.name,
+                        extra={"action": "no_handler"},
+                    )  # fmt: skip
+            consumers = {queue: consumers[queue] for queue in self.options.queues if queue in consumers}
+        if not consumers:
+            known = ", ".join(consumer.queue for consumer in self._registry.router) or "none"
+            raise Invalid(
+                f"nothing to consume: app {self._registry.name!r} has handlers for {known}; "
+                "declare one with @app.consumer(queue_id)"
+            )
+        return consumers
+
+    def _pool_kind(self) -> str:
+        memory = config.scheme(self._registry.settings.broker) == "memory"
+        kind = self.options.pool
+        if kind == "processes" and memory:
+            raise Invalid("pool: memory:// lives in one process; use --pool threads, or another broker")
+        if kind == "processes" and self._app_path is None:
+            raise Invalid("pool: children need the app's path, package.module:attribute; use threads without")
+        if kind is None:
+            kind = "threads" if memory or self._app_path is None or sys.platform == "win32" else "processes"
+        return kind
+
+    def _connect(self, backend: Backend) -> None:
+        until = monotonic() + self.options.connect_timeout
+        while True:
+            try:
+                longest = max((c.timeout for c in self._consumers.values() if c.timeout), default=None)
+                warnings = backend.check(longest)
+                for spec in self._specs.values():
+                    backend.declare(spec, create=True, exact=self._registry.is_exact(spec.id))
+                break
+            except Internal as error:
+                if not error.retryable or monotonic() + _CONNECT_PAUSE > until or self._stop.is_set():
+                    raise
+                if not self._quiet:
+                    logger.warning("cannot reach the broker yet: %s", error, extra={"action": "connect"})
+                self._stop.wait(_CONNECT_PAUSE)
+        if not self._quiet:
+            self._announce(warnings)
+
+    def _announce(self, warnings: list[str]) -> None:
+        options = self.options
+        where = "threads" if self._threads else "processes"
+        queues = "".join(
+            f"\n    {consumer.queue}  ->  {consumer.name}{_rules(consumer)}" for consumer in self._consumers.values()
+        )
+        logger.info(
+            "kq worker of %s\n  broker  %s\n  pool    %s\n  queues%s",
+            self._registry.name,
+            config.hide_password(self._registry.settings.broker),
+            f"{self.processes} {where} x {options.concurrency} handlers"
+            if not self._threads
+            else f"{options.concurrency} threads in this process",
+            queues,
+            extra={"action": "start"},
+        )
+        for warning in [*config.unknown_variables(), *warnings]:
+            logger.warning("%s", warning, extra={"action": "warning"})
+
+    def _make_pool(self) -> Pool:
+        options = self.options
+        timeouts = [consumer.timeout for consumer in self._consumers.values() if consumer.timeout is not None]
+        if self._threads:
+            kinds = {consumer.queue: consumer.is_async for consumer in self._consumers.values()}
+            return ThreadPool(
+                self._app.executor(),
+                concurrency=options.concurrency,
+                is_async=lambda queue: kinds[queue],
+                shortest_timeout=min(timeouts, default=None),
+            )
+        assert self._app_path is not None
+        settings = self._registry.settings
+        hello = Hello(
+            app=self._app_path,
+            settings={name: getattr(settings, name) for name in ("broker", "publish_timeout", "create_queues", "max_body")},
+            queues=list(self._consumers),
+            concurrency=options.concurrency,
+            log_level=options.log_level,
+            log_format=options.log_format,
+        )
+        return ProcessPool(self.processes, hello, self._timeout_of if timeouts else None)
+
+    def _timeout_of(self, tag: int) -> float | None:
+        assert self._supervisor is not None
+        return self._supervisor.timeout_of(tag)
+
+    def _work(self, backend: Backend) -> None:
+        pool = self._pool = self._make_pool()
+        prefetch = self.options.prefetch or self.processes * _PREFETCH_PER_CHILD
+        supervisor = self._supervisor = Supervisor(
+            pool,
+            consumers=self._consumers,
+            specs=self._specs,
+            max_deliveries=self._registry.settings.max_deliveries,
+            prefetch=prefetch,
+        )
+        idle = self.options.burst or self._idle_until is not None
+        fetcher = Fetcher(
+            backend,
+            list(self._specs.values()),
+            prefetch=prefetch,
+            lease=self._registry.settings.lease,
+            limits=_limits(self._consumers),
+            on_deliveries=supervisor.arrived,
+            on_idle=self._idle if idle else None,
+            idle_until=lambda: self._idle_until or monotonic() + _BURST_HORIZON,
+        )
+        fetcher.hold(0)
+        supervisor.attach(fetcher)
+        try:
+            pool.start()
+            fetcher.start()
+            self._ready.set()
+            while not self._stop.is_set():
+                self._obey(pool)
+                supervisor.turn(self._patience())
+            self._wind_down(pool, supervisor)
+        finally:
+            pool.close(0.0 if self._hurry else _END_PATIENCE)
+            supervisor.release_all()
+            if fetcher.is_alive() and not fetcher.stop(_SETTLE_PATIENCE):
+                logger.warning(
+                    "the broker did not take the last settlements in time; those messages run again",
+                    extra={"action": "settle_failed"},
+                )
+            if not self._quiet:
+                self._say_goodbye(supervisor.tally)
+
+    def _wind_down(self, pool: Pool, supervisor: Supervisor) -> None:
+        supervisor.stop_fetching()
+        until = monotonic() + (float("inf") if self._idle_until is not None else self.options.grace)
+        if supervisor.in_hand and not self._quiet:
+            logger.info(
+                "stopping: up to %.0f s for %d messages in hand; a second signal releases them at once",
+                self.options.grace, supervisor.in_hand,
+                extra={"action": "stop"},
+            )  # fmt: skip
+        while supervisor.in_hand and not self._hurry and monotonic() < until:
+            self._obey(pool)
+            supervisor.turn(min(_IDLE_TURN, max(0.0, until - monotonic())))
+
+    def _patience(self) -> float:
+        if self._idle_until is None:
+            return _IDLE_TURN
+        left = self._idle_until - monotonic()
+        if left <= 0:
+            self._stop.set()
+        return max(0.0, min(_IDLE_TURN, left))
+
+    def _obey(self, pool: Pool) -> None:
+        if self._replace:
+            self._replace = False
+            logger.info("replacing the children", extra={"action": "reload"})
+            pool.replace()
+        if self._dump:
+            self._dump = False
+            pool.dump()
+
+    def _idle(self) -> None:
+        self._stop.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        pool = self._pool
+        if pool is not None:
+            pool.wake()
+
+    def _install_signals(self) -> dict[int, Any]:
+        if current_thread() is not main_thread() or self._idle_until is not None:
+            return {}
+
+        def stop(number: int, frame: object) -> None:
+            self._hurry = self._stop.is_set()
+            self._stop.set()
+            self._wake()
+
+        def reload(number: int, frame: object) -> None:
+            self._replace = True
+            self._wake()
+
+        def dump(number: int, frame: object) -> None:
+            self._dump = True
+            self._wake()
+
+        wanted = {"SIGTERM": stop, "SIGINT": stop, "SIGHUP": reload, "SIGUSR1": dump}
+        numbers = {getattr(signal, name): handler for name, handler in wanted.items() if hasattr(signal, name)}
+        return {number: signal.signal(number, handler) for number, handler in numbers.items()}
+
+    def _say_goodbye(self, tally: Tally) -> None:
+        logger.info(
+            "stopped: %d done, %d retried, %d dead-lettered, %d released",
+            tally.handled, tally.retried, tally.dead, tally.released,
+            extra={"action": "stopped"},
+        )  # fmt: skip
+
+
+def _limits(consumers: dict[str, Consumer]) -> dict[str, int]:
+    """Return how many messages of single queues to hold: no more than may run, unless asked for."""
+    limits = {}
+    for queue, consumer in consumers.items():
+        wanted = [n for n in (consumer.concurrency, consumer.prefetch) if n is not None]
+        if wanted:
+            limits[queue] = max(wanted)
+    return limits
+
+
+def _rules(consumer: Consumer) -> str:
+    rules = []
+    if consumer.is_async:
+        rules.append("async")
+    if consumer.timeout is not None:
+        rules.append(f"timeout {consumer.timeout:g} s")
+    if consumer.concurrency is not None:
+        rules.append(f"at most {consumer.concurrency} at once")
+    if consumer.auto_ack:
+        rules.append("auto_ack: at most once")
+    return f"  ({', '.join(rules)})" if rules else ""
+
