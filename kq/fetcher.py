@@ -161,7 +161,7 @@ class Fetcher(Thread):
 
     def _wait(self, feed: Feed) -> None:
         timeout = max(0.0, self._renew_at - monotonic())
-        if self._on_idle is not None and self.in_hand == 0:
+        if self._on_idle is not None and self.in_hand == 0 and self._target:
             due = feed.due_in()
             if due is None or monotonic() + due > self._idle_until():
                 self._on_idle()

@@ -322,6 +322,7 @@ class Worker:
         try:
             pool.start()
             fetcher.start()
+            supervisor.turn(0.0)
             self._ready.set()
             while not self._stop.is_set():
                 self._obey(pool)

@@ -1,0 +1,347 @@
+"""``amqp://`` and ``amqps://``: RabbitMQ 3.10 or newer, over Kombu's pyamqp transport.
+
+Two kinds of links: one that publishes and administers, and one for each feed. `rabbitmq_topology` says what
+is declared, `rabbitmq_publisher` how a publish is confirmed, `rabbitmq_feed` how messages are consumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from time import monotonic
+from typing import Any, Final, TypeVar
+
+from amqp.exceptions import PreconditionFailed
+
+from kq.backend import Capabilities, Envelope, Publication, QueueInfo, QueueSpec, clean
+from kq.backends.rabbitmq_feed import RabbitFeed
+from kq.backends.rabbitmq_link import BROKEN, Link, away, mapped
+from kq.backends.rabbitmq_publisher import Outgoing, Publisher
+from kq.backends.rabbitmq_topology import (
+    bucket_arguments,
+    bucket_for,
+    bucket_name,
+    dead_letter_arguments,
+    explain_rejection,
+    queue_arguments,
+    to_envelope,
+    to_message,
+)
+from kq.errors import Conflict, Error, Internal, NotFound, PermissionDenied
+from kq.registry import BackendOptions
+
+_T = TypeVar("_T")
+
+#: Seconds after which RabbitMQ, unless told otherwise, closes the channel of an unsettled delivery
+#: (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout).
+_CONSUMER_TIMEOUT: Final = 1800.0
+#: Seconds that a publish on a worker's behalf may take.
+_WORKER_TIMEOUT: Final = 10.0
+
+
+class RabbitBackend:
+    """A RabbitMQ broker."""
+
+    capabilities = Capabilities(
+        survives="the death of processes, of the broker and, in a cluster, of a minority of its nodes",
+        shared=True,
+        deduplicates=False,
+        priorities="declared",
+        counts_delayed=False,
+        counts_in_flight=False,
+        tells_age=False,
+        counts_deliveries="unless_prioritised",
+    )
+
+    def __init__(self, url: str, options: BackendOptions) -> None:
+        self._url = url
+        self._options = options
+        self._lock = RLock()
+        self._link: Link | None = None
+        self._publisher: Publisher | None = None
+        self._buckets: set[int] = set()
+
+    def declare(self, queue: QueueSpec, *, create: bool, exact: bool) -> None:
+        """See `Backend.declare`."""
+        arguments = queue_arguments(queue)
+
+        def declare(link: Link) -> None:
+            if not create:
+                link.channel.queue_declare(queue.id, passive=True)
+                return
+            if queue.dead_letter is not None:
+                self._declare_dead_letters(link, queue.dead_letter)
+            channel = link.open_channel()
+            try:
+                channel.queue_declare(queue.id, durable=True, auto_delete=False, arguments=arguments)
+            except PreconditionFailed as error:
+                if exact:
+                    raise Conflict(_difference(queue, str(error.reply_text))) from None
+            else:
+                channel.close()
+
+        try:
+            self._administer(declare)
+        except NotFound:
+            raise NotFound(f"queue {queue.id} does not exist; declare it, or let create_queues make it") from None
+
+    def _declare_dead_letters(self, link: Link, name: str) -> None:
+        channel = link.open_channel()
+        try:
+            channel.queue_declare(name, durable=True, auto_delete=False, arguments=dead_letter_arguments())
+        except PreconditionFailed:
+            channel = link.open_channel()  # somebody declared it otherwise; it is a queue, and that is enough
+        channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
+        channel.queue_bind(name, name)
+        channel.close()
+
+    def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
+        """See `Backend.publish`."""
+        deadline = monotonic() + timeout
+        results: list[Error | None] = [None] * len(batch)
+        left = list(range(len(batch)))
+        with self._lock:
+            for last in (False, True):
+                outgoing: list[Outgoing] = []
+                try:
+                    with mapped(self._url):
+                        link, publisher = self._connected()
+                        link.drain_all()
+                        outgoing = [self._outgoing(link, batch[index]) for index in left]
+                        answers = publisher.send(outgoing, deadline)
+                except Error as error:
+                    # After any error the connection's state is unknown: never used again.
+                    publisher_was = self._publisher
+                    self._drop()
+                    if publisher_was is None or not outgoing or len(publisher_was.results) != len(left):
+                        unknown = left
+                    else:
+                        unconfirmed = publisher_was.unconfirmed()
+                        sent_to = max(unconfirmed, default=len(left) - 1)
+                        unsent = range(sent_to + 1, len(left)) if unconfirmed else ()
+                        unknown = [left[i] for i in (*unconfirmed, *unsent)]
+                    failed = _as_publish_error(error)
+                    for index in unknown:
+                        results[index] = failed
+                    left = unknown
+                    hopeless = isinstance(error, PermissionDenied) or failed.details["reason"] == "unroutable"
+                    if last or hopeless or monotonic() >= deadline:
+                        return results
+                    continue
+                for index, answer in zip(left, answers, strict=True):
+                    results[index] = answer
+                return results
+        return results
+
+    def _outgoing(self, link: Link, publication: Publication) -> Outgoing:
+        message = to_message(publication.envelope)
+        if publication.delay <= 0:
+            return Outgoing("", publication.queue.id, message)
+        milliseconds = bucket_for(publication.delay)
+        if milliseconds not in self._buckets:
+            name = bucket_name(milliseconds)
+            channel = link.open_channel()
+            channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
+            channel.queue_declare(name, durable=True, auto_delete=False, arguments=bucket_arguments(milliseconds))
+            channel.queue_bind(name, name)
+            channel.close()
+            self._buckets.add(milliseconds)
+        return Outgoing(bucket_name(milliseconds), publication.queue.id, message)
+
+    def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> RabbitFeed:
+        """See `Backend.feed`."""
+
+        def open_link() -> Link:
+            with mapped(self._url):
+                return Link(self._url, self._options, purpose="consumer", heartbeat=self._options.heartbeat)
+
+        return RabbitFeed(
+            self._url, open_link, lambda batch: self.publish(batch, _WORKER_TIMEOUT), queues, prefetch
+        )
+
+    def info(self, queue: QueueSpec) -> QueueInfo:
+        """See `Backend.info`."""
+
+        def ask(link: Link) -> Any:
+            return link.open_channel().queue_declare(queue.id, passive=True)
+
+        def ask_dead(link: Link) -> int:
+            return int(link.open_channel().queue_declare(queue.dead_letter, passive=True).message_count)
+
+        try:
+            answer = self._administer(ask)
+        except NotFound:
+            raise NotFound(f"queue {queue.id} does not exist") from None
+        dead = None
+        if queue.dead_letter is not None:
+            try:
+                dead = self._administer(ask_dead)
+            except NotFound:
+                dead = 0
+        return QueueInfo(answer.message_count, answer.message_count, None, None, dead, answer.consumer_count, None)
+
+    def purge(self, queue: QueueSpec) -> int:
+        """See `Backend.purge`."""
+        return int(self._administer(lambda link: link.open_channel().queue_purge(queue.id)))
+
+    def browse(self, queue: QueueSpec, limit: int, offset: int) -> list[Envelope]:
+        """See `Backend.browse`."""
+
+        def look(link: Link) -> list[Envelope]:
+            with self._looking(link, queue.id, offset + limit) as found:
+                return [explain_rejection(envelope, queue.id) for envelope, _ in list(found)[offset:]]
+
+        return self._administer(look)
+
+    def remove(self, queue: QueueSpec, ids: Sequence[str] | None) -> int:
+        """See `Backend.remove`."""
+        if ids is None:
+            return self.purge(queue)
+        wanted = set(ids)
+
+        def drop(link: Link) -> int:
+            dropped = 0
+            with self._looking(link, queue.id, None) as found:
+                for envelope, ack in found:
+                    if envelope.id in wanted:
+                        ack()
+                        dropped += 1
+            return dropped
+
+        return self._administer(drop)
+
+    def replay(self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec) -> int:
+        """See `Backend.replay`."""
+        wanted = None if ids is None else set(ids)
+
+        def replay(link: Link) -> int:
+            replayed = 0
+            with self._looking(link, dead.id, None) as found:
+                for envelope, ack in found:
+                    letter = explain_rejection(envelope, target.id)
+                    origin = letter.headers.get("x_original_queue")
+                    if origin != target.id or (wanted is not None and envelope.id not in wanted):
+                        continue
+                    error = self.publish([Publication(target, clean(letter))], _WORKER_TIMEOUT)[0]
+                    if error is not None:
+                        raise error
+                    ack()
+                    replayed += 1
+            return replayed
+
+        # A link of its own: publishing may have to replace the shared one in between.
+        with mapped(self._url):
+            link = Link(self._url, self._options, purpose="replay", heartbeat=0)
+            try:
+                return replay(link)
+            finally:
+                link.close()
+
+    def check(self, handler_timeout: float | None = None) -> list[str]:
+        """See `Backend.check`."""
+        properties = self._administer(lambda link: dict(link.connection.server_properties))
+        warnings = []
+        product, version = str(properties.get("product", "")), str(properties.get("version", ""))
+        if product != "RabbitMQ":
+            warnings.append(f"the broker is {product or 'unknown'}, not RabbitMQ; quorum queues may be missing")
+        elif tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < (3, 10):
+            warnings.append(f"RabbitMQ {version} is too old; expected 3.10 or newer")
+        if handler_timeout is not None and handler_timeout >= _CONSUMER_TIMEOUT:
+            warnings.append(
+                f"a handler may take {handler_timeout:g} s, but RabbitMQ takes a message back after its "
+                f"consumer_timeout ({_CONSUMER_TIMEOUT:g} s unless changed): raise that above the handler's timeout"
+            )
+        return warnings
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        with self._lock:
+            self._drop()
+
+    # The shared link.
+
+    def _connected(self) -> tuple[Link, Publisher]:
+        if self._link is None or self._publisher is None:
+            # No heartbeat: a program that only publishes may do nothing for hours. The kernel probes the
+            # connection, and every publish has a deadline.
+            self._link = Link(self._url, self._options, purpose="publisher", heartbeat=0)
+            self._publisher = Publisher(self._link)
+            self._buckets.clear()
+        return self._link, self._publisher
+
+    def _drop(self) -> None:
+        link, self._link, self._publisher = self._link, None, None
+        if link is not None:
+            link.close()
+
+    def _administer(self, call: Callable[[Link], _T]) -> _T:
+        """Run a call on the shared link; once more on a new one if the old one turned out dead."""
+        with self._lock:
+            fresh = self._link is None
+            try:
+                with mapped(self._url):
+                    return call(self._connected()[0])
+            except Error as error:
+                self._drop()
+                if fresh or not isinstance(error, Internal) or error.details.get("reason") != "unavailable":
+                    raise
+            try:
+                with mapped(self._url):
+                    return call(self._connected()[0])
+            except Error:
+                self._drop()
+                raise
+
+    @contextmanager
+    def _looking(
+        self, link: Link, queue: str, most: int | None
+    ) -> Iterator[Iterator[tuple[Envelope, Callable[[], None]]]]:
+        """Yield the messages of a queue with a way to remove each; the rest goes back in order."""
+        channel = link.open_channel()
+        count = channel.queue_declare(queue, passive=True).message_count
+        most = count if most is None else min(most, count)
+
+        def messages() -> Iterator[tuple[Envelope, Callable[[], None]]]:
+            for _ in range(most):
+                message = channel.basic_get(queue)
+                if message is None:
+                    return
+                yield to_envelope(message), lambda tag=message.delivery_tag: channel.basic_ack(tag)  # type: ignore[misc]
+
+        try:
+            yield messages()
+        finally:
+            try:
+                channel.basic_recover(requeue=True)
+                channel.close()
+            except BROKEN:
+                pass  # the channel is gone, and gave everything back
+
+
+def _difference(queue: QueueSpec, text: str) -> str:
+    """Name the argument on which two declarations disagree, from the broker's own words.
+
+    They read: ``inequivalent arg 'x-max-length' for queue 'a:b' in vhost '/': received the value '5' of
+    type 'signedint' but current is none``.
+    """
+    argument = text.partition("inequivalent arg '")[2].partition("'")[0]
+    ours = {
+        "x-max-length": f"max_length={queue.max_length!r}",
+        "x-max-priority": f"max_priority={queue.max_priority!r}",
+        "x-dead-letter-exchange": f"dead_letter={queue.dead_letter!r}",
+    }.get(argument, argument or "other arguments")
+    what = text.partition(": ")[2] or text
+    return (
+        f"queue {queue.id} exists with another {argument or 'declaration'}, declared here with {ours}: {what}; "
+        "declare it alike, or delete the queue first"
+    )
+
+
+def _as_publish_error(error: Error) -> Error:
+    if isinstance(error, NotFound):
+        return away(f"the message cannot be routed: {error.message}", "unroutable")
+    if isinstance(error, (Internal, PermissionDenied)):
+        return error
+    return away(error.message, "refused")
+

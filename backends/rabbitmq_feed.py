@@ -1,0 +1,406 @@
+"""Consuming from RabbitMQ: the broker pushes, a window bounds how much.
+
+Deliveries carry the epoch of the link they came over. When a link breaks the broker gives its deliveries
+to others; what is settled after that is too late, and is never acknowledged over another link, where
+the same tag means another message.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic, time
+from typing import Any, Final
+
+import amqp
+
+from kq.backend import Delivery, Envelope, Publication, QueueSpec, Settlement, bury, pack
+from kq.backends.rabbitmq_link import BROKEN, Link, mapped
+from kq.backends.rabbitmq_topology import (
+    due_in,
+    read_count,
+    to_envelope,
+    without_history,
+)
+from kq.errors import Error
+
+#: Seconds between two ticks of the heartbeat.
+_TICK: Final = 1.0
+#: Messages that the broker pushes at first, for each queue.
+_FIRST_WINDOW: Final = 16
+#: Seconds between two changes of the window, up and down.
+_WIDEN_EVERY: Final = 0.05
+_NARROW_AFTER: Final = 5.0
+#: Seconds within which a message counts as due.
+_DUE: Final = 0.001
+
+
+@dataclass(eq=False)
+class _Receipt:
+    """How to settle a delivery."""
+
+    epoch: int
+    tag: int
+    message: Any
+
+
+class RabbitFeed:
+    """A consumer of queues. One thread's, but for `wake`.
+
+    Args:
+        url: For errors.
+        open_link: Opens a link for consuming.
+        publish: Publishes with confirms; for retries, dead letters and steps of delays.
+        queues: What to consume.
+        prefetch: The widest window.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        open_link: Callable[[], Link],
+        publish: Callable[[Sequence[Publication]], list[Error | None]],
+        queues: Sequence[QueueSpec],
+        prefetch: int,
+    ) -> None:
+        self._url = url
+        self._open_link = open_link
+        self._publish = publish
+        self._specs = {queue.id: queue for queue in queues}
+        self._prefetch = prefetch
+        self._link: Link | None = None
+        self._epoch = 0
+        self._windows: dict[str, int] = {}
+        self._subscribed = 0
+        self._changed_at = 0.0
+        self._narrow_since: float | None = None
+        self._buffers: dict[str, deque[Delivery]] = {queue: deque() for queue in self._specs}
+        #: Unsettled deliveries of this epoch by tag, in the order of arrival.
+        self._outstanding: dict[int, Delivery] = {}
+        self._held_of: Counter[str] = Counter()
+        self._early: list[Delivery] = []
+        self._due: list[float] = []
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._closed = False
+        self._connected()
+
+    def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
+        """See `Feed.fetch`."""
+        with self._guarded():
+            link = self._connected()
+            self._fit(link, credit, caps)
+            link.drain_all()
+        self._send_on_early()
+        deliveries: list[Delivery] = []
+        for queue, buffer in self._buffers.items():
+            room = min(credit - len(deliveries), caps.get(queue, credit))
+            while buffer and room > 0:
+                deliveries.append(buffer.popleft())
+                room -= 1
+        # Round and round, so that no queue is always first.
+        first = next(iter(self._buffers))
+        self._buffers[first] = self._buffers.pop(first)
+        self._held_of.update(delivery.queue for delivery in deliveries)
+        return deliveries
+
+    def settle(self, settlements: Sequence[Settlement]) -> list[Settlement]:
+        """See `Feed.settle`."""
+        late = [s for s in settlements if not self._is_ours(s.delivery)]
+        ours = [s for s in settlements if self._is_ours(s.delivery)] if late else list(settlements)
+        copies = [copy for copy in map(self._copy, ours) if copy is not None]
+        if copies:
+            # The new copy is confirmed before the old one goes: both exist for a moment, never neither.
+            for error in self._publish(copies):
+                if error is not None:
+                    raise error
+        with self._guarded():
+            link = self._connected()
+            rejected = [s for s in ours if self._is_ours(s.delivery) and self._goes_back(s)]
+            acked = {s.delivery.receipt.tag for s in ours if self._is_ours(s.delivery)}
+            for settlement in reversed(rejected):
+                tag = settlement.delivery.receipt.tag
+                acked.discard(tag)
+                link.channel.basic_reject(tag, requeue=True)
+                self._outstanding.pop(tag, None)
+            self._ack(link, acked)
+        for settlement in ours:
+            self._held_of[settlement.delivery.queue] -= 1
+        return late
+
+    def due_in(self) -> float | None:
+        """See `Feed.due_in`; other workers' delays and deliveries are unknown to RabbitMQ's clients."""
+        with self._guarded():
+            link = self._connected()
+            waiting = sum(
+                link.channel.queue_declare(queue, passive=True).message_count for queue in self._specs
+            )
+            link.drain_all()
+        if waiting or any(self._buffers.values()) or self._early:
+            return 0.0
+        now = time()
+        self._due = [at for at in self._due if at > now - _TICK]
+        return max(0.02, min(self._due) - now) if self._due else None
+
+    def renew(self) -> None:
+        """See `Feed.renew`: the connection is the lease, and heartbeats keep it."""
+        self._tick()
+
+    def wait(self, timeout: float) -> None:
+        """See `Feed.wait`."""
+        until = monotonic() + timeout
+        while True:
+            with self._guarded():
+                link = self._connected()
+                step = max(0.0, min(until - monotonic(), _TICK))
+                ready, _, _ = select.select([link.connection.sock, self._wake_reader], [], [], step)
+            if self._wake_reader in ready:
+                _drain(self._wake_reader)
+            self._tick()
+            if ready or monotonic() >= until:
+                return
+
+    def wake(self) -> None:
+        """See `Feed.wake`."""
+        try:
+            self._wake_writer.send(b"!")
+        except OSError:
+            pass  # full of wake-ups already, or closed meanwhile
+
+    def close(self) -> None:
+        """See `Feed.close`: the broker takes back what is unsettled when the channel goes."""
+        if self._closed:
+            return
+        self._closed = True
+        self._drop_link()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    # The link.
+
+    def _connected(self) -> Link:
+        if self._link is None:
+            self._link = self._open_link()
+            self._epoch += 1
+            self._windows = {}
+            self._subscribe(self._link, dict.fromkeys(self._specs, min(_FIRST_WINDOW, self._prefetch)))
+        return self._link
+
+    def _drop_link(self) -> None:
+        link, self._link = self._link, None
+        for delivery in self._outstanding.values():
+            delivery.lost = True
+        self._outstanding.clear()
+        self._early.clear()
+        self._held_of.clear()
+        for buffer in self._buffers.values():
+            buffer.clear()
+        if link is not None:
+            link.close()
+
+    def _guarded(self) -> Any:
+        return _Guard(self)
+
+    def _tick(self) -> None:
+        with self._guarded():
+            link = self._connected()
+            link.connection.heartbeat_tick()
+
+    # The window.
+
+    def _fit(self, link: Link, credit: int, caps: Mapping[str, int]) -> None:
+        """Subscribe with a window that fits what is wanted: at once when it grows, later when it shrinks.
+
+        A window belongs to a subscription, so a change is a new subscription. A wide one hoards what
+        others could run; a narrow one has the broker wait for our answers.
+        """
+        wanted = {
+            queue: self._power(min(credit, caps.get(queue, credit)) + self._held_of[queue])
+            for queue in self._specs
+        }
+        if all(wanted[queue] <= self._windows[queue] for queue in wanted):
+            now = monotonic()
+            if all(wanted[queue] * 4 > self._windows[queue] for queue in wanted):
+                self._narrow_since = None
+                return
+            self._narrow_since = self._narrow_since or now
+            if now - self._narrow_since < _NARROW_AFTER:
+                return
+        elif monotonic() - self._changed_at < _WIDEN_EVERY:
+            return
+        self._narrow_since = None
+        self._subscribe(link, wanted)
+
+    def _power(self, wanted: int) -> int:
+        window = 1
+        while window < wanted:
+            window *= 2
+        return max(1, min(window, self._prefetch))
+
+    def _subscribe(self, link: Link, windows: Mapping[str, int]) -> None:
+        channel = link.channel
+        self._changed_at = monotonic()
+        for queue, window in windows.items():
+            if self._windows.get(queue) == window:
+                continue
+            self._subscribed += 1
+            if queue in self._windows:
+                channel.basic_cancel(self._tag(queue))
+            channel.basic_qos(0, window, False)
+            channel.basic_consume(
+                queue,
+                consumer_tag=self._tag(queue),
+                callback=self._receiver(queue),
+                on_cancel=self._cancelled,
+            )
+            self._windows[queue] = window
+
+    def _tag(self, queue: str) -> str:
+        return f"kq-{queue}"
+
+    def _cancelled(self, tag: str) -> None:
+        raise amqp.exceptions.RecoverableConnectionError(f"RabbitMQ cancelled the consumer {tag}: its queue is gone")
+
+    def _receiver(self, queue: str) -> Callable[[Any], None]:
+        def receive(message: Any) -> None:
+            headers = message.properties.get("application_headers") or {}
+            redelivered = bool(message.delivery_info.get("redelivered"))
+            envelope = to_envelope(message)
+            envelope.headers = without_history(headers)
+            delivery = Delivery(
+                queue,
+                envelope.id,
+                _pack(envelope),
+                read_count(headers, "x_attempts"),
+                read_count(headers, "x_crashes"),
+                # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
+                read_count(headers, "x-delivery-count") if redelivered else 0,
+                _Receipt(self._epoch, message.delivery_tag, message),
+            )
+            self._outstanding[message.delivery_tag] = delivery
+            if due_in(headers) > _DUE:
+                self._early.append(delivery)
+            else:
+                self._buffers[queue].append(delivery)
+
+        return receive
+
+    # Settling.
+
+    def _is_ours(self, delivery: Delivery) -> bool:
+        receipt: _Receipt = delivery.receipt
+        return receipt.epoch == self._epoch and receipt.tag in self._outstanding
+
+    def _goes_back(self, settlement: Settlement) -> bool:
+        return settlement.outcome.action == "release" and not self._counted(settlement.delivery)
+
+    def _counted(self, delivery: Delivery) -> bool:
+        """Tell whether going back once more would look to the broker like yet another dead worker.
+
+        RabbitMQ counts every return. A fresh copy starts at nought.
+        """
+        return delivery.deliveries > 0
+
+    def _copy(self, settlement: Settlement) -> Publication | None:
+        """Return the message that takes a delivery's place, or None where there is none."""
+        delivery, outcome = settlement.delivery, settlement.outcome
+        if outcome.action == "done" or self._goes_back(settlement):
+            return None
+        spec = self._specs[delivery.queue]
+        envelope = to_envelope(delivery.receipt.message)
+        envelope.id = delivery.id
+        if outcome.action == "dead" and spec.dead_letter is not None:
+            letter = bury(envelope, delivery.queue, outcome, time())
+            return Publication(QueueSpec(spec.dead_letter), letter)
+        headers = {key: value for key, value in envelope.headers.items() if key != "x_due_at"}
+        delay = 0.0
+        if outcome.action != "release":
+            headers.update(x_attempts=outcome.attempts, x_crashes=outcome.crashes)
+            # A dead-letter queue has none of its own: what fails there stays, and rests for a while.
+            delay = outcome.delay if outcome.action == "retry" else spec.policy.backoff.max
+        if delay > 0:
+            headers["x_due_at"] = time() + delay
+            self._due.append(headers["x_due_at"])
+        return Publication(spec, Envelope(envelope.id, headers, envelope.properties, envelope.body), delay)
+
+    def _ack(self, link: Link, tags: set[int]) -> None:
+        """Acknowledge, with as few frames as the order allows."""
+        last = 0
+        for tag in list(self._outstanding):
+            if tag not in tags:
+                break
+            del self._outstanding[tag]
+            tags.discard(tag)
+            last = tag
+        if last:
+            # Everything up to here is settled: one frame for all.
+            link.channel.basic_ack(last, multiple=True)
+        for tag in tags:
+            link.channel.basic_ack(tag)
+            self._outstanding.pop(tag, None)
+
+    def _send_on_early(self) -> None:
+        """Send on what came back from a delay's step before its time."""
+        if not self._early:
+            return
+        early, self._early = self._early, []
+        copies = []
+        for delivery in early:
+            envelope = to_envelope(delivery.receipt.message)
+            envelope.id = delivery.id
+            copies.append(Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers))))
+        results = self._publish(copies)
+        with self._guarded():
+            link = self._connected()
+            sent = set()
+            for delivery, error in zip(early, results, strict=True):
+                if not self._is_ours(delivery):
+                    continue
+                if error is None:
+                    sent.add(delivery.receipt.tag)
+                    self._due.append(float(delivery.receipt.message.properties["application_headers"]["x_due_at"]))
+                else:
+                    self._early.append(delivery)
+            self._ack(link, sent)
+
+
+class _Guard:
+    """Drops the link after any error, and turns the error into ours."""
+
+    def __init__(self, feed: RabbitFeed) -> None:
+        self._feed = feed
+        self._mapped = mapped(feed._url)
+
+    def __enter__(self) -> None:
+        self._mapped.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
+        if error is not None and isinstance(error, (*BROKEN, Error)):
+            self._feed._drop_link()
+        return self._mapped.__exit__(kind, error, trace)
+
+
+def _pack(envelope: Envelope) -> bytes:
+    try:
+        return pack(envelope)
+    except (TypeError, ValueError, OverflowError):
+        # A stranger's headers may hold what msgpack has no type for.
+        envelope.headers = {key: _plain(value) for key, value in envelope.headers.items()}
+        return pack(envelope)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool)) or value is None else repr(value)
+
+
+def _drain(reader: socket.socket) -> None:
+    try:
+        while reader.recv(4096):
+            pass
+    except OSError:
+        pass
+

@@ -1,0 +1,146 @@
+"""One connection to RabbitMQ: opened, watched, given up; its errors turned into ours.
+
+py-amqp revives a channel that the broker has closed in place, without its consumers and confirms. So no
+link is used after an error: it is dropped, and the next use opens a new one.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+import kombu
+from amqp import spec
+from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed, ResourceLocked
+from kombu.exceptions import KombuError
+
+from kq import errors
+from kq.config import hide_password
+from kq.errors import Conflict, Internal, Invalid, PermissionDenied
+from kq.registry import BackendOptions
+
+#: Milliseconds that sent data may stay unacknowledged before the kernel gives a connection up; py-amqp's
+#: own default of one second kills connections that are merely slow.
+_USER_TIMEOUT: Final = 30_000
+#: Seconds that a farewell to the broker may take.
+_CLOSE_TIMEOUT: Final = 0.5
+
+#: What a broken connection raises.
+BROKEN: Final = (OSError, AMQPError, KombuError, EOFError, AttributeError)
+
+
+class Link:
+    """A connection and its channel.
+
+    Attributes:
+        connection: py-amqp's connection, as Kombu made it.
+        channel: Its channel; bodies arrive as the bytes they are.
+        blocked: Why the broker takes no messages now, or empty.
+    """
+
+    def __init__(self, url: str, options: BackendOptions, *, purpose: str, heartbeat: float) -> None:
+        self.blocked = ""
+        interval = max(1, int(options.heartbeat / 3))
+        transport_options: dict[str, Any] = {
+            "read_timeout": options.timeout,
+            "write_timeout": options.timeout,
+            "on_blocked": self._on_blocked,
+            "on_unblocked": self._on_unblocked,
+            "socket_settings": {
+                socket.TCP_USER_TIMEOUT: _USER_TIMEOUT,
+                socket.TCP_KEEPIDLE: interval,
+                socket.TCP_KEEPINTVL: interval,
+                socket.TCP_KEEPCNT: 3,
+            },
+            "client_properties": {"connection_name": f"kq {options.name} {purpose}"},
+        }
+        try:
+            self._client = kombu.Connection(
+                url,
+                heartbeat=heartbeat,
+                connect_timeout=min(options.timeout, 5.0),
+                transport_options=transport_options,
+            )
+            if url.startswith("amqps://"):
+                self._client.ssl = {"server_hostname": self._client.hostname, "cert_reqs": ssl.CERT_REQUIRED}
+        except (ValueError, TypeError, KeyError):
+            # Not chained: the original names pieces of the URL, and one may be the password.
+            raise Invalid(
+                f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}"
+            ) from None
+        self.connection: Any = self._client.connection
+        self.channel: Any = self.connection.channel()
+        self.channel.auto_decode = False
+
+    def open_channel(self) -> Any:
+        """Return one more channel."""
+        channel = self.connection.channel()
+        channel.auto_decode = False
+        return channel
+
+    def drain(self, timeout: float) -> bool:
+        """Read one frame and dispatch it; False if none came within ``timeout`` seconds."""
+        try:
+            self.connection.drain_events(timeout=timeout)
+        except (TimeoutError, socket.timeout):
+            return False
+        return True
+
+    def drain_all(self) -> None:
+        """Dispatch every frame that has arrived."""
+        while self.drain(0):
+            pass
+
+    def close(self) -> None:
+        """Say goodbye without waiting for an answer, and drop the connection.
+
+        Waiting would block on a dead or a blocked connection; nothing is lost, for what was to be kept
+        has been confirmed.
+        """
+        connection = self.connection
+        with suppress(*BROKEN), connection.transport.having_timeout(_CLOSE_TIMEOUT):
+            connection.send_method(spec.Connection.Close, "BsBB", (200, "", 0, 0))
+        with suppress(*BROKEN):
+            connection.collect()
+
+    def _on_blocked(self, reason: str) -> None:
+        self.blocked = reason or "the broker does not say why"
+
+    def _on_unblocked(self) -> None:
+        self.blocked = ""
+
+
+@contextmanager
+def mapped(url: str) -> Iterator[None]:
+    """Turn what py-amqp and Kombu raise into kq's errors."""
+    shown = hide_password(url)
+    try:
+        yield
+    except errors.Error:
+        raise
+    except (AccessRefused, NotAllowed) as error:
+        raise PermissionDenied(f"RabbitMQ at {shown} refuses us: {_text(error)}") from None
+    except NotFound as error:
+        raise errors.NotFound(_text(error)) from None
+    except (PreconditionFailed, ResourceLocked) as error:
+        raise Conflict(_text(error)) from None
+    except (TimeoutError, socket.timeout, BlockingIOError):
+        raise away(f"RabbitMQ at {shown} did not answer in time", "timeout") from None
+    except ssl.SSLError as error:
+        raise away(f"RabbitMQ at {shown}: no safe connection: {error.reason or error}", "refused") from None
+    except BROKEN as error:
+        raise away(f"RabbitMQ at {shown} cannot be reached: {_text(error)}", "unavailable") from None
+
+
+def away(text: str, reason: str) -> Internal:
+    """Return the error for a broker that does not do what it should."""
+    return Internal(text, details={"reason": reason})
+
+
+def _text(error: BaseException) -> str:
+    return str(getattr(error, "reply_text", "") or error or type(error).__name__)
+
+

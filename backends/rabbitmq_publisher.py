@@ -1,0 +1,141 @@
+"""Confirmed publishing: every message is tracked by its delivery tag until the broker has answered.
+
+Messages are pipelined: many are sent before the first answer is read. An answer that comes after its
+publisher has given up is recognised by its tag and ignored; it is never taken for another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any, Final, NamedTuple
+
+import amqp
+from amqp import spec
+
+from kq.backends.rabbitmq_link import Link, away
+from kq.errors import Internal
+
+#: Messages sent but unconfirmed at most.
+_WINDOW: Final = 2000
+#: Messages sent between two looks at the answers.
+_LOOK_EVERY: Final = 64
+#: Seconds of one wait for answers, after which to look whether the broker has blocked us.
+_LOOK: Final = 0.5
+
+_ARGUMENTS: Final = "Bssbb"
+
+
+class Outgoing(NamedTuple):
+    """A message on its way.
+
+    Attributes:
+        exchange: Where to; empty for the default exchange.
+        routing_key: The queue's name.
+        message: What.
+    """
+
+    exchange: str
+    routing_key: str
+    message: amqp.Message
+
+
+class Publisher:
+    """Publishes over one link. One thread at a time."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._channel: Any = link.channel
+        self._channel.events["basic_ack"].add(self._on_ack)
+        self._channel.events["basic_nack"].add(self._on_nack)
+        self._channel.events["basic_return"].add(self._on_return)
+        self._channel.confirm_select()
+        self._last_tag = 0
+        #: Unanswered tags in the order of sending, and each one's place in the batch of `send`.
+        self._pending: dict[int, int] = {}
+        self._results: list[Internal | None] = []
+        self._ids: list[str] = []
+        self._returned: set[str] = set()
+
+    def send(self, batch: Sequence[Outgoing], deadline: float) -> list[Internal | None]:
+        """Send messages and return each one's answer: None if it is stored, else why not.
+
+        Raises:
+            OSError, amqp.AMQPError: If the connection breaks; then `unconfirmed` says what is unknown.
+        """
+        self._results = [None] * len(batch)
+        self._ids = [outgoing.message.properties["message_id"] for outgoing in batch]
+        self._pending.clear()
+        self._returned.clear()
+        for index, outgoing in enumerate(batch):
+            if self._link.blocked:
+                return self._give_up(range(index, len(batch)), "blocked")
+            self._last_tag += 1
+            self._pending[self._last_tag] = index
+            self._channel.send_method(
+                spec.Basic.Publish,
+                _ARGUMENTS,
+                (0, outgoing.exchange, outgoing.routing_key, True, False),
+                outgoing.message,
+            )
+            if index % _LOOK_EVERY == _LOOK_EVERY - 1:
+                self._link.drain_all()
+            while len(self._pending) >= _WINDOW and not self._is_over(deadline):
+                self._link.drain(_LOOK)
+            if len(self._pending) >= _WINDOW:
+                return self._give_up(range(index + 1, len(batch)), "timeout")
+        while self._pending and not self._is_over(deadline):
+            self._link.drain(max(0.0, min(_LOOK, deadline - monotonic())))
+        if self._pending:
+            return self._give_up((), "blocked" if self._link.blocked else "timeout")
+        return self._results
+
+    def unconfirmed(self) -> list[int]:
+        """Return the places in the last batch that have no answer."""
+        return list(self._pending.values())
+
+    @property
+    def results(self) -> list[Internal | None]:
+        """The answers to the last batch so far."""
+        return self._results
+
+    def _is_over(self, deadline: float) -> bool:
+        return monotonic() >= deadline or bool(self._link.blocked)
+
+    def _give_up(self, unsent: Sequence[int] | range, why: str) -> list[Internal | None]:
+        if why == "blocked":
+            late = away(f"RabbitMQ takes no messages now ({self._link.blocked}); it may still store this one", why)
+            never = away(f"RabbitMQ takes no messages now ({self._link.blocked})", why)
+        else:
+            late = never = away("RabbitMQ did not confirm in time; it may still store the message", why)
+        for index in self._pending.values():
+            self._results[index] = late
+        for index in unsent:
+            self._results[index] = never
+        self._pending.clear()
+        return self._results
+
+    def _on_ack(self, tag: int, multiple: bool) -> None:
+        for index in self._take(tag, multiple):
+            if self._returned and self._ids[index] in self._returned:
+                self._results[index] = away("no queue took the message: it was deleted", "unroutable")
+
+    def _on_nack(self, tag: int, multiple: bool) -> None:
+        for index in self._take(tag, multiple):
+            self._results[index] = away("RabbitMQ refused the message: the queue is full", "full")
+
+    def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
+        # Comes before the confirm of the same message, which says nothing of it.
+        self._returned.add(message.properties.get("message_id", ""))
+
+    def _take(self, tag: int, multiple: bool) -> list[int]:
+        if not multiple:
+            index = self._pending.pop(tag, None)
+            return [] if index is None else [index]
+        tags = []
+        for pending in self._pending:
+            if pending > tag:
+                break
+            tags.append(pending)
+        return [self._pending.pop(pending) for pending in tags]
+

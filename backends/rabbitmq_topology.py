@@ -1,0 +1,190 @@
+"""What kq declares on RabbitMQ, by which names, and how messages look there.
+
+For a queue ``app:emails``:
+
+==========================  ========================================================================
+queue ``app:emails``        quorum (classic where ``max_priority`` is set); rejected messages go to
+exchange
+  ``app:emails.dead``       fanout, bound to
+queue ``app:emails.dead``   quorum, the dead letters
+==========================  ========================================================================
+
+And for delays, shared by all queues, made when first needed:
+
+==========================  ========================================================================
+exchange ``kq.delay.<ms>``  fanout, so that the routing key is kept; bound to
+queue ``kq.delay.<ms>``     quorum; its messages expire after ``<ms>`` and return through the default
+                            exchange to the queue that their routing key names
+==========================  ========================================================================
+
+All messages of a bucket wait equally long, so none blocks another. A delay that is no bucket's is
+walked in steps, the longest first: whoever consumes the queue sends on what comes back before its
+``x_due_at``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from time import time
+from typing import Any, Final
+from uuid import uuid4
+
+import amqp
+
+from kq.backend import Envelope, QueueSpec, unknown_options
+from kq.errors import Invalid
+from kq.limit import MAX_DELAY
+
+_OPTIONS: Final = frozenset({"queue_type", "arguments"})
+
+#: Milliseconds of the buckets: ten a decade, round, from 10 ms to a year.
+BUCKETS: Final = tuple(
+    round(step * 10**decade)
+    for decade in range(1, 11)
+    for step in (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+    if step * 10**decade <= MAX_DELAY * 1000
+)
+
+#: A message may come this much later than asked, as a part of its delay, to save a step...
+_LATE_PART: Final = 0.02
+#: ...but never by more milliseconds than this.
+_LATE_MOST: Final = 250
+
+# Headers by which RabbitMQ tells a message's history. Sent on, they would be taken for a loop.
+_HISTORY: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
+
+#: AMQP's basic properties, but for the headers.
+_PROPERTIES: Final = (
+    "content_type", "content_encoding", "delivery_mode", "priority", "correlation_id", "reply_to", "message_id",
+    "timestamp", "type", "user_id", "app_id",
+)  # fmt: skip
+
+
+def is_classic(queue: QueueSpec) -> bool:
+    """Tell whether a queue is a classic one: with priorities, or because its options say so."""
+    kind = queue.options.get("amqp", {}).get("queue_type", "classic" if queue.max_priority else "quorum")
+    return bool(kind == "classic")
+
+
+def queue_arguments(queue: QueueSpec) -> dict[str, Any]:
+    """Return the arguments a queue is declared with.
+
+    Raises:
+        Invalid: If ``options["amqp"]`` has something unknown, or asks for what cannot be.
+    """
+    unknown_options(queue, "amqp", _OPTIONS)
+    options = queue.options.get("amqp", {})
+    kind = options.get("queue_type", "quorum" if not queue.max_priority else "classic")
+    if kind not in ("quorum", "classic"):
+        raise Invalid(f"queue {queue.id}: options: amqp: queue_type: expected quorum or classic, got {kind!r}")
+    if kind == "quorum" and queue.max_priority:
+        raise Invalid(f"queue {queue.id}: a quorum queue has no priorities; leave out queue_type or max_priority")
+    extra = options.get("arguments", {})
+    if not isinstance(extra, Mapping):
+        raise Invalid(f"queue {queue.id}: options: amqp: arguments: expected a mapping, got {extra!r}")
+    arguments: dict[str, Any] = {"x-queue-type": kind}
+    if queue.dead_letter is not None:
+        arguments["x-dead-letter-exchange"] = queue.dead_letter
+        if kind == "quorum":
+            # Needs reject-publish, which is what a full queue is to do anyway.
+            arguments["x-dead-letter-strategy"] = "at-least-once"
+            arguments["x-overflow"] = "reject-publish"
+    if queue.max_length is not None:
+        arguments["x-max-length"] = queue.max_length
+        arguments["x-overflow"] = "reject-publish"
+    if queue.max_priority:
+        arguments["x-max-priority"] = queue.max_priority
+    return {**arguments, **extra}
+
+
+def dead_letter_arguments() -> dict[str, Any]:
+    """Return the arguments of a dead-letter queue that nobody described."""
+    return {"x-queue-type": "quorum"}
+
+
+def bucket_name(milliseconds: int) -> str:
+    """Return the name of a bucket's exchange and queue."""
+    return f"kq.delay.{milliseconds}"
+
+
+def bucket_arguments(milliseconds: int) -> dict[str, Any]:
+    """Return the arguments of a bucket's queue."""
+    return {
+        "x-queue-type": "quorum",
+        "x-message-ttl": milliseconds,
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }
+
+
+def bucket_for(remaining: float) -> int:
+    """Return the bucket, in ms, for the next step of a delay.
+
+    The smallest one that is not too short, if it is hardly too long; else the longest that is not.
+
+    Args:
+        remaining: Seconds until the message is due.
+    """
+    wanted = max(1, round(remaining * 1000 + 0.5))
+    late = min(_LATE_MOST, max(BUCKETS[0], int(wanted * _LATE_PART)))
+    above = bisect_left(BUCKETS, wanted)
+    if above < len(BUCKETS) and BUCKETS[above] - wanted <= late:
+        return BUCKETS[above]
+    return BUCKETS[max(0, bisect_right(BUCKETS, wanted) - 1)]
+
+
+def to_message(envelope: Envelope) -> amqp.Message:
+    """Return an envelope as AMQP carries it."""
+    known = {key: envelope.properties[key] for key in _PROPERTIES if envelope.properties.get(key) is not None}
+    known["message_id"] = envelope.id
+    known["delivery_mode"] = 2
+    # The broker refuses a user_id that is not the connection's own.
+    known.pop("user_id", None)
+    return amqp.Message(envelope.body, application_headers=without_history(envelope.headers), **known)
+
+
+def to_envelope(message: amqp.Message) -> Envelope:
+    """Return what arrived as an envelope; a message without an id is given one."""
+    found = message.properties
+    properties = {key: found[key] for key in _PROPERTIES if found.get(key) is not None}
+    headers = dict(found.get("application_headers") or {})
+    id = properties.pop("message_id", None)
+    body = message.body
+    return Envelope(
+        id if isinstance(id, str) and id else uuid4().hex,
+        headers,
+        properties,
+        body.encode() if isinstance(body, str) else bytes(body),
+    )
+
+
+def without_history(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return headers without what RabbitMQ says of a message's past."""
+    return {key: value for key, value in headers.items() if not key.startswith(_HISTORY)}
+
+
+def read_count(headers: Mapping[str, Any], key: str) -> int:
+    """Return a counter from headers; 0 where it is missing or makes no sense."""
+    value = headers.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**6 else 0
+
+
+def due_in(headers: Mapping[str, Any]) -> float:
+    """Return the seconds until a delayed message is due; 0 or less if it is."""
+    at = headers.get("x_due_at")
+    if not isinstance(at, (int, float)) or isinstance(at, bool):
+        return 0.0
+    remaining = at - time()
+    # Beyond the longest delay there is, it was not one of ours who wrote it.
+    return remaining if remaining <= MAX_DELAY else 0.0
+
+
+def explain_rejection(envelope: Envelope, queue: str) -> Envelope:
+    """Return a dead letter; one that RabbitMQ moved by itself says so in kq's words."""
+    headers = dict(envelope.headers)
+    if "x_dead_letter_reason" not in headers:
+        headers["x_dead_letter_reason"] = str(headers.get("x-first-death-reason", "rejected"))
+        headers["x_original_queue"] = str(headers.get("x-first-death-queue", queue))
+    return Envelope(envelope.id, without_history(headers), envelope.properties, envelope.body)
