@@ -313,7 +313,7 @@ class RabbitBackend:
             yield messages()
         finally:
             try:
-                channel.basic_recover(requeue=True)
+                # A channel that closes gives back what it has not acknowledged, to where it was.
                 channel.close()
             except BROKEN:
                 pass  # the channel is gone, and gave everything back

@@ -74,6 +74,7 @@ class RabbitFeed:
         self._link: Link | None = None
         self._epoch = 0
         self._windows: dict[str, int] = {}
+        self._tags: dict[str, str] = {}
         self._subscribed = 0
         self._changed_at = 0.0
         self._narrow_since: float | None = None
@@ -186,7 +187,7 @@ class RabbitFeed:
         if self._link is None:
             self._link = self._open_link()
             self._epoch += 1
-            self._windows = {}
+            self._windows, self._tags = {}, {}
             self._subscribe(self._link, dict.fromkeys(self._specs, min(_FIRST_WINDOW, self._prefetch)))
         return self._link
 
@@ -247,20 +248,20 @@ class RabbitFeed:
         for queue, window in windows.items():
             if self._windows.get(queue) == window:
                 continue
+            if queue in self._tags:
+                channel.basic_cancel(self._tags[queue])
+            # A tag is never used twice: RabbitMQ 3.10 closes a channel whose quorum queue consumer comes
+            # back under an old one while messages of it are unsettled.
             self._subscribed += 1
-            if queue in self._windows:
-                channel.basic_cancel(self._tag(queue))
+            self._tags[queue] = f"kq-{self._subscribed}"
             channel.basic_qos(0, window, False)
             channel.basic_consume(
                 queue,
-                consumer_tag=self._tag(queue),
+                consumer_tag=self._tags[queue],
                 callback=self._receiver(queue),
                 on_cancel=self._cancelled,
             )
             self._windows[queue] = window
-
-    def _tag(self, queue: str) -> str:
-        return f"kq-{queue}"
 
     def _cancelled(self, tag: str) -> None:
         raise amqp.exceptions.RecoverableConnectionError(f"RabbitMQ cancelled the consumer {tag}: its queue is gone")

@@ -248,18 +248,23 @@ class RedisStore:
 
     def wait(self, queues: Sequence[str], timeout: float) -> list[str]:
         """See `Store.wait`."""
-        if self._bell is not None and self._bell.queues != tuple(queues):
-            self._bell.close()
-            self._bell = None
         with self._mapped():
+            if self._bell is None and queues:
+                self._bell = _Bell(self._pool)
             if self._bell is None:
-                self._bell = _Bell(self._pool, tuple(queues))
+                select.select([self._wake_reader], [], [], max(0.0, timeout))
+                _drain(self._wake_reader)
+                return []
             try:
-                return self._bell.wait(self._wake_reader, timeout)
+                rung = self._bell.wait(queues, self._wake_reader, timeout)
             except BaseException:
                 self._bell.close()
                 self._bell = None
                 raise
+            for queue in rung.difference(queues):
+                # We cannot follow it now: pass it on to somebody who can.
+                self._client.rpush(prefix(queue) + "w", "1")
+            return sorted(rung.intersection(queues))
 
     def wake(self) -> None:
         """See `Store.wake`."""
@@ -339,40 +344,44 @@ class RedisStore:
 
 
 class _Bell:
-    """A connection that waits for wake-ups; the call may outlast one `wait` and is answered in the next."""
+    """A connection that waits for wake-ups; a call may outlast one `wait` and is answered in a later one."""
 
-    def __init__(self, pool: redis.ConnectionPool, queues: tuple[str, ...]) -> None:
-        self.queues = queues
-        self._names = {(prefix(queue) + "w").encode(): queue for queue in queues}
+    def __init__(self, pool: redis.ConnectionPool) -> None:
         self._connection: Any = pool.make_connection()
         self._connection.connect()
         self._asked_at = 0.0
-        self._pending = False
+        self._asked: dict[bytes, str] = {}
 
-    def wait(self, interrupt: socket.socket, timeout: float) -> list[str]:
-        if not self._pending:
-            self._connection.send_command("BLPOP", *self._names, _BLOCK)
+    def wait(self, queues: Sequence[str], interrupt: socket.socket, timeout: float) -> set[str]:
+        """Return the queues that were rung for; they may be others than those asked for now."""
+        if not self._asked and queues:
+            self._asked = {(prefix(queue) + "w").encode(): queue for queue in queues}
+            self._connection.send_command("BLPOP", *self._asked, _BLOCK)
             self._asked_at = monotonic()
-            self._pending = True
         # redis-py has no public way to wait on a connection together with something else.
-        ready, _, _ = select.select([self._connection._sock, interrupt], [], [], max(0.0, timeout))
+        sources = [self._connection._sock, interrupt] if self._asked else [interrupt]
+        ready, _, _ = select.select(sources, [], [], max(0.0, timeout))
         if interrupt in ready:
-            try:
-                while interrupt.recv(4096):
-                    pass
-            except OSError:
-                pass
+            _drain(interrupt)
         if self._connection._sock not in ready:
-            if monotonic() - self._asked_at > _BLOCK + 2.0:
+            if self._asked and monotonic() - self._asked_at > _BLOCK + 2.0:
                 # The server answers at the latest after _BLOCK: this connection is dead.
                 raise redis.exceptions.ConnectionError("no answer to a blocked call")
-            return []
+            return set()
         answer = self._connection.read_response()
-        self._pending = False
-        return [self._names[answer[0]]] if answer else []
+        asked, self._asked = self._asked, {}
+        return {asked[answer[0]]} if answer else set()
 
     def close(self) -> None:
         self._connection.disconnect()
+
+
+def _drain(reader: socket.socket) -> None:
+    try:
+        while reader.recv(4096):
+            pass
+    except OSError:
+        pass
 
 
 def prefix(queue: str) -> str:

@@ -74,7 +74,7 @@ def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None 
     values: dict[str, Any] = {}
     for field in fields(Settings):
         given = arguments.get(field.name)
-        variable = PREFIX + field.name.upper()
+        variable = variable_of(field.name)
         if given is not None:
             values[field.name] = _convert(field.name, given, type(field.default))
         elif environment.get(variable, "") != "":
@@ -82,10 +82,15 @@ def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None 
     return Settings(**values)
 
 
+def variable_of(setting: str) -> str:
+    """Return the environment variable of a setting: its name in capitals, and ``KQ_BROKER_URL``."""
+    return PREFIX + ("BROKER_URL" if setting == "broker" else setting.upper())
+
+
 def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return a warning for each ``KQ_...`` variable that nothing reads, with the nearest known name."""
     environment = os.environ if environment is None else environment
-    known = COMMAND_VARIABLES | {PREFIX + field.name.upper() for field in fields(Settings)}
+    known = COMMAND_VARIABLES | {variable_of(field.name) for field in fields(Settings)}
     warnings = []
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known and not name.startswith("KQ_TEST_"):

@@ -1,4 +1,4 @@
-"""The child's program: ``python -m kq.worker.child SOCKET SLOTS PARENT``.
+"""The child's program: ``python -m kq.worker.child SOCKET SLOTS COUNT PARENT``.
 
 It loads the app, runs the jobs that come over the socket, and answers with outcomes. It never talks to
 the broker, unless a handler publishes. When the socket closes the supervisor is gone, and so is the
@@ -126,11 +126,11 @@ class Child:
 
 def main(arguments: list[str]) -> int:
     """Run the child's program and return its exit code."""
-    connection_fd, slots_fd, parent = map(int, arguments)
+    connection_fd, slots_fd, slot_count, parent = map(int, arguments)
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    slots = SlotTable(os.fstat(slots_fd).st_size // 16, slots_fd)
+    slots = SlotTable(slot_count, slots_fd)
     return Child(socket.socket(fileno=connection_fd), slots).run()
 
 

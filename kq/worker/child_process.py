@@ -40,7 +40,8 @@ class ChildProcess(Place):
         """Start the process and tell it what to load."""
         ours, theirs = socket.socketpair()
         self.slots = SlotTable(2 * self.hello.concurrency)
-        command = [sys.executable, "-m", "kq.worker.child", str(theirs.fileno()), str(self.slots.fd), str(os.getpid())]
+        numbers = (theirs.fileno(), self.slots.fd, self.slots.count, os.getpid())
+        command = [sys.executable, "-m", "kq.worker.child", *map(str, numbers)]
         with theirs:
             self.process = subprocess.Popen(
                 command,

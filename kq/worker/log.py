@@ -46,6 +46,8 @@ def configure(level: str, style: str) -> None:
     """
     root = logging.getLogger()
     root.setLevel(level.upper())
+    # At debug level py-amqp tells of every heartbeat.
+    logging.getLogger("amqp").setLevel(logging.WARNING)
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())

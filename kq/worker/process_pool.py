@@ -222,6 +222,10 @@ class ProcessPool:
     def _bury(self, child: ChildProcess, events: list[Event]) -> None:
         # What it wrote before it died still counts.
         self._read(child, events)
+        unsent = [tag for tag in child.slots.unsent() if tag in child.tags]
+        if unsent:
+            child.tags.difference_update(unsent)
+            events.append(Finished(child, [(tag, DONE) for tag in unsent]))
         running = [slot.tag for slot in child.slots.running() if slot.tag in child.tags]
         queued = sorted(child.tags.difference(running))
         how = child.how_it_ended()

@@ -19,13 +19,11 @@ from threading import Event, Lock, Thread, get_ident
 from time import monotonic
 
 from kq.executor import Executor, HandlerTimeout, Job, Run
-from kq.outcome import Outcome
-from kq.worker.slot import SlotTable
+from kq.outcome import DONE, Outcome
+from kq.worker.slot import UNSENT_MAX, SlotTable
 
 #: Seconds that a finished job's outcome waits for company while others are queued.
 _FLUSH_AFTER = 0.002
-#: Outcomes that go out together at most.
-_FLUSH_SIZE = 256
 
 #: A job's tag and its outcome; None if the handler settled it itself before.
 Result = tuple[int, Outcome | None]
@@ -63,8 +61,7 @@ class Runner:
         self._threads: list[_HandlerThread] = []
         self._idle = 0
         self._lock = Lock()
-        # A deque: appending is atomic, and only `flush` takes out.
-        self._outbox: deque[Result] = deque()
+        self._outbox: list[Result] = []
         self._outbox_lock = Lock()
         self._flushed_at = 0.0
         self._loop: _LoopThread | None = None
@@ -107,18 +104,30 @@ class Runner:
 
     def flush(self) -> None:
         """Send the results that wait for company."""
-        # The lock is held while sending, so that two batches never mix.
         with self._outbox_lock:
-            batch = [self._outbox.popleft() for _ in range(len(self._outbox))]
-            self._flushed_at = monotonic()
-            if batch:
-                self._emit(batch, False)
+            self._send()
 
     def report(self, job: Job, outcome: Outcome | None) -> None:
-        """Take a result."""
-        self._outbox.append((job.tag, outcome))
-        if self._jobs.empty() or len(self._outbox) >= _FLUSH_SIZE or monotonic() - self._flushed_at > _FLUSH_AFTER:
-            self.flush()
+        """Take a result. A success may wait for company; anything else is sent at once."""
+        with self._outbox_lock:
+            self._outbox.append((job.tag, outcome))
+            if (
+                outcome is not DONE
+                or len(self._outbox) == UNSENT_MAX
+                or self._jobs.empty()
+                or monotonic() - self._flushed_at > _FLUSH_AFTER
+            ):
+                self._send()
+            else:
+                self._slots.add_unsent(len(self._outbox) - 1, job.tag)
+
+    def _send(self) -> None:
+        # The lock is held while sending, so that two batches never mix.
+        self._flushed_at = monotonic()
+        if self._outbox:
+            batch, self._outbox = self._outbox, []
+            self._emit(batch, False)
+            self._slots.clear_unsent()
 
     def report_now(self, job: Job, outcome: Outcome) -> None:
         """Take the result of a handler that settled its message and runs on."""

@@ -1,0 +1,136 @@
+"""``kq dead list | show | replay | purge``."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kq.cli.option import common, confirm, find_app, table
+
+if TYPE_CHECKING:
+    from kq.app import DeadLetter
+
+
+@click.group()
+def dead() -> None:
+    """Look at messages that could not be handled, send them back, or drop them."""
+
+
+@dead.command("list")
+@click.argument("queue")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, envvar="KQ_LIMIT", show_envvar=True,
+              help="How many at most.")  # fmt: skip
+@click.option("--offset", type=click.IntRange(0), default=0, envvar="KQ_OFFSET", show_envvar=True,
+              help="How many to pass over.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, envvar="KQ_JSON", show_envvar=True, help="Print a JSON list.")
+@common
+def list_(queue: str, limit: int, offset: int, as_json: bool, app_path: str | None, broker: str | None) -> None:
+    """List the dead letters of QUEUE, oldest first."""
+    with find_app(app_path, broker) as app:
+        letters = app.dead(queue).list(limit, offset)
+        total = app.info(queue).dead
+    if as_json:
+        click.echo(json.dumps([_fields(letter) for letter in letters]))
+        return
+    if not letters:
+        click.echo(f"no dead letters of {queue}" + (" beyond that offset" if offset else ""))
+        return
+    table(
+        ["id", "reason", "attempts", "dead since", "payload", "error"],
+        [
+            [
+                letter.id,
+                letter.reason,
+                letter.attempts,
+                None if letter.dead_at is None else letter.dead_at.strftime("%Y-%m-%d %H:%M:%S"),
+                _brief(letter),
+                letter.error_message,
+            ]
+            for letter in letters
+        ],
+    )
+    if total is not None and total > offset + len(letters):
+        click.echo(f"{offset + len(letters)} of {total}; --offset {offset + len(letters)} shows more", err=True)
+
+
+@dead.command()
+@click.argument("queue")
+@click.argument("message_id")
+@click.option("--json", "as_json", is_flag=True, envvar="KQ_JSON", show_envvar=True, help="Print a JSON object.")
+@common
+def show(queue: str, message_id: str, as_json: bool, app_path: str | None, broker: str | None) -> None:
+    """Show one dead letter of QUEUE, with its payload and its error."""
+    with find_app(app_path, broker) as app:
+        letter = app.dead(queue).get(message_id)
+    if as_json:
+        click.echo(json.dumps(_fields(letter)))
+        return
+    for name, value in _fields(letter).items():
+        if name == "payload":
+            value = json.dumps(value, indent=2, ensure_ascii=False) if value is not None else None
+        elif name == "body":
+            value = repr(letter.body[:2000]) if letter.payload is None else None
+        if value not in (None, {}, ""):
+            text = "\n  ".join(str(value).splitlines())
+            click.echo(f"{name:14}{text}")
+
+
+@dead.command()
+@click.argument("queue")
+@click.argument("ids", nargs=-1, metavar="[ID...]")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@common
+def replay(queue: str, ids: tuple[str, ...], everything: bool, app_path: str | None, broker: str | None) -> None:
+    """Send dead letters back to QUEUE; they start again at attempt 1."""
+    _either(ids, everything)
+    with find_app(app_path, broker) as app:
+        click.echo(f"{app.dead(queue).replay(None if everything else ids)} replayed")
+
+
+@dead.command("purge")
+@click.argument("queue")
+@click.argument("ids", nargs=-1, metavar="[ID...]")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@click.option("--yes", is_flag=True, envvar="KQ_YES", show_envvar=True, help="Do not ask.")
+@common
+def purge(
+    queue: str, ids: tuple[str, ...], everything: bool, yes: bool, app_path: str | None, broker: str | None
+) -> None:
+    """Drop dead letters of QUEUE for good."""
+    _either(ids, everything)
+    confirm(f"Drop {'all' if everything else len(ids)} dead letters of {queue} for good?", yes)
+    with find_app(app_path, broker) as app:
+        click.echo(f"{app.dead(queue).purge(None if everything else ids)} dropped")
+
+
+def _either(ids: tuple[str, ...], everything: bool) -> None:
+    if bool(ids) == everything:
+        raise click.UsageError("name ids, or give --all")
+
+
+def _fields(letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "id": letter.id,
+        "queue_id": letter.queue_id,
+        "payload": _jsonable(letter.payload),
+        "body": b64encode(letter.body).decode(),
+        "headers": letter.headers,
+        "reason": letter.reason,
+        "attempts": letter.attempts,
+        "error_kind": letter.error_kind,
+        "error_message": letter.error_message,
+        "dead_at": None if letter.dead_at is None else letter.dead_at.isoformat(),
+    }
+
+
+def _jsonable(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=lambda data: b64encode(data).decode()))
+
+
+def _brief(letter: DeadLetter) -> str:
+    if letter.payload is None:
+        return repr(letter.body[:60])
+    return json.dumps(_jsonable(letter.payload), ensure_ascii=False)

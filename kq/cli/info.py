@@ -1,0 +1,43 @@
+"""``kq info``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from kq.cli.option import common, find_app, table
+
+
+@click.command()
+@click.argument("queues", nargs=-1, metavar="[QUEUE...]")
+@click.option("--json", "as_json", is_flag=True, envvar="KQ_JSON", show_envvar=True, help="Print a JSON list.")
+@common
+def info(queues: tuple[str, ...], as_json: bool, app_path: str | None, broker: str | None) -> None:
+    """Show what queues hold: those named, or all of the app's (-A)."""
+    app = find_app(app_path, broker)
+    with app:
+        ids = list(queues) or [spec.id for spec in app.registry.queues()]
+        if not ids:
+            raise click.UsageError("name a queue, or an app that declares some: kq info -A shop:app")
+        found = {queue: app.info(queue) for queue in ids}
+    if as_json:
+        click.echo(json.dumps([{"queue": queue, **asdict(counts)} for queue, counts in found.items()]))
+        return
+    table(
+        ["queue", "messages", "ready", "delayed", "in flight", "dead", "consumers", "oldest"],
+        [
+            [
+                queue,
+                c.message_count,
+                c.ready,
+                c.delayed,
+                c.in_flight,
+                c.dead,
+                c.consumer_count,
+                None if c.oldest_age is None else f"{c.oldest_age:.0f} s",
+            ]
+            for queue, c in found.items()
+        ],
+    )

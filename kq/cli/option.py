@@ -1,0 +1,160 @@
+"""What the commands share: options, durations, the app, errors as exit codes, tables."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+
+import click
+
+from kq import errors
+
+if TYPE_CHECKING:
+    from kq.app import App
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# sysexits.h
+FAILED: Final = 1
+USAGE: Final = 2
+UNREACHABLE: Final = 69
+REFUSED: Final = 77
+CONFIGURATION: Final = 78
+
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
+
+
+class Duration(click.ParamType):
+    """Seconds, or a number with ms, s, m, h or d."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the duration in seconds."""
+        if isinstance(value, (int, float)):
+            return float(value)
+        found = _DURATION.fullmatch(str(value).strip())
+        if found is None:
+            self.fail(f"expected a duration such as 5, 5s, 250ms, 10m, 2h or 1d; got {value!r}", param, ctx)
+        return float(found[1]) * _UNITS[found[2]]
+
+
+DURATION: Final = Duration()
+
+
+class ConfigurationError(click.ClickException):
+    """The app or its settings are not usable."""
+
+    exit_code = CONFIGURATION
+
+
+def common(command: _F) -> _F:
+    """Add ``-A``, ``-b`` and ``--debug`` to a command, and turn its errors into exit codes."""
+
+    @click.option("-A", "--app", "app_path", metavar="APP", envvar="KQ_APP", show_envvar=True,
+                  help="The app, as package.module:attribute.")  # fmt: skip
+    @click.option("-b", "--broker", metavar="URL", help="The broker's URL; wins over the app's own.  [env var: KQ_BROKER_URL]")
+    @click.option("--debug", is_flag=True, envvar="KQ_DEBUG", show_envvar=True, help="Show tracebacks.")
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except errors.Error as error:
+            if debug:
+                traceback.print_exc()
+            end(error)
+        except BrokenPipeError:
+            # The reader of our output has gone; it has what it wanted.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", FAILED)
+
+    return run  # type: ignore[return-value]
+
+
+def find_app(app_path: str | None, broker: str | None) -> App:
+    """Return the app that the options name, or a bare one.
+
+    Raises:
+        ConfigurationError: If it does not load, or its settings are wrong.
+    """
+    from kq.app import App, config
+
+    try:
+        if app_path is None:
+            return App("kq", broker=broker)
+        from kq.target import load_app
+
+        app = load_app(app_path)
+        if broker is not None:
+            config.scheme(broker)
+            app.registry.override(broker=broker)
+        return app
+    except errors.Error as error:
+        raise ConfigurationError(error.message) from error
+
+
+def end(error: errors.Error) -> NoReturn:
+    """Print an error and exit with the code that fits it."""
+    fail(error.message, exit_code(error))
+
+
+def exit_code(error: errors.Error) -> int:
+    """Return the exit code of an error."""
+    if isinstance(error, errors.PermissionDenied):
+        return REFUSED
+    if isinstance(error, errors.Conflict):
+        return CONFIGURATION
+    if isinstance(error, errors.Invalid):
+        return USAGE
+    return {"unavailable": UNREACHABLE, "timeout": UNREACHABLE, "refused": REFUSED}.get(
+        str(error.details.get("reason")), FAILED
+    )
+
+
+def fail(text: str, code: int) -> NoReturn:
+    """Print a line on stderr and exit."""
+    click.echo(f"kq: {text}", err=True)
+    sys.exit(code)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask on a terminal; elsewhere insist on ``--yes``."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError("this destroys messages: give --yes where nobody can be asked")
+    click.confirm(question, abort=True)
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table: text to the left, numbers to the right, nothing as a dash."""
+    cells = [["-" if cell is None else _shorten(str(cell)) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(titles), *cells]) for i in range(len(titles))]
+    numeric = [all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(titles))]
+
+    def line(row: Sequence[str]) -> str:
+        pairs = zip(row, widths, numeric, strict=True)
+        return "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in pairs).rstrip()
+
+    click.echo(line([title.upper() for title in titles]))
+    for row in cells:
+        click.echo(line(row))
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 70 else text[:67] + "..."

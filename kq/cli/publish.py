@@ -1,0 +1,169 @@
+"""``kq publish``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from kq.cli.option import DURATION, USAGE, common, exit_code, fail, find_app
+from kq.errors import Error, Invalid
+
+if TYPE_CHECKING:
+    from kq.app import App
+
+#: Lines that are published together.
+_BATCH = 500
+
+
+@click.command()
+@click.argument("queue")
+@click.argument("data", required=False, metavar="[JSON | -]")
+@click.option("--jsonl", type=click.File("r", encoding="utf-8"), metavar="FILE", envvar="KQ_JSONL", show_envvar=True,
+              help="Publish one message for each line of a file (- for stdin).")  # fmt: skip
+@click.option("-H", "--header", "headers", multiple=True, metavar="K=V", envvar="KQ_HEADER", show_envvar=True,
+              help="A header; K=V is text, K:=V is JSON. May be given several times.")  # fmt: skip
+@click.option("--delay", type=DURATION, envvar="KQ_DELAY", show_envvar=True, help="Hold it back, e.g. 5s or 2h.")
+@click.option("--expires", type=DURATION, envvar="KQ_EXPIRES", show_envvar=True,
+              help="Dead-letter it instead of running it after this long.")  # fmt: skip
+@click.option("--priority", metavar="0-9|NAME", envvar="KQ_PRIORITY", show_envvar=True,
+              help="low, normal, high, critical, or 0 to 9.")  # fmt: skip
+@click.option("--message-id", metavar="ID", envvar="KQ_MESSAGE_ID", show_envvar=True, help="An id of your own.")
+@common
+def publish(
+    queue: str,
+    data: str | None,
+    jsonl: TextIO | None,
+    headers: tuple[str, ...],
+    delay: float | None,
+    expires: float | None,
+    priority: str | None,
+    message_id: str | None,
+    app_path: str | None,
+    broker: str | None,
+) -> None:
+    """Publish one message, or one for each line of a file, and print each one's id."""
+    if (data is None) == (jsonl is None):
+        raise click.UsageError("give either a JSON value (- reads it from stdin) or --jsonl FILE")
+    if jsonl is not None and message_id is not None:
+        raise click.UsageError("--message-id is for a single message")
+    chosen = _headers(headers, priority)
+    app = find_app(app_path, broker)
+    with app:
+        if jsonl is not None:
+            _publish_lines(app, queue, jsonl, chosen, {"delay": delay, "expires": expires})
+            return
+        text = sys.stdin.read() if data == "-" else str(data)
+        try:
+            payload = json.loads(text)
+        except ValueError as error:
+            hint = f"; a text needs quotes of its own: '\"{text}\"'" if text[:1].isalpha() else ""
+            fail(f"the data is not JSON: {error}{hint}", USAGE)
+        click.echo(
+            app.publish(queue, payload, chosen, delay=delay, expires=expires, message_id=message_id)
+        )
+
+
+def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any], options: dict[str, Any]) -> None:
+    published = 0
+    started = monotonic()
+    batch: list[Any] = []
+
+    def send() -> None:
+        nonlocal published
+        for id in app.publish_many(queue, batch, headers, **options):
+            click.echo(id)
+        published += len(batch)
+        batch.clear()
+
+    def pace(_: Any) -> str:
+        return f"{published:,} published, {published / max(0.001, monotonic() - started):,.0f}/s"
+
+    bar: Any = (
+        click.progressbar(
+            length=_count_lines(lines), label=queue, file=sys.stderr, show_pos=True, item_show_func=pace,
+            update_min_steps=_BATCH,
+        )
+        if sys.stderr.isatty() and not sys.stdout.isatty()
+        else nullcontext()
+    )  # fmt: skip
+    number = 0
+    try:
+        with bar as progress:
+            for number, payload in _payloads(lines):
+                batch.append(payload)
+                if len(batch) == _BATCH:
+                    send()
+                if progress is not None:
+                    progress.update(1, payload)
+            send()
+    except _BadLine as error:
+        # What came before the bad line is good; it is sent, and said to be.
+        try:
+            send()
+        except Error as later:
+            fail(f"{later.message}; {_so_far(published, later)}", exit_code(later))
+        fail(f"{error}; {published:,} messages were published, nothing after that line", USAGE)
+    except Invalid as error:
+        first = number - len(batch) + 1
+        fail(f"lines {first} to {number}: {error.message}; {_so_far(published, error)}", USAGE)
+    except Error as error:
+        fail(f"{error.message}; {_so_far(published, error)}", exit_code(error))
+    click.echo(pace(None), err=True)
+
+
+class _BadLine(Exception):
+    """A line that is no message."""
+
+
+def _payloads(lines: TextIO) -> Iterator[tuple[int, Any]]:
+    """Yield line numbers and payloads; blank lines are passed over."""
+    from kq import codec
+
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            payload = json.loads(line)
+            if codec.is_empty(payload):
+                raise _BadLine(f"line {number} is empty data ({line.strip()})")
+            codec.JSON.encode(payload)
+        except (ValueError, Invalid) as error:
+            raise _BadLine(f"line {number} is not a message: {error}") from None
+        yield number, payload
+
+
+def _so_far(published: int, error: Error) -> str:
+    total = published + len(error.details.get("published", ()))
+    return f"{total:,} messages were published before that"
+
+
+def _count_lines(lines: TextIO) -> int | None:
+    if not lines.seekable():
+        return None
+    count = sum(1 for line in lines if line.strip())
+    lines.seek(0)
+    return count
+
+
+def _headers(pairs: tuple[str, ...], priority: str | None) -> dict[str, Any]:
+    headers: dict[str, Any] = {}
+    for pair in pairs:
+        key, found, value = pair.partition("=")
+        if not found or not key:
+            raise click.UsageError(f"-H: expected KEY=VALUE, got {pair!r}")
+        if key.endswith(":"):
+            try:
+                headers[key[:-1]] = json.loads(value)
+            except ValueError as error:
+                raise click.UsageError(f"-H: {key[:-1]}: expected JSON after :=, got {value!r} ({error})") from None
+        else:
+            headers[key] = int(value) if key == "priority" and value.isdigit() else value
+    if priority is not None:
+        headers["priority"] = int(priority) if priority.isdigit() else priority
+    return headers

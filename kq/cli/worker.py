@@ -1,0 +1,88 @@
+"""``kq worker``."""
+
+from __future__ import annotations
+
+import click
+
+from kq.cli.option import CONFIGURATION, DURATION, ConfigurationError, common, end, exit_code, fail, find_app
+from kq.errors import Error, Invalid
+
+
+@click.command()
+@click.argument("app", required=False, metavar="[APP]")
+@click.option("-Q", "--queues", envvar="KQ_QUEUES", show_envvar=True, metavar="ID,ID",
+              help="Queues to consume, separated by commas; default: all that have a handler.")  # fmt: skip
+@click.option("-p", "--processes", type=click.IntRange(1, 512), envvar="KQ_PROCESSES", show_envvar=True,
+              help="Child processes; default: one for each CPU.")  # fmt: skip
+@click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), default=8, show_default=True,
+              envvar="KQ_CONCURRENCY", show_envvar=True, help="Handlers at once in each child.")  # fmt: skip
+@click.option("--pool", type=click.Choice(["processes", "threads"]), envvar="KQ_POOL", show_envvar=True,
+              help="Where handlers run; default: processes.")  # fmt: skip
+@click.option("--prefetch", type=click.IntRange(1, 1_000_000), envvar="KQ_PREFETCH", show_envvar=True,
+              help="Messages in hand at most; default: as many as the handlers' pace asks for.")  # fmt: skip
+@click.option("--grace", type=DURATION, default=30.0, show_default="30s", envvar="KQ_GRACE", show_envvar=True,
+              help="How long handlers may go on after TERM.")  # fmt: skip
+@click.option("--connect-timeout", type=DURATION, default=10.0, show_default="10s", envvar="KQ_CONNECT_TIMEOUT",
+              show_envvar=True, help="How long to try to reach the broker at the start.")  # fmt: skip
+@click.option("--burst", is_flag=True, envvar="KQ_BURST", show_envvar=True,
+              help="Stop when the queues are empty.")  # fmt: skip
+@click.option("-l", "--log-level", default="info", show_default=True, envvar="KQ_LOG_LEVEL", show_envvar=True,
+              type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+              help="What to log.")  # fmt: skip
+@click.option("--log-format", default="text", show_default=True, envvar="KQ_LOG_FORMAT", show_envvar=True,
+              type=click.Choice(["text", "json"]), help="How to log.")  # fmt: skip
+@common
+def worker(
+    app: str | None,
+    app_path: str | None,
+    broker: str | None,
+    queues: str | None,
+    processes: int | None,
+    concurrency: int,
+    pool: str | None,
+    prefetch: int | None,
+    grace: float,
+    connect_timeout: float,
+    burst: bool,
+    log_level: str,
+    log_format: str,
+) -> None:
+    """Consume queues and run their handlers.
+
+    APP is package.module:attribute. TERM or INT stop the worker: what runs is finished within --grace,
+    the rest goes back to its queue; a second signal gives it back at once. HUP replaces the children and
+    so reloads the code; USR1 logs what runs where.
+    """
+    from kq.worker.log import configure
+    from kq.worker.pool import StartFailed
+    from kq.worker.worker import Worker, WorkerOptions
+
+    path = app or app_path
+    if path is None:
+        raise click.UsageError("name the app, as package.module:attribute, e.g. kq worker shop:app")
+    configure(log_level, log_format)
+    found = find_app(path, broker)
+    try:
+        options = WorkerOptions(
+            queues=None if queues is None else [queue.strip() for queue in queues.split(",") if queue.strip()],
+            processes=processes,
+            concurrency=concurrency,
+            pool=pool,
+            prefetch=prefetch,
+            grace=grace,
+            burst=burst,
+            connect_timeout=connect_timeout,
+            log_level=log_level,
+            log_format=log_format,
+        )
+        Worker(found, app_path=path, options=options).run()
+    except Invalid as error:
+        raise ConfigurationError(error.message) from error
+    except StartFailed as error:
+        fail(f"no child could start: {error}", CONFIGURATION)
+    except Error as error:
+        if exit_code(error) == 1:
+            raise
+        end(error)
+    finally:
+        found.close()
