@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from threading import RLock
 from time import monotonic
 from typing import Any, Final, TypeVar
 
+from amqp import spec
 from amqp.exceptions import PreconditionFailed
 
 from kq.backend import Capabilities, Envelope, Publication, QueueInfo, QueueSpec, clean
 from kq.backends.rabbitmq_feed import RabbitFeed
-from kq.backends.rabbitmq_link import BROKEN, Link, away, mapped
+from kq.backends.rabbitmq_link import Link, away, mapped
 from kq.backends.rabbitmq_publisher import Outgoing, Publisher
 from kq.backends.rabbitmq_topology import (
     bucket_arguments,
@@ -36,6 +39,8 @@ _T = TypeVar("_T")
 #: Seconds after which RabbitMQ, unless told otherwise, closes the channel of an unsettled delivery
 #: (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout).
 _CONSUMER_TIMEOUT: Final = 1800.0
+#: Seconds to wait for a queue to take back what was only looked at.
+_BACK_WITHIN: Final = 1.0
 #: Seconds that a publish on a worker's behalf may take.
 _WORKER_TIMEOUT: Final = 10.0
 
@@ -230,13 +235,7 @@ class RabbitBackend:
                     replayed += 1
             return replayed
 
-        # A link of its own: publishing may have to replace the shared one in between.
-        with mapped(self._url):
-            link = Link(self._url, self._options, purpose="replay", heartbeat=0)
-            try:
-                return replay(link)
-            finally:
-                link.close()
+        return self._administer(replay)
 
     def check(self, handler_timeout: float | None = None) -> list[str]:
         """See `Backend.check`."""
@@ -298,25 +297,33 @@ class RabbitBackend:
         self, link: Link, queue: str, most: int | None
     ) -> Iterator[Iterator[tuple[Envelope, Callable[[], None]]]]:
         """Yield the messages of a queue with a way to remove each; the rest goes back in order."""
-        channel = link.open_channel()
-        count = channel.queue_declare(queue, passive=True).message_count
-        most = count if most is None else min(most, count)
+        channel = link.looker
+        unsettled: dict[int, None] = {}
 
         def messages() -> Iterator[tuple[Envelope, Callable[[], None]]]:
-            for _ in range(most):
+            # What is looked at is not given out again, so this ends.
+            for _ in count() if most is None else range(most):
                 message = channel.basic_get(queue)
                 if message is None:
                     return
-                yield to_envelope(message), lambda tag=message.delivery_tag: channel.basic_ack(tag)  # type: ignore[misc]
+                tag = message.delivery_tag
+                unsettled[tag] = None
+                yield to_envelope(message), partial(settle, tag)
+
+        def settle(tag: int) -> None:
+            channel.basic_ack(tag)
+            del unsettled[tag]
 
         try:
             yield messages()
         finally:
-            try:
-                # A channel that closes gives back what it has not acknowledged, to where it was.
-                channel.close()
-            except BROKEN:
-                pass  # the channel is gone, and gave everything back
+            if unsettled:
+                channel.send_method(spec.Basic.Nack, "Lbb", (max(unsettled), True, True))
+                # A quorum queue takes messages back a moment later; whoever looks again is to find them.
+                until = monotonic() + _BACK_WITHIN
+                while monotonic() < until:
+                    if channel.queue_declare(queue, passive=True).message_count >= len(unsettled):
+                        break
 
 
 def _difference(queue: QueueSpec, text: str) -> str:

@@ -8,7 +8,6 @@ the same tag means another message.
 from __future__ import annotations
 
 import select
-import socket
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +25,10 @@ from kq.backends.rabbitmq_topology import (
     without_history,
 )
 from kq.errors import Error
+from kq.waker import Waker
 
 #: Seconds between two ticks of the heartbeat.
 _TICK: Final = 1.0
-#: Messages that the broker pushes at first, for each queue.
-_FIRST_WINDOW: Final = 16
 #: Seconds between two changes of the window, up and down.
 _WIDEN_EVERY: Final = 0.05
 _NARROW_AFTER: Final = 5.0
@@ -84,9 +82,7 @@ class RabbitFeed:
         self._held_of: Counter[str] = Counter()
         self._early: list[Delivery] = []
         self._due: list[float] = []
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
+        self._waker = Waker()
         self._closed = False
         self._connected()
 
@@ -121,14 +117,11 @@ class RabbitFeed:
                     raise error
         with self._guarded():
             link = self._connected()
-            rejected = [s for s in ours if self._is_ours(s.delivery) and self._goes_back(s)]
-            acked = {s.delivery.receipt.tag for s in ours if self._is_ours(s.delivery)}
-            for settlement in reversed(rejected):
-                tag = settlement.delivery.receipt.tag
-                acked.discard(tag)
-                link.channel.basic_reject(tag, requeue=True)
-                self._outstanding.pop(tag, None)
+            rejected = {s.delivery.receipt.tag for s in ours if self._is_ours(s.delivery) and self._goes_back(s)}
+            acked = {s.delivery.receipt.tag for s in ours if self._is_ours(s.delivery)} - rejected
             self._ack(link, acked)
+            if rejected:
+                self._give_back(link, rejected)
         for settlement in ours:
             self._held_of[settlement.delivery.queue] -= 1
         return late
@@ -158,19 +151,15 @@ class RabbitFeed:
             with self._guarded():
                 link = self._connected()
                 step = max(0.0, min(until - monotonic(), _TICK))
-                ready, _, _ = select.select([link.connection.sock, self._wake_reader], [], [], step)
-            if self._wake_reader in ready:
-                _drain(self._wake_reader)
+                ready, _, _ = select.select([link.connection.sock, self._waker], [], [], step)
+            self._waker.drain()
             self._tick()
             if ready or monotonic() >= until:
                 return
 
     def wake(self) -> None:
         """See `Feed.wake`."""
-        try:
-            self._wake_writer.send(b"!")
-        except OSError:
-            pass  # full of wake-ups already, or closed meanwhile
+        self._waker.wake()
 
     def close(self) -> None:
         """See `Feed.close`: the broker takes back what is unsettled when the channel goes."""
@@ -178,8 +167,7 @@ class RabbitFeed:
             return
         self._closed = True
         self._drop_link()
-        self._wake_reader.close()
-        self._wake_writer.close()
+        self._waker.close()
 
     # The link.
 
@@ -187,8 +175,7 @@ class RabbitFeed:
         if self._link is None:
             self._link = self._open_link()
             self._epoch += 1
-            self._windows, self._tags = {}, {}
-            self._subscribe(self._link, dict.fromkeys(self._specs, min(_FIRST_WINDOW, self._prefetch)))
+            self._windows, self._tags = dict.fromkeys(self._specs, 0), {}
         return self._link
 
     def _drop_link(self) -> None:
@@ -237,10 +224,12 @@ class RabbitFeed:
         self._subscribe(link, wanted)
 
     def _power(self, wanted: int) -> int:
+        if wanted <= 0:
+            return 0
         window = 1
         while window < wanted:
             window *= 2
-        return max(1, min(window, self._prefetch))
+        return min(window, self._prefetch)
 
     def _subscribe(self, link: Link, windows: Mapping[str, int]) -> None:
         channel = link.channel
@@ -249,7 +238,10 @@ class RabbitFeed:
             if self._windows.get(queue) == window:
                 continue
             if queue in self._tags:
-                channel.basic_cancel(self._tags[queue])
+                channel.basic_cancel(self._tags.pop(queue))
+            self._windows[queue] = window
+            if not window:
+                continue
             # A tag is never used twice: RabbitMQ 3.10 closes a channel whose quorum queue consumer comes
             # back under an old one while messages of it are unsettled.
             self._subscribed += 1
@@ -261,7 +253,6 @@ class RabbitFeed:
                 callback=self._receiver(queue),
                 on_cancel=self._cancelled,
             )
-            self._windows[queue] = window
 
     def _cancelled(self, tag: str) -> None:
         raise amqp.exceptions.RecoverableConnectionError(f"RabbitMQ cancelled the consumer {tag}: its queue is gone")
@@ -344,6 +335,20 @@ class RabbitFeed:
             link.channel.basic_ack(tag)
             self._outstanding.pop(tag, None)
 
+    def _give_back(self, link: Link, tags: set[int]) -> None:
+        """Reject deliveries in order, and with them what waits here behind them.
+
+        Unsubscribed first: else the broker would push them right back, behind what it pushed before.
+        """
+        self._subscribe(link, dict.fromkeys(self._specs, 0))
+        self._changed_at = 0.0
+        for buffer in self._buffers.values():
+            tags.update(delivery.receipt.tag for delivery in buffer)
+            buffer.clear()
+        for tag in sorted(tags):
+            link.channel.basic_reject(tag, requeue=True)
+            self._outstanding.pop(tag, None)
+
     def _send_on_early(self) -> None:
         """Send on what came back from a delay's step before its time."""
         if not self._early:
@@ -396,12 +401,3 @@ def _pack(envelope: Envelope) -> bytes:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) or value is None else repr(value)
-
-
-def _drain(reader: socket.socket) -> None:
-    try:
-        while reader.recv(4096):
-            pass
-    except OSError:
-        pass
-

@@ -28,6 +28,7 @@ from kq.backends import redis_script
 from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.config import hide_password
 from kq.errors import Internal, Invalid, PermissionDenied
+from kq.waker import Waker
 
 _T = TypeVar("_T")
 
@@ -66,8 +67,9 @@ class RedisStore:
             "socket_keepalive": True,
             "socket_keepalive_options": _keepalive(heartbeat),
             "client_name": "".join(c if c.isalnum() else "-" for c in name) or None,
-            # One try: what a lost answer means is decided here, not in the client.
-            "retry": Retry(NoBackoff(), 0),
+            # A connection that died while it was idle is replaced once. Every script may run twice: ids keep
+            # messages from doubling, tokens keep leases apart. A call that timed out is not repeated.
+            "retry": Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
             "protocol": 2,
         }
         if url.startswith("rediss://"):
@@ -87,9 +89,7 @@ class RedisStore:
             )
         }  # fmt: skip
         self._bell: _Bell | None = None
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
+        self._waker = Waker()
         self._closed = threading.Event()
 
     def ping(self) -> None:
@@ -252,11 +252,11 @@ class RedisStore:
             if self._bell is None and queues:
                 self._bell = _Bell(self._pool)
             if self._bell is None:
-                select.select([self._wake_reader], [], [], max(0.0, timeout))
-                _drain(self._wake_reader)
+                select.select([self._waker], [], [], max(0.0, timeout))
+                self._waker.drain()
                 return []
             try:
-                rung = self._bell.wait(queues, self._wake_reader, timeout)
+                rung = self._bell.wait(queues, self._waker, timeout)
             except BaseException:
                 self._bell.close()
                 self._bell = None
@@ -268,10 +268,7 @@ class RedisStore:
 
     def wake(self) -> None:
         """See `Store.wake`."""
-        try:
-            self._wake_writer.send(b"!")
-        except OSError:
-            pass  # full of wake-ups already, or closed meanwhile
+        self._waker.wake()
 
     def close(self) -> None:
         """See `Store.close`."""
@@ -281,8 +278,7 @@ class RedisStore:
         if self._bell is not None:
             self._bell.close()
         self._pool.disconnect()
-        self._wake_reader.close()
-        self._wake_writer.close()
+        self._waker.close()
 
     def _run(self, name: str, keys: list[str], arguments: Sequence[Any]) -> Any:
         with self._mapped():
@@ -352,17 +348,16 @@ class _Bell:
         self._asked_at = 0.0
         self._asked: dict[bytes, str] = {}
 
-    def wait(self, queues: Sequence[str], interrupt: socket.socket, timeout: float) -> set[str]:
+    def wait(self, queues: Sequence[str], waker: Waker, timeout: float) -> set[str]:
         """Return the queues that were rung for; they may be others than those asked for now."""
         if not self._asked and queues:
             self._asked = {(prefix(queue) + "w").encode(): queue for queue in queues}
             self._connection.send_command("BLPOP", *self._asked, _BLOCK)
             self._asked_at = monotonic()
         # redis-py has no public way to wait on a connection together with something else.
-        sources = [self._connection._sock, interrupt] if self._asked else [interrupt]
+        sources = [self._connection._sock, waker] if self._asked else [waker]
         ready, _, _ = select.select(sources, [], [], max(0.0, timeout))
-        if interrupt in ready:
-            _drain(interrupt)
+        waker.drain()
         if self._connection._sock not in ready:
             if self._asked and monotonic() - self._asked_at > _BLOCK + 2.0:
                 # The server answers at the latest after _BLOCK: this connection is dead.
@@ -374,14 +369,6 @@ class _Bell:
 
     def close(self) -> None:
         self._connection.disconnect()
-
-
-def _drain(reader: socket.socket) -> None:
-    try:
-        while reader.recv(4096):
-            pass
-    except OSError:
-        pass
 
 
 def prefix(queue: str) -> str:

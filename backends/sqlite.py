@@ -40,6 +40,7 @@ from uuid import uuid4
 from kq.backend import Capabilities
 from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.errors import Internal, Invalid
+from kq.waker import Waker, drain
 
 _READY: Final = 0
 _DELAYED: Final = 1
@@ -100,7 +101,7 @@ class SQLiteStore:
         self._lock = Lock()
         self._connection: sqlite3.Connection | None = None
         self._listener: _Listener | None = None
-        self._wake_reader, self._wake_writer = _pipe()
+        self._waker = Waker()
         self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sender.setblocking(False)
         self._closed = False
@@ -297,15 +298,13 @@ class SQLiteStore:
             # Something may have arrived between the last look and the registration.
             return list(queues)
         assert self._listener is not None
-        ready, _, _ = select.select([self._listener, self._wake_reader], [], [], timeout)
-        if self._wake_reader in ready:
-            _drain(self._wake_reader)
+        ready, _, _ = select.select([self._listener, self._waker], [], [], timeout)
+        self._waker.drain()
         return list(queues) if self._listener in ready and self._listener.drain() else []
 
     def wake(self) -> None:
         """See `Store.wake`."""
-        if not self._closed:
-            _poke(self._wake_writer)
+        self._waker.wake()
 
     def close(self) -> None:
         """See `Store.close`."""
@@ -315,8 +314,7 @@ class SQLiteStore:
             self._closed = True
             listener, connection = self._listener, self._connection
             self._listener = self._connection = None
-            for end in (self._wake_reader, self._wake_writer):
-                end.close()
+            self._waker.close()
             self._sender.close()
             try:
                 if listener is not None and connection is not None:
@@ -428,7 +426,7 @@ class _Listener:
         return self._socket.fileno()
 
     def drain(self) -> bool:
-        return _drain(self._socket)
+        return drain(self._socket)
 
     def close(self) -> None:
         self._socket.close()
@@ -574,28 +572,3 @@ def _end(db: sqlite3.Connection, queue: str, ending: Ending, now: int) -> bool:
 
 def _listeners(db: sqlite3.Connection, queue: str) -> list[str]:
     return [row[0] for row in db.execute("SELECT path FROM listener WHERE queue = ?", (queue,))]
-
-
-def _pipe() -> tuple[socket.socket, socket.socket]:
-    reader, writer = socket.socketpair()
-    reader.setblocking(False)
-    writer.setblocking(False)
-    return reader, writer
-
-
-def _poke(writer: socket.socket) -> None:
-    try:
-        writer.send(b"!")
-    except OSError:
-        pass  # full of wake-ups already, or closed meanwhile
-
-
-def _drain(reader: socket.socket) -> bool:
-    """Read what is there and tell whether that was anything."""
-    found = False
-    try:
-        while reader.recv(4096):
-            found = True
-    except OSError:
-        pass
-    return found

@@ -51,11 +51,12 @@ class StoredBackend:
         self._options = options
         self._scheme = url.partition("://")[0].replace("rediss", "redis")
         self._lock = Lock()
-        self._connection: Any = None
+        # Not connected yet; but an ill-formed URL fails here.
+        self._connection: Any = self._connect()
+        self._own: Store = self._connection.transport.store
         self._shared: Store | None = None
         self._max_length: dict[str, int | None] = {}
-        # Ill-formed URLs fail here, before anything is used.
-        self.capabilities: Capabilities = self._connect().transport.store.capabilities
+        self.capabilities: Capabilities = self._own.capabilities
 
     def _connect(self) -> Any:
         options = self._options
@@ -72,7 +73,6 @@ class StoredBackend:
     def _store(self) -> Store:
         with self._lock:
             if self._shared is None:
-                self._connection = self._connect()
                 self._shared = self._connection.channel().store
             return self._shared
 
@@ -137,10 +137,12 @@ class StoredBackend:
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> StoredFeed:
         """See `Backend.feed`."""
         connection = self._connect()
+        store: Store = connection.transport.store
         try:
-            store: Store = connection.channel().store
+            connection.connect()
         except BaseException:
             connection.close()
+            store.close()
             raise
         return StoredFeed(connection, store, queues, self._options.lease)
 
@@ -203,9 +205,9 @@ class StoredBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         with self._lock:
-            connection, self._connection, self._shared = self._connection, None, None
-        if connection is not None:
-            connection.close()
+            self._shared = None
+        self._connection.close()
+        self._own.close()
 
 
 class StoredFeed:

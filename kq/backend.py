@@ -46,7 +46,7 @@ class Envelope(msgspec.Struct, array_like=True):
     def priority(self) -> int:
         """The level from 0 to 9 that the broker sorts by; 4 where none can be read."""
         value = self.properties.get("priority")
-        return value if isinstance(value, int) and 0 <= value <= 9 else 4
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 9 else 4
 
 
 _encoder = msgspec.msgpack.Encoder()

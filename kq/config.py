@@ -30,6 +30,16 @@ COMMAND_VARIABLES: Final = frozenset(
 )  # fmt: skip
 
 
+#: The least and the most that a setting may be.
+_RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "publish_timeout": (0.001, 3600),
+    "lease": (0.1, 86400),
+    "heartbeat": (1, 3600),
+    "max_body": (1, limit.MAX_BODY_CEILING),
+    "max_deliveries": (1, 1_000_000),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What an app runs with. Durations are seconds.
@@ -53,11 +63,8 @@ class Settings:
     max_deliveries: int = 20
 
     def __post_init__(self) -> None:
-        _within("publish_timeout", self.publish_timeout, 0.001, 3600)
-        _within("lease", self.lease, 0.1, 86400)
-        _within("heartbeat", self.heartbeat, 1, 3600)
-        _within("max_body", self.max_body, 1, limit.MAX_BODY_CEILING)
-        _within("max_deliveries", self.max_deliveries, 1, 1_000_000)
+        for name in _RANGES:
+            _within(name, getattr(self, name), name)
 
     def __repr__(self) -> str:
         rest = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "broker")
@@ -79,6 +86,7 @@ def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None 
             values[field.name] = _convert(field.name, given, type(field.default))
         elif environment.get(variable, "") != "":
             values[field.name] = _parse(variable, environment[variable], type(field.default))
+            _within(variable, values[field.name], field.name)
     return Settings(**values)
 
 
@@ -125,8 +133,11 @@ def hide_password(url: str) -> str:
         return "**" if "@" in url else url
     try:
         parts = urlsplit("//" + rest)
-        if parts.password is None and "@" not in rest:
+        if "@" not in rest or not parts.netloc:
             return url
+        if rest.count("@") > parts.netloc.count("@"):
+            # A password with an unquoted /, ? or #, or a list of brokers.
+            return f"{head}://**"
         user = quote(parts.username or "", safe="")
         place = parts.netloc.rpartition("@")[2]
         secret = ":**" if parts.password is not None else ""
@@ -135,14 +146,18 @@ def hide_password(url: str) -> str:
         return f"{head}://**"
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise Invalid(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+def _within(source: str, value: Any, setting: str) -> None:
+    low, high = _RANGES.get(setting, (None, None))
+    if low is not None and high is not None and not low <= value <= high:
+        raise Invalid(f"{source}: expected a number from {low:,} to {high:,}, got {value!r}")
 
 
 def _convert(name: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise Invalid(f"{name}: expected a number, got an integer beyond all floats") from None
     if type(value) is kind:
         return value
     raise Invalid(f"{name}: expected {_a(kind)}, got {value!r}")

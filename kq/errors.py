@@ -75,8 +75,9 @@ class Error(Exception):
         retryable: bool | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        # Another exception is often passed where its text is meant.
+        self.message = message if isinstance(message, str) else str(message)
+        super().__init__(self.message)
         self.kind = self.default_kind if kind is None else kind
         if self.kind not in RETRYABLE:
             raise ValueError(f"expected an error kind, one of {', '.join(RETRYABLE)}; got {kind!r}")

@@ -257,8 +257,15 @@ def describe(error: BaseException) -> Failure:
     trace = clip(lines, MAX_TRACEBACK, end=True)
     if isinstance(error, errors.Error):
         return Failure(error.kind, clip(error.message, MAX_MESSAGE), error.retryable, trace)
-    text = clip(f"{type(error).__name__}: {error}", MAX_MESSAGE)
-    return Failure(errors.INTERNAL, text, True, trace)
+    return Failure(errors.INTERNAL, clip(f"{type(error).__name__}: {_words(error)}", MAX_MESSAGE), True, trace)
+
+
+def _words(error: BaseException) -> str:
+    """Return an exception's text; its ``__str__`` is the user's code and may fail as well."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"(its text cannot be had: {type(other).__name__})"
 
 
 def _dead(job: Job, reason: str, why: str) -> Outcome:

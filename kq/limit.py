@@ -73,10 +73,11 @@ def seconds(name: str, value: Any, *, maximum: float = MAX_DELAY) -> float:
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise Invalid(f"{name}: expected seconds or a timedelta, got {_short(value)}")
-    if not math.isfinite(value) or value < 0:
-        raise Invalid(f"{name}: expected a number of seconds from 0, got {value!r}")
+    # Compared before it is converted: an integer may be too large for a float.
+    if not 0 <= value < math.inf:
+        raise Invalid(f"{name}: expected a number of seconds from 0, got {_short(value)}")
     if value > maximum:
-        raise Invalid(f"{name}: expected at most {maximum:g} seconds, got {value!r}")
+        raise Invalid(f"{name}: expected at most {maximum:g} seconds, got {_short(value)}")
     return float(value)
 
 
@@ -102,7 +103,8 @@ def holding_time(delay: Any, at: Any, now: float) -> float:
             f"at: expected an aware datetime, got the naive {at.isoformat()}; "
             "give it a zone, e.g. datetime.now(timezone.utc)"
         )
-    ahead = (at.astimezone(timezone.utc) - datetime.fromtimestamp(now, timezone.utc)).total_seconds()
+    # Subtracted as it is: datetimes next to the first and the last cannot be converted to UTC.
+    ahead = (at - datetime.fromtimestamp(now, timezone.utc)).total_seconds()
     return seconds("at", max(0.0, ahead))
 
 
@@ -120,5 +122,9 @@ def body_size(body: bytes, maximum: int) -> None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:
+        # Integers of more than 4,300 digits, and objects with a faulty __repr__.
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 120 else text[:117] + "..."

@@ -73,4 +73,4 @@ def clip(text: str, limit: int, *, end: bool = False) -> str:
     data = text.encode("utf-8", "replace")
     if len(data) <= limit:
         return data.decode()
-    return (data[-limit:] if end else data[:limit]).decode("utf-8", "ignore")
+    return (data[len(data) - limit :] if end else data[:limit]).decode("utf-8", "ignore")

@@ -9,10 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from kq import errors, limit
 from kq.outcome import CRASH_LOOP, MAX_ATTEMPTS, NOT_RETRYABLE, Failure, Outcome
+
+#: What a backoff may grow by; far beyond it one step passes every maximum.
+_MAX_FACTOR: Final = 1e9
 
 
 class Retry(Exception):
@@ -56,10 +59,13 @@ class Backoff:
     def __post_init__(self) -> None:
         object.__setattr__(self, "initial", limit.seconds("retry.initial", self.initial))
         object.__setattr__(self, "max", limit.seconds("retry.max", self.max))
-        if isinstance(self.factor, bool) or not isinstance(self.factor, (int, float)) or not self.factor >= 1:
-            raise errors.Invalid(f"retry.factor: expected a number from 1, got {self.factor!r}")
+        number = isinstance(self.factor, (int, float)) and not isinstance(self.factor, bool)
+        if not (number and 1 <= self.factor <= _MAX_FACTOR):
+            raise errors.Invalid(f"retry.factor: expected a number from 1 to {_MAX_FACTOR:g}, got {self.factor!r}")
+        # As a float: powers of integers grow without end.
+        object.__setattr__(self, "factor", float(self.factor))
         fraction = isinstance(self.jitter, (int, float)) and not isinstance(self.jitter, bool)
-        if not (self.jitter in ("full", "none") or (fraction and 0 <= float(self.jitter) <= 1)):
+        if not (self.jitter in ("full", "none") or (fraction and 0 <= self.jitter <= 1)):  # type: ignore[operator]
             raise errors.Invalid(
                 f'retry.jitter: expected "full", "none" or a fraction from 0 to 1, got {self.jitter!r}'
             )
@@ -74,7 +80,7 @@ class Backoff:
         try:
             wait = min(self.initial * self.factor ** max(0, attempt - 1), self.max)
         except OverflowError:
-            wait = self.max
+            wait = self.max if self.initial else 0.0
         if self.jitter == "full":
             return wait * draw()
         if self.jitter == "none":

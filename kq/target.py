@@ -13,6 +13,8 @@ from kq.errors import Invalid
 
 #: Attributes that are tried when a path names none.
 _USUAL = ("app", "kq_app")
+#: Where kq itself is, whose lines are of no interest to users.
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def load_app(path: str) -> App:
@@ -36,7 +38,7 @@ def load_app(path: str) -> App:
                 f"app: there is no module {error.name!r} (of {path!r}) in {here} or on the Python path"
             ) from None
         raise Invalid(f"app: importing {module_name!r} failed: {_where(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Invalid(f"app: importing {module_name!r} failed: {_where(error)}") from error
     names = [attribute] if attribute else list(_USUAL)
     for name in names:
@@ -58,7 +60,7 @@ def load_app(path: str) -> App:
 def _where(error: BaseException) -> str:
     """Say what went wrong in the user's own code, and in which line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
-    mine = [f for f in frames if os.sep + "kq" + os.sep not in f.filename and "importlib" not in f.filename]
+    mine = [f for f in frames if not f.filename.startswith(_HERE) and "importlib" not in f.filename]
     place = f" ({mine[-1].filename}, line {mine[-1].lineno})" if mine else ""
     if isinstance(error, SyntaxError):
         place = f" ({error.filename}, line {error.lineno})"

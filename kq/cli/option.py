@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import sys
@@ -26,7 +27,7 @@ UNREACHABLE: Final = 69
 REFUSED: Final = 77
 CONFIGURATION: Final = 78
 
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 
 
@@ -40,9 +41,11 @@ class Duration(click.ParamType):
         if isinstance(value, (int, float)):
             return float(value)
         found = _DURATION.fullmatch(str(value).strip())
-        if found is None:
+        seconds = math.inf if found is None else float(found[1]) * _UNITS[found[2]]
+        # A number of hundreds of digits is infinite as a float.
+        if not math.isfinite(seconds):
             self.fail(f"expected a duration such as 5, 5s, 250ms, 10m, 2h or 1d; got {value!r}", param, ctx)
-        return float(found[1]) * _UNITS[found[2]]
+        return seconds
 
 
 DURATION: Final = Duration()
@@ -156,5 +159,6 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def _shorten(text: str) -> str:
-    text = " ".join(text.split())
+    # Control characters would be the terminal's to obey, and what a stranger sent is shown here.
+    text = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
     return text if len(text) <= 70 else text[:67] + "..."

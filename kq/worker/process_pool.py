@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import selectors
-import socket
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
 from kq.executor import Job
 from kq.outcome import DONE, Outcome
+from kq.waker import Waker
 from kq.worker import frame
 from kq.worker.child_process import ChildProcess
 from kq.worker.pool import Died, Event, Finished, Place, Returned, StartFailed
@@ -49,20 +49,13 @@ class ProcessPool:
         self.places: list[Place] = []
         self._children: list[ChildProcess] = []
         self._selector = selectors.DefaultSelector()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        for end in (self._wake_reader, self._wake_writer):
-            end.setblocking(False)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
+        self._waker = Waker()
+        self._selector.register(self._waker, selectors.EVENT_READ, None)
         self._failed_starts = 0
         self._start_at = 0.0
         self._numbers = 0
         self._closing = False
         self._recalled = False
-
-    @property
-    def wake_fd(self) -> int:
-        """A descriptor for `signal.set_wakeup_fd`."""
-        return self._wake_writer.fileno()
 
     def start(self) -> None:
         """See `Pool.start`."""
@@ -81,7 +74,7 @@ class ProcessPool:
         for key, mask in self._selector.select(self._patience(timeout)):
             child = key.data
             if child is None:
-                _drain(self._wake_reader)
+                self._waker.drain()
                 continue
             if mask & selectors.EVENT_WRITE:
                 child.write()
@@ -98,10 +91,7 @@ class ProcessPool:
 
     def wake(self) -> None:
         """See `Pool.wake`."""
-        try:
-            self._wake_writer.send(b"!")
-        except OSError:
-            pass  # full of wake-ups already, or closed meanwhile
+        self._waker.wake()
 
     def recall(self) -> None:
         """See `Pool.recall`."""
@@ -148,8 +138,7 @@ class ProcessPool:
             child.process.wait()
             self._forget(child)
         self._selector.close()
-        self._wake_reader.close()
-        self._wake_writer.close()
+        self._waker.close()
 
     def pids(self) -> list[int]:
         """Return the children's process ids."""
@@ -294,11 +283,3 @@ class ProcessPool:
                     # One that starts while we sleep is looked at in time as well.
                     timeout = min(timeout, KILL_AFTER / 4)
         return timeout
-
-
-def _drain(reader: socket.socket) -> None:
-    try:
-        while reader.recv(4096):
-            pass
-    except OSError:
-        pass

@@ -1,0 +1,45 @@
+"""Ends another thread's wait on sockets: the self-pipe trick (https://cr.yp.to/docs/selfpipe.html)."""
+
+from __future__ import annotations
+
+import socket
+
+
+class Waker:
+    """Becomes readable when somebody calls `wake`, until it is drained."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self._reader.fileno()
+
+    def wake(self) -> None:
+        """End the wait, the present or the next one. Safe in any thread and in signal handlers."""
+        try:
+            self._writer.send(b"!")
+        except OSError:
+            pass  # full of wake-ups already, or closed meanwhile
+
+    def drain(self) -> None:
+        """Forget the wake-ups so far."""
+        drain(self._reader)
+
+    def close(self) -> None:
+        """Give both ends up. Idempotent."""
+        self._reader.close()
+        self._writer.close()
+
+
+def drain(reader: socket.socket) -> bool:
+    """Read what a non-blocking socket holds, and tell whether that was anything."""
+    found = False
+    try:
+        while reader.recv(4096):
+            found = True
+    except OSError:
+        pass  # nothing more
+    return found
