@@ -161,7 +161,7 @@ class Fetcher(Thread):
 
     def _wait(self, feed: Feed) -> None:
         timeout = max(0.0, self._renew_at - monotonic())
-        if self._on_idle is not None and self.in_hand == 0 and self._target:
+        if self._on_idle is not None and self._target and self._has_nothing():
             due = feed.due_in()
             if due is None or monotonic() + due > self._idle_until():
                 self._on_idle()
@@ -177,6 +177,11 @@ class Fetcher(Thread):
                 feed.wait(timeout)
         finally:
             self._waiting = False
+
+    def _has_nothing(self) -> bool:
+        # Owners hand in a settlement before they say that the delivery is out of their hands.
+        with self._lock:
+            return self.in_hand == 0 and not self._inbox
 
     def _wake(self) -> None:
         feed = self._feed

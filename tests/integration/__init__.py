@@ -1,0 +1,1 @@
+"""Real worker processes, the real command line, real brokers."""

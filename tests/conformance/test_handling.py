@@ -1,0 +1,644 @@
+"""Handlers, settlement and dead letters as users see them, on every broker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from time import monotonic, sleep
+from typing import Any
+
+import amqp
+import pytest
+
+import kq
+from kq import errors, queue
+from tests.broker import Broker, amqp_channel
+
+#: Retries at once, so that tests do not wait.
+NOW = kq.Backoff(initial=0.0, jitter="none")
+
+
+def drain(app: kq.App, timeout: float = 20.0, **options: Any) -> int:
+    """Handle everything; long enough for a slow machine, ends as soon as nothing is left."""
+    return app.drain(timeout, **options)
+
+
+def test_handler_gets_payload_and_message(app: kq.App, queue_id: str) -> None:
+    """The payload comes directly; id, headers, attempt and queue come through queue.message()."""
+    seen: list[Any] = []
+
+    @app.consumer(queue_id)
+    def handle(payload: Any) -> None:
+        msg = queue.message()
+        seen.append((payload, msg.id(), msg.header("priority"), msg.header("none"), msg.attempt(), msg.queue_id()))
+        seen.append((msg.headers(), msg.headers(reserved=True)))
+
+    headers = {"priority": "high", "correlation_id": "r-17"}
+    id = queue.publish(queue_id, {"to": "ä"}, headers)
+
+    assert drain(app) == 1
+    assert seen[0] == ({"to": "ä"}, id, "high", None, 1, queue_id)
+    assert seen[1] == (headers, {**headers, "x_kq": 1, "x_attempts": 1, "x_crashes": 0})
+
+
+@pytest.mark.parametrize("payload", [0, False, "text", 1.5, ["list", None], {"nested": {"deep": [1, 2]}}, "ünïcode"])
+def test_every_json_value_travels(app: kq.App, queue_id: str, payload: Any) -> None:
+    """Any JSON value that is not empty arrives as it was published."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, payload)
+    drain(app)
+
+    assert seen == [payload]
+
+
+def test_msgpack_queue_carries_bytes(app: kq.App, queue_id: str) -> None:
+    """A msgpack queue carries bytes too."""
+    seen: list[Any] = []
+    app.queue(queue_id, codec="application/msgpack")
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, {"raw": b"\x00\xff"})
+    drain(app)
+
+    assert seen == [{"raw": b"\x00\xff"}]
+
+
+def test_async_handlers_run(app: kq.App, queue_id: str) -> None:
+    """Async handlers run concurrently on one loop, with the message in context."""
+    seen: list[Any] = []
+    together = asyncio.Event()
+
+    @app.consumer(queue_id)
+    async def handle(payload: int) -> None:
+        if payload == 2:
+            together.set()
+        await asyncio.wait_for(together.wait(), 10)
+        seen.append((payload, queue.message().attempt()))
+
+    app.publish_many(queue_id, [1, 2])
+
+    assert drain(app, concurrency=2) == 2
+    assert sorted(seen) == [(1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "runs", "reason"),
+    [
+        (errors.Internal("later"), 3, "max_attempts"),
+        (errors.Invalid("never"), 1, "not_retryable"),
+        (errors.Invalid("insist", retryable=True), 3, "max_attempts"),
+        (errors.Internal("give up", retryable=False), 1, "not_retryable"),
+        (ValueError("any"), 3, "max_attempts"),
+        (SystemExit(1), 3, "max_attempts"),
+        (False, 3, "max_attempts"),
+    ],
+)
+def test_failures_end_where_they_should(
+    app: kq.App, queue_id: str, error: BaseException | bool, runs: int, reason: str
+) -> None:
+    """Retryable failures run max_attempts times, others once; then the message is a dead letter."""
+    attempts: list[int] = []
+
+    @app.consumer(queue_id, max_attempts=3, retry=NOW)
+    def handle(payload: Any) -> Any:
+        attempts.append(queue.message().attempt())
+        if isinstance(error, BaseException):
+            raise error
+        return error
+
+    id = app.publish(queue_id, {"n": 1})
+    assert drain(app) == 1
+    (letter,) = app.dead(queue_id).list()
+
+    assert attempts == list(range(1, runs + 1))
+    assert (letter.id, letter.reason, letter.attempts, letter.payload) == (id, reason, runs, {"n": 1})
+    assert letter.queue_id == queue_id
+    assert letter.error_kind == getattr(error, "kind", "INTERNAL")
+    assert letter.dead_at is not None
+    assert abs(letter.dead_at - datetime.now(timezone.utc)) < timedelta(minutes=1)
+
+
+def test_retry_then_success(app: kq.App, queue_id: str) -> None:
+    """A handler that fails twice and then succeeds leaves no dead letter."""
+    attempts: list[int] = []
+
+    @app.consumer(queue_id, retry=NOW)
+    def handle(payload: Any) -> None:
+        attempts.append(queue.message().attempt())
+        if len(attempts) < 3:
+            raise errors.Internal("not yet")
+
+    app.publish(queue_id, 1)
+    drain(app)
+
+    assert attempts == [1, 2, 3]
+    assert app.dead(queue_id).list() == []
+
+
+def test_retry_on_request(app: kq.App, queue_id: str) -> None:
+    """kq.Retry chooses its own delay, and count=False charges nothing."""
+    runs: list[tuple[int, float]] = []
+
+    @app.consumer(queue_id, max_attempts=2)
+    def handle(payload: Any) -> None:
+        runs.append((queue.message().attempt(), monotonic()))
+        if len(runs) < 4:
+            raise kq.Retry(delay=0.2, count=False)
+
+    app.publish(queue_id, 1)
+    drain(app)
+
+    assert [attempt for attempt, _ in runs] == [1, 1, 1, 1]
+    assert all(later - earlier >= 0.19 for (_, earlier), (_, later) in zip(runs, runs[1:], strict=False))
+
+
+def test_backoff_is_kept(app: kq.App, queue_id: str) -> None:
+    """The gaps between attempts follow the queue's backoff."""
+    runs: list[float] = []
+    app.queue(queue_id, max_attempts=4, retry=kq.Backoff(initial=0.1, factor=2, jitter="none"))
+
+    @app.consumer(queue_id)
+    def handle(payload: Any) -> bool:
+        runs.append(monotonic())
+        return False
+
+    app.publish(queue_id, 1)
+    drain(app)
+    gaps = [later - earlier for earlier, later in zip(runs, runs[1:], strict=False)]
+
+    assert [gap >= wanted - 0.005 for gap, wanted in zip(gaps, [0.1, 0.2, 0.4], strict=True)] == [True] * 3
+    assert sum(gaps) < 0.7 + 3.0
+
+
+def test_timeout_stops_and_retries(app: kq.App, queue_id: str) -> None:
+    """A sync handler past its timeout is stopped; the attempt counts, with kind TIMEOUT."""
+    runs: list[int] = []
+
+    @app.consumer(queue_id, timeout=0.2, max_attempts=2, retry=NOW)
+    def handle(payload: Any) -> None:
+        runs.append(queue.message().attempt())
+        while True:
+            sleep(0.005)  # noqa: ASYNC251 - a handler that hangs
+
+    app.publish(queue_id, 1)
+    drain(app)
+    (letter,) = app.dead(queue_id).list()
+
+    assert runs == [1, 2]
+    assert (letter.reason, letter.error_kind, letter.attempts) == ("max_attempts", "TIMEOUT", 2)
+
+
+def test_async_timeout_cancels(app: kq.App, queue_id: str) -> None:
+    """An async handler past its timeout is cancelled, and may clean up."""
+    events: list[str] = []
+
+    @app.consumer(queue_id, timeout=0.2, max_attempts=1)
+    async def handle(payload: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            events.append("cleaned up")
+
+    app.publish(queue_id, 1)
+    drain(app)
+
+    assert events == ["cleaned up"]
+    assert app.dead(queue_id).list()[0].error_kind == "TIMEOUT"
+
+
+def test_settlement_is_single_shot(app: kq.App, queue_id: str) -> None:
+    """The first of ack, nack and the handler's end wins; a later call is Invalid."""
+    kinds: list[str] = []
+
+    @app.consumer(queue_id, max_attempts=1)
+    def handle(payload: Any) -> None:
+        msg = queue.message()
+        msg.ack()
+        for again in (msg.ack, msg.nack):
+            with pytest.raises(errors.Invalid) as caught:
+                again()
+            kinds.append(caught.value.kind)
+        raise RuntimeError("too late to matter")
+
+    app.publish(queue_id, 1)
+
+    assert drain(app) == 1
+    assert kinds == ["INVALID"] * 2
+    assert app.info(queue_id).dead == 0
+
+
+def test_nack_chooses_its_delay(app: kq.App, queue_id: str) -> None:
+    """nack() is a failed attempt; its delay replaces the backoff."""
+    runs: list[tuple[int, float]] = []
+
+    @app.consumer(queue_id, retry=kq.Backoff(initial=500, jitter="none"), max_attempts=2)
+    def handle(payload: Any) -> None:
+        runs.append((queue.message().attempt(), monotonic()))
+        queue.message().nack(delay=0.1)
+
+    app.publish(queue_id, 1)
+    drain(app)
+
+    assert [attempt for attempt, _ in runs] == [1, 2]
+    assert app.dead(queue_id).list()[0].reason == "max_attempts"
+
+
+def test_message_is_released_after_the_handler(app: kq.App, queue_id: str) -> None:
+    """After the handler has returned every method of its message raises Invalid."""
+    kept: list[kq.Message] = []
+
+    @app.consumer(queue_id)
+    def handle(payload: Any) -> None:
+        kept.append(queue.message())
+
+    app.publish(queue_id, 1)
+    drain(app)
+    calls: list[Callable[[], Any]] = [
+        kept[0].id, kept[0].headers, kept[0].attempt, kept[0].queue_id, kept[0].ack, kept[0].nack,
+        lambda: kept[0].header("a"),
+    ]  # fmt: skip
+
+    for call in calls:
+        with pytest.raises(errors.Invalid, match="released"):
+            call()
+
+
+def test_no_delivery_in_context() -> None:
+    """Outside a handler queue.message() raises Invalid."""
+    with pytest.raises(errors.Invalid, match="no delivery in context"):
+        queue.message()
+
+
+def test_context_reaches_threads(app: kq.App, queue_id: str) -> None:
+    """A thread started with a copied context finds the message, and may settle it."""
+    seen: list[str] = []
+
+    @app.consumer(queue_id)
+    def handle(payload: Any) -> None:
+        def inner() -> None:
+            seen.append(queue.message().id())
+            queue.message().ack()
+
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(inner,))
+        thread.start()
+        thread.join()
+
+    id = app.publish(queue_id, 1)
+    drain(app)
+
+    assert seen == [id]
+
+
+def test_handlers_publish_on_their_own_app(
+    broker: Broker, make_app: Callable[..., kq.App], queue_id: str
+) -> None:
+    """queue.publish inside a handler acts on the app whose handler runs, not on the newest one."""
+    first = make_app()
+    target = broker.queue_id("target")
+    seen: list[Any] = []
+    first.consumer(target)(seen.append)
+
+    @first.consumer(queue_id)
+    def handle(payload: Any) -> None:
+        queue.publish(target, {"from": payload})
+
+    with kq.App("newest", broker="memory://elsewhere"):
+        first.publish(queue_id, "a")
+        assert drain(first) == 2
+    assert seen == [{"from": "a"}]
+
+
+def test_async_publishing(app: kq.App, queue_id: str) -> None:
+    """apublish and apublish_many confirm without blocking the loop."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+
+    async def main() -> list[str]:
+        one = await queue.apublish(queue_id, {"n": 0})
+        many = await app.apublish_many(queue_id, [{"n": 1}, {"n": 2}])
+        several = await asyncio.gather(*[app.apublish(queue_id, {"n": n}) for n in range(3, 8)])
+        return [one, *many, *several]
+
+    ids = asyncio.run(main())
+    drain(app)
+
+    assert len(set(ids)) == 8
+    assert sorted(payload["n"] for payload in seen) == list(range(8))
+
+
+def test_delays_and_moments(app: kq.App, queue_id: str) -> None:
+    """delay and at hold a message back; a moment in the past means now."""
+    seen: list[tuple[str, float]] = []
+    started = monotonic()
+
+    @app.consumer(queue_id)
+    def handle(payload: str) -> None:
+        seen.append((payload, monotonic() - started))
+
+    now = datetime.now(timezone.utc)
+    app.publish(queue_id, "later", at=now + timedelta(seconds=0.6))
+    app.publish(queue_id, "soon", delay=timedelta(seconds=0.3))
+    app.publish(queue_id, "past", at=now - timedelta(days=1))
+    drain(app)
+    if len(seen) < 3:
+        # RabbitMQ cannot tell what waits: drain again when it is due.
+        while len(seen) < 3 and monotonic() - started < 10:
+            drain(app)
+
+    assert [payload for payload, _ in seen] == ["past", "soon", "later"]
+    assert seen[1][1] >= 0.299
+    assert seen[2][1] >= 0.59
+
+
+def test_expired_is_dead_lettered_unrun(app: kq.App, queue_id: str) -> None:
+    """A message past its expiry goes to the dead-letter queue without running."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, "stale", expires=0.001)
+    app.publish(queue_id, "fresh", expires=60)
+    sleep(0.01)
+    drain(app)
+
+    assert seen == ["fresh"]
+    assert [letter.reason for letter in app.dead(queue_id).list()] == ["expired"]
+
+
+def test_priorities_by_name(app: kq.App, queue_id: str) -> None:
+    """Named priorities run in their order on every broker."""
+    seen: list[str] = []
+    app.queue(queue_id, max_priority=9)
+    app.consumer(queue_id)(seen.append)
+    for name in ("low", "normal", "critical", "high"):
+        app.publish(queue_id, name, {"priority": name})
+    drain(app)
+
+    assert seen == ["critical", "high", "normal", "low"]
+
+
+def test_foreign_bytes_are_dead_lettered_with_reason(broker: Broker, app: kq.App, queue_id: str) -> None:
+    """Bytes that cannot be read end in the dead-letter queue as they are, and stop nothing."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, "before")
+    broker.put_raw(queue_id, b"\x80\x04garbage")
+    app.publish(queue_id, "after")
+    drain(app)
+    (letter,) = app.dead(queue_id).list()
+
+    assert seen == ["before", "after"]
+    assert (letter.reason, letter.payload, letter.body) == ("undecodable", None, b"\x80\x04garbage")
+
+
+def test_task_without_a_handler(broker: Broker, app: kq.App, queue_id: str) -> None:
+    """A message that names a task nobody registered is dead-lettered no_handler, not given to a plain consumer."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, "warm-up")
+    drain(app)
+    _publish_raw(broker, queue_id, b"[[],{},{}]", {"task": "tasks.add", "id": "x"})
+    drain(app)
+
+    assert seen == ["warm-up"]
+    assert [letter.reason for letter in app.dead(queue_id).list()] == ["no_handler"]
+
+
+@pytest.mark.parametrize(
+    ("body", "properties"),
+    [
+        (b"{broken", {"content_type": "application/json"}),
+        (b"NaN", {"content_type": "application/json"}),
+        (b'"text"', {"content_type": "text/plain"}),
+        (b"cos\nsystem\n(S'true'\ntR.", {"content_type": "application/x-python-serialize"}),
+        (b'"a"', {"content_type": "application/json", "content_encoding": "gzip"}),
+        (b"[" * 100 + b"]" * 100, {"content_type": "application/json"}),
+        (b"9" * 5000, {"content_type": "application/json"}),
+        (b"\xc7\x01\x05a", {"content_type": "application/msgpack"}),
+    ],
+)
+def test_hostile_bodies(broker: Broker, app: kq.App, queue_id: str, body: bytes, properties: dict[str, str]) -> None:
+    """What cannot or must not be decoded is dead-lettered with its raw bytes; the handler never sees it."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, "warm-up")
+    drain(app)
+    _publish_raw(broker, queue_id, body, {}, **properties)
+    drain(app)
+    (letter,) = app.dead(queue_id).list()
+
+    assert seen == ["warm-up"]
+    assert (letter.reason, letter.body) == ("undecodable", body)
+
+
+def test_foreign_message_is_served(broker: Broker, app: kq.App, queue_id: str) -> None:
+    """A stranger's plain JSON, without kq's headers, id or content type, is served like any other."""
+    seen: list[Any] = []
+
+    @app.consumer(queue_id)
+    def handle(payload: Any) -> None:
+        seen.append((payload, queue.message().attempt(), bool(queue.message().id()), queue.message().headers()))
+
+    app.publish(queue_id, "warm-up")
+    drain(app)
+    _publish_raw(broker, queue_id, b'{"hello": "world"}', {"tenant": "t"})
+    drain(app)
+
+    assert seen[1] == ({"hello": "world"}, 1, True, {"tenant": "t"})
+
+
+def test_dead_letters_replay(app: kq.App, queue_id: str) -> None:
+    """A replayed dead letter runs again at attempt 1, under its old id, with its own headers only."""
+    runs: list[tuple[str, int, dict[str, Any]]] = []
+    broken = True
+
+    @app.consumer(queue_id, max_attempts=2, retry=NOW)
+    def handle(payload: Any) -> None:
+        msg = queue.message()
+        runs.append((msg.id(), msg.attempt(), msg.headers()))
+        if broken:
+            raise RuntimeError("broken")
+
+    id = app.publish(queue_id, "a", {"tenant": "t"})
+    drain(app)
+    dead = app.dead(queue_id)
+    assert dead.get(id).error_message == "RuntimeError: broken"
+    broken = False
+
+    assert dead.replay([id]) == 1
+    drain(app)
+
+    assert runs == [(id, 1, {"tenant": "t"}), (id, 2, {"tenant": "t"}), (id, 1, {"tenant": "t"})]
+    assert dead.list() == []
+    with pytest.raises(errors.NotFound):
+        dead.get(id)
+
+
+def test_dead_letters_can_be_handled(app: kq.App, queue_id: str) -> None:
+    """A handler can consume a dead-letter queue; what fails there stays there."""
+    seen: list[Any] = []
+
+    @app.consumer(queue_id)
+    def fail(payload: Any) -> None:
+        raise errors.Invalid("no")
+
+    @app.consumer(queue_id + ".dead", max_attempts=1)
+    def inspect(payload: Any) -> None:
+        seen.append((payload, queue.message().header("x_dead_letter_reason")))
+        if payload == "stubborn":
+            raise errors.Invalid("still no")
+
+    app.publish_many(queue_id, ["fine", "stubborn"])
+    drain(app, timeout=5)
+
+    assert sorted(seen) == [("fine", "not_retryable"), ("stubborn", "not_retryable")]
+
+
+def test_auto_ack_settles_first(app: kq.App, queue_id: str) -> None:
+    """With auto_ack a message is gone before its handler runs: at most once."""
+    seen: list[Any] = []
+
+    @app.consumer(queue_id, auto_ack=True)
+    def handle(payload: Any) -> None:
+        seen.append(payload)
+        with pytest.raises(errors.Invalid):
+            queue.message().ack()
+        raise RuntimeError("nobody retries this")
+
+    app.publish(queue_id, 1)
+    drain(app)
+
+    assert seen == [1]
+    assert app.info(queue_id).message_count == 0
+    assert app.dead(queue_id).list() == []
+
+
+def test_concurrency_of_a_consumer_is_a_cap(app: kq.App, queue_id: str) -> None:
+    """A consumer's concurrency binds also where the worker could run more."""
+    lock = threading.Lock()
+    running = most = 0
+
+    @app.consumer(queue_id, concurrency=2)
+    def handle(payload: Any) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        sleep(0.02)
+        with lock:
+            running -= 1
+
+    app.publish_many(queue_id, list(range(1, 13)))
+
+    assert drain(app, concurrency=8) == 12
+    assert most == 2
+
+
+def test_middleware_wraps_both_sides(make_app: Callable[..., kq.App], queue_id: str) -> None:
+    """Middleware sees every publish and every run, outermost first, and can change what passes."""
+    trace: list[str] = []
+
+    def stamp(draft: Any, call_next: Callable[[Any], list[str]]) -> list[str]:
+        trace.append("publish")
+        return call_next(draft.__class__(draft.queue_id, draft.payloads, {"stamped": True}))
+
+    def outer(message: kq.Message, payload: Any, call_next: Callable[[Any], Any]) -> Any:
+        trace.append(f"outer {message.header('stamped')}")
+        return call_next(payload + 1)
+
+    def inner(message: kq.Message, payload: Any, call_next: Callable[[Any], Any]) -> Any:
+        trace.append("inner")
+        return call_next(payload * 10)
+
+    app = make_app(on_publish=[stamp], on_handle=[outer, inner])
+    seen: list[int] = []
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, 1)
+    drain(app)
+
+    assert trace == ["publish", "outer True", "inner"]
+    assert seen == [20]
+
+
+def test_pulling(broker: Broker, app: kq.App, queue_id: str) -> None:
+    """A consumer pulls messages, settles them itself, and releases the rest when it closes."""
+    app.publish_many(queue_id, [1, 2, 3])
+    with kq.Consumer(app, queue_id) as consumer:
+        first, second = consumer.receive(timeout=10), consumer.receive(timeout=10)
+        assert first is not None
+        assert second is not None
+        assert (first.payload(), second.payload(), first.attempt()) == (1, 2, 1)
+        first.ack()
+        second.nack(delay=0)
+    with kq.Consumer(broker.url, [queue_id]) as consumer:
+        left = [consumer.receive(timeout=10), consumer.receive(timeout=10)]
+        assert sorted((m.payload(), m.attempt()) for m in left if m is not None) == [(2, 2), (3, 1)]
+        for message in left:
+            assert message is not None
+            message.ack()
+        assert consumer.receive(timeout=0.1) is None
+
+
+def test_producer_stands_alone(broker: Broker, queue_id: str) -> None:
+    """kq.Producer publishes from a URL alone."""
+    with kq.Producer(broker.url) as producer:
+        id = producer.publish(queue_id, {"n": 1})
+    if broker.name != "memory":
+        with kq.Consumer(broker.url, queue_id) as consumer:
+            message = consumer.receive(timeout=10)
+            assert message is not None
+            assert (message.id(), message.payload()) == (id, {"n": 1})
+
+
+def test_draining_ends_by_itself(app: kq.App, queue_id: str) -> None:
+    """drain() returns at once when nothing is there, and does not wait for what is due after its deadline."""
+    app.consumer(queue_id)(lambda payload: None)
+    started = monotonic()
+    assert drain(app, timeout=30) == 0
+    app.publish(queue_id, 1, delay=3600)
+    assert drain(app, timeout=30) == 0
+
+    assert monotonic() - started < 10
+
+
+def test_undeclared_queues_can_be_forbidden(make_app: Callable[..., kq.App], queue_id: str) -> None:
+    """With create_queues off, publishing to an undeclared queue is NotFound; a declared one is made."""
+    app = make_app(create_queues=False)
+    with pytest.raises(errors.NotFound, match="not declared"):
+        app.publish(queue_id, 1)
+    app.queue(queue_id)
+
+    assert app.publish(queue_id, 1)
+
+
+def test_fatal_mistakes_leave_no_trace(app: kq.App, queue_id: str) -> None:
+    """publish_many checks everything before it sends anything."""
+    app.publish(queue_id, "first")
+    with pytest.raises(errors.Invalid):
+        app.publish_many(queue_id, ["good", float("nan")])
+    with pytest.raises(errors.Invalid, match="empty"):
+        app.publish_many(queue_id, ["good", ""])
+
+    assert app.info(queue_id).ready == 1
+
+
+def _publish_raw(broker: Broker, queue_id: str, body: bytes, headers: dict[str, Any], **properties: Any) -> None:
+    """Publish as a program that is not kq does."""
+    if broker.name == "rabbitmq":
+        with amqp_channel() as channel:
+            channel.basic_publish(
+                amqp.Message(body, application_headers=headers, **properties), routing_key=queue_id
+            )
+        return
+    from uuid import uuid4
+
+    from kq.backend import Envelope, pack
+    from kq.backends.store import Entry
+    from kq.backends.virtual import open_store
+    from kq.registry import BackendOptions
+
+    store = open_store(broker.url, BackendOptions(30, 30, 10, "test"))
+    id = uuid4().hex
+    store.put(queue_id, [Entry(id, pack(Envelope(id, headers, properties, body)), 4)], None)
+    store.close()

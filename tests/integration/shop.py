@@ -1,0 +1,78 @@
+"""The app that the worker's tests run; each payload says what is to happen to it."""
+
+import asyncio
+import ctypes
+import json
+import os
+import sys
+import time
+
+import kq
+from kq import errors, queue
+
+QUEUE = os.environ["KQ_TEST_QUEUE"]
+VERSION = 1
+
+app = kq.App("shop")
+_history = os.open(os.environ["KQ_TEST_HISTORY"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+
+def note(event, payload):
+    """Write a line that survives whatever happens next."""
+    fields = {
+        "event": event,
+        "n": payload["n"],
+        "attempt": queue.message().attempt(),
+        "pid": os.getpid(),
+        "version": VERSION,
+        "at": time.monotonic(),
+    }
+    os.write(_history, json.dumps(fields).encode() + b"\n")
+
+
+@app.consumer(QUEUE, max_attempts=4, retry=kq.Backoff(initial=0.05, jitter="none"))
+def handle(payload):
+    """Do what the payload says."""
+    note("started", payload)
+    do = payload.get("do", "nothing")
+    if do == "sleep":
+        time.sleep(payload["seconds"])
+    elif do == "fail":
+        if queue.message().attempt() <= payload["times"]:
+            raise errors.Internal("not yet")
+    elif do == "invalid":
+        raise errors.Invalid("never")
+    elif do == "segfault":
+        ctypes.string_at(0)
+    elif do == "exit":
+        os._exit(payload["code"])
+    elif do == "sys.exit":
+        sys.exit(1)
+    elif do == "recurse":
+        sys.setrecursionlimit(10**9)
+        repr(_nested())
+    note("done", payload)
+
+
+@app.consumer(QUEUE + "-limited", max_attempts=2, timeout=0.5, retry=kq.Backoff(initial=0.05, jitter="none"))
+def handle_limited(payload):
+    """Hold the interpreter, so that nothing inside the process can stop it."""
+    note("started", payload)
+    if payload.get("do") == "hold":
+        ctypes.PyDLL(None).sleep(600)
+    note("done", payload)
+
+
+@app.consumer(QUEUE + "-async")
+async def handle_async(payload):
+    """Wait without blocking."""
+    note("started", payload)
+    await asyncio.sleep(payload.get("seconds", 0))
+    note("done", payload)
+
+
+def _nested():
+    value = []
+    for _ in range(10**6):
+        value = [value]
+    return value

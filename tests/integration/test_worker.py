@@ -1,0 +1,276 @@
+"""Workers as processes: what they run, how they stop, and what happens when they are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from time import monotonic
+
+import pytest
+
+from tests.integration.conftest import LEASE, Shop, children_of, is_alive, wait_for
+
+
+def test_runs_retries_and_dead_letters(shop: Shop) -> None:
+    """A worker handles messages, retries one until it succeeds, and dead-letters another."""
+    worker = shop.worker("-p", "2")
+    shop.app.publish_many(shop.queue, [{"n": n} for n in range(20)])
+    shop.app.publish(shop.queue, {"n": "flaky", "do": "fail", "times": 2})
+    shop.app.publish(shop.queue, {"n": "bad", "do": "invalid"})
+    shop.app.publish(shop.queue + "-async", {"n": "async"})
+
+    shop.until("done", 22)
+    wait_for(lambda: shop.app.info(shop.queue).dead == 1, "the dead letter")
+
+    assert [line["attempt"] for line in shop.history("started", "flaky")] == [1, 2, 3]
+    assert len(shop.history("started", "bad")) == 1
+    assert shop.stop(worker) == 0
+    assert shop.app.info(shop.queue).message_count == 0
+
+
+def test_burst_ends_by_itself(shop: Shop) -> None:
+    """With --burst a worker ends when its queues are empty."""
+    shop.app.publish_many(shop.queue, [{"n": n} for n in range(50)])
+    shop.app.publish(shop.queue, {"n": "late"}, delay=0.5)
+    worker = shop.worker("-p", "1", "--burst", ready=False)
+
+    assert worker.wait(30) == 0
+    assert len(shop.history("done")) >= 50
+
+
+def test_term_lets_handlers_finish(shop: Shop) -> None:
+    """On TERM what runs is finished, what waits goes back uncharged, nothing new starts, exit code 0."""
+    worker = shop.worker("-p", "1", "-c", "1")
+    shop.app.publish_many(shop.queue, [{"n": n, "do": "sleep", "seconds": 1.5} for n in range(4)])
+    shop.until("started")
+
+    assert shop.stop(worker) == 0
+
+    assert len(shop.history("started")) == 1
+    assert len(shop.history("done")) == 1
+    wait_for(lambda: shop.app.info(shop.queue).ready == 3, "the rest to be back")
+    shop.worker("-p", "2", "-c", "2")
+    shop.until("done", 4)
+    assert {line["attempt"] for line in shop.history("started")} == {1}
+
+
+def test_short_grace_releases(shop: Shop) -> None:
+    """A handler that outlives its grace is killed, and its message goes back at once and uncharged."""
+    worker = shop.worker("-p", "1", "--grace", "0.5s")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 600})
+    shop.until("started")
+    started = monotonic()
+
+    assert shop.stop(worker) == 0
+    assert monotonic() - started < 10
+
+    shop.worker("-p", "1", "--grace", "0")
+    again = shop.until("started", 2)
+    assert [line["attempt"] for line in again] == [1, 1]
+
+
+def test_second_signal_is_at_once(local_shop: Shop) -> None:
+    """A second signal does not wait for handlers."""
+    shop = local_shop
+    worker = shop.worker("-p", "1", "--grace", "10m")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 600})
+    shop.until("started")
+    worker.send_signal(signal.SIGINT)
+    wait_for(lambda: "stopping" in shop.log(), "the worker to stop")
+
+    assert shop.stop(worker, signal.SIGINT) == 0
+    assert shop.app.info(shop.queue).ready == 1
+
+
+def test_killed_child_is_replaced(shop: Shop) -> None:
+    """A child that is killed is replaced; only what it ran is charged; the supervisor goes on."""
+    worker = shop.worker("-p", "1", "-c", "1")
+    shop.app.publish_many(shop.queue, [{"n": n, "do": "sleep", "seconds": 1} for n in range(3)])
+    victim = shop.until("started")[0]
+    os.kill(victim["pid"], signal.SIGKILL)
+
+    shop.until("done", 3)
+
+    attempts = {n: [line["attempt"] for line in shop.history("started", n)] for n in (0, 1, 2)}
+    assert sorted(attempts[victim["n"]]) == [1, 2]
+    assert all(tries == [1] for n, tries in attempts.items() if n != victim["n"])
+    assert worker.poll() is None
+
+
+def test_killed_supervisor_leaves_no_orphan(shop: Shop) -> None:
+    """When a supervisor is killed its children die with it, and another worker gets its messages uncharged."""
+    worker = shop.worker("-p", "2")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 3})
+    (first,) = shop.until("started")
+    children = children_of(worker.pid)
+    assert first["pid"] in children
+
+    worker.kill()
+    worker.wait()
+    wait_for(lambda: not any(map(is_alive, children)), "the children to die", within=2 * LEASE)
+    shop.worker("-p", "1")
+    again = shop.until("started", 2)
+
+    assert [line["attempt"] for line in again] == [1, 1]
+    assert len(shop.until("done")) == 1
+
+
+def test_long_task_runs_once(shop: Shop) -> None:
+    """A task that takes longer than the lease is given to nobody else while its worker lives."""
+    shop.worker("-p", "1")
+    shop.worker("-p", "1")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 2.5 * LEASE})
+
+    shop.until("done")
+
+    assert len(shop.history("started")) == 1
+
+
+@pytest.mark.parametrize("poison", [{"do": "segfault"}, {"do": "exit", "code": 0}, {"do": "recurse"}])
+def test_poison_ends_innocents_do_not(local_shop: Shop, poison: dict[str, object]) -> None:
+    """A message that kills its process is started exactly max_crashes times; the others are all done."""
+    shop = local_shop
+    shop.app.publish_many(shop.queue, [{"n": n, "do": "sleep", "seconds": 0.05} for n in range(30)])
+    shop.app.publish(shop.queue, {"n": "poison", **poison})
+    shop.app.publish_many(shop.queue, [{"n": n, "do": "sleep", "seconds": 0.05} for n in range(30, 60)])
+    shop.worker("-p", "2", "-c", "4")
+
+    (letter,) = wait_for(lambda: shop.app.dead(shop.queue).list(), "the dead letter")
+    wait_for(lambda: len({line["n"] for line in shop.history("done")}) == 60, "the innocents")
+
+    assert len(shop.history("started", "poison")) == 3
+    assert (letter.payload["n"], letter.reason, letter.attempts) == ("poison", "crash_loop", 3)
+    assert "killed by signal" in letter.error_message or "exited with code 0" in letter.error_message
+    assert shop.app.info(shop.queue).dead == 1
+    assert {line["attempt"] for line in shop.history("done")} == {1}
+
+
+def test_poison_on_every_broker(shop: Shop) -> None:
+    """Crashes are counted by the broker, across workers."""
+    shop.app.publish(shop.queue, {"n": "poison", "do": "segfault"})
+    shop.worker("-p", "1")
+
+    (letter,) = wait_for(lambda: shop.app.dead(shop.queue).list(), "the dead letter")
+
+    assert (letter.reason, letter.attempts) == ("crash_loop", 3)
+    assert len(shop.history("started")) == 3
+
+
+def test_sys_exit_is_an_error_not_a_crash(local_shop: Shop) -> None:
+    """sys.exit() in a handler is a failed attempt; the child lives."""
+    shop = local_shop
+    shop.worker("-p", "1")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sys.exit"})
+
+    (letter,) = wait_for(lambda: shop.app.dead(shop.queue).list(), "the dead letter")
+
+    assert (letter.reason, letter.attempts) == ("max_attempts", 4)
+    assert len({line["pid"] for line in shop.history("started")}) == 1
+
+
+def test_a_handler_that_holds_the_interpreter_is_killed(local_shop: Shop) -> None:
+    """A time limit holds against code that nothing can interrupt; others of the process are not charged."""
+    shop = local_shop
+    shop.worker("-p", "1", "-c", "4")
+    queue = shop.queue + "-limited"
+    shop.app.publish(queue, {"n": "hold", "do": "hold"})
+
+    (letter,) = wait_for(lambda: shop.app.dead(queue).list(), "the dead letter", within=40)
+
+    assert (letter.reason, letter.error_kind, letter.attempts) == ("max_attempts", "TIMEOUT", 2)
+    assert len(shop.history("started", "hold")) == 2
+
+
+def test_hup_reloads_code(local_shop: Shop) -> None:
+    """HUP replaces the children by ones that have loaded the code anew, without losing a message."""
+    shop = local_shop
+    worker = shop.worker("-p", "1")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 0.5})
+    shop.until("started")
+    source = shop.folder / "shop.py"
+    source.write_text(source.read_text().replace("VERSION = 1", "VERSION = 22"))
+    old = shop.children(worker)
+
+    worker.send_signal(signal.SIGHUP)
+    wait_for(lambda: shop.children(worker) and not set(old) & set(shop.children(worker)), "new children")
+    shop.app.publish(shop.queue, {"n": 2})
+    shop.until("done", n=2)
+
+    assert [line["version"] for line in shop.history("done")] == [1, 22]
+    assert {line["attempt"] for line in shop.history("started")} == {1}
+
+
+def test_usr1_tells_what_runs(local_shop: Shop) -> None:
+    """USR1 logs what runs where, with stacks."""
+    shop = local_shop
+    worker = shop.worker("-p", "1")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 600})
+    shop.until("started")
+
+    worker.send_signal(signal.SIGUSR1)
+
+    wait_for(lambda: "time.sleep(payload" in shop.log(), "the stack")
+    assert shop.queue in shop.log()
+
+
+def test_only_chosen_queues_are_consumed(local_shop: Shop) -> None:
+    """-Q consumes these queues only; one without a handler is named, and left alone."""
+    shop = local_shop
+    shop.app.publish(shop.queue + "-async", {"n": "other"})
+    shop.worker("-p", "1", "-Q", f"{shop.queue},shop:nobody")
+    shop.app.publish(shop.queue, {"n": 1})
+    shop.until("done")
+
+    assert shop.app.info(shop.queue + "-async").ready == 1
+    assert "shop:nobody has no handler" in shop.log()
+
+
+def test_threads_pool_works(shop: Shop) -> None:
+    """--pool threads runs handlers in the supervisor's process, with the same results."""
+    worker = shop.worker("--pool", "threads", "-c", "2")
+    shop.app.publish_many(shop.queue, [{"n": n} for n in range(10)])
+    shop.app.publish(shop.queue, {"n": "flaky", "do": "fail", "times": 1})
+    done = shop.until("done", 11)
+
+    assert {line["pid"] for line in done} == {worker.pid}
+    assert shop.stop(worker) == 0
+
+
+def test_start_tells_what_a_person_needs(shop: Shop) -> None:
+    """The start names app, broker without password, pool, queues and handlers."""
+    worker = shop.worker("-p", "1", "-c", "3")
+    log = shop.log()
+
+    assert "1 processes x 3 handlers" in log
+    assert f"{shop.queue}  ->  handle" in log
+    assert "timeout 0.5 s" in log
+    assert "guest:guest" not in log
+    assert shop.stop(worker) == 0
+
+
+def test_children_that_cannot_start_end_the_worker(local_shop: Shop) -> None:
+    """Children that cannot load the app are tried again, ever later; then the worker gives up with 78."""
+    shop = local_shop
+    (shop.folder / "broken.py").write_text(
+        "import sys\nif sys.argv[0].endswith('child.py'): raise RuntimeError('no children here')\nfrom shop import app\n"
+    )
+    shop.app.publish(shop.queue, {"n": 1})
+    worker = shop.worker("-p", "1", app="broken:app")
+
+    assert worker.wait(60) == 78
+    assert "no children here" in shop.log()
+    assert shop.app.info(shop.queue).ready == 1
+
+
+def test_json_logs_are_json(local_shop: Shop) -> None:
+    """--log-format json writes one object a line, with the action and the message's id."""
+    import json
+
+    shop = local_shop
+    worker = shop.worker("-p", "1", "--log-format", "json", ready=False)
+    id = shop.app.publish(shop.queue, {"n": 1, "do": "invalid"})
+    wait_for(lambda: '"dead"' in shop.log(), "the dead letter's line")
+    shop.stop(worker)
+    lines = [json.loads(line) for line in shop.log().splitlines()]
+
+    assert [line["message_id"] for line in lines if line.get("action") == "dead"] == [id]
