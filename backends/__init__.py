@@ -10,8 +10,5 @@ from __future__ import annotations
 from kombu.transport import TRANSPORT_ALIASES
 
 TRANSPORT_ALIASES.update(
-    {
-        f"kq-{scheme}": "kq.backends.virtual:Transport"
-        for scheme in ("memory", "sqlite", "redis", "rediss")
-    }
+    {f"kq-{scheme}": "kq.backends.virtual:Transport" for scheme in ("memory", "sqlite", "redis", "rediss")}
 )

@@ -135,7 +135,7 @@ class MemoryStore:
             now = monotonic()
             self._reclaim(found, now)
             self._promote(found, now)
-            leases = []
+            leases: list[Lease] = []
             while found.ready and len(leases) < limit:
                 _, place, id = heapq.heappop(found.ready)
                 message = found.messages.get(id)
@@ -148,7 +148,13 @@ class MemoryStore:
                 expired = message.expires_at is not None and message.expires_at <= now
                 leases.append(
                     Lease(
-                        id, message.entry.raw, message.token, message.attempts, message.crashes, message.deliveries, expired
+                        id,
+                        message.entry.raw,
+                        message.token,
+                        message.attempts,
+                        message.crashes,
+                        message.deliveries,
+                        expired,
                     )
                 )
             return Taken(leases, self._more_in(found, now))

@@ -161,9 +161,7 @@ class RabbitBackend:
             with mapped(self._url):
                 return Link(self._url, self._options, purpose="consumer", heartbeat=self._options.heartbeat)
 
-        return RabbitFeed(
-            self._url, open_link, lambda batch: self.publish(batch, _WORKER_TIMEOUT), queues, prefetch
-        )
+        return RabbitFeed(self._url, open_link, lambda batch: self.publish(batch, _WORKER_TIMEOUT), queues, prefetch)
 
     def info(self, queue: QueueSpec) -> QueueInfo:
         """See `Backend.info`."""
@@ -351,4 +349,3 @@ def _as_publish_error(error: Error) -> Error:
     if isinstance(error, (Internal, PermissionDenied)):
         return error
     return away(error.message, "refused")
-

@@ -130,9 +130,7 @@ class RabbitFeed:
         """See `Feed.due_in`; other workers' delays and deliveries are unknown to RabbitMQ's clients."""
         with self._guarded():
             link = self._connected()
-            waiting = sum(
-                link.channel.queue_declare(queue, passive=True).message_count for queue in self._specs
-            )
+            waiting = sum(link.channel.queue_declare(queue, passive=True).message_count for queue in self._specs)
             link.drain_all()
         if waiting or any(self._buffers.values()) or self._early:
             return 0.0
@@ -207,8 +205,7 @@ class RabbitFeed:
         others could run; a narrow one has the broker wait for our answers.
         """
         wanted = {
-            queue: self._power(min(credit, caps.get(queue, credit)) + self._held_of[queue])
-            for queue in self._specs
+            queue: self._power(min(credit, caps.get(queue, credit)) + self._held_of[queue]) for queue in self._specs
         }
         if all(wanted[queue] <= self._windows[queue] for queue in wanted):
             now = monotonic()

@@ -92,7 +92,7 @@ class Link:
         """Read one frame and dispatch it; False if none came within ``timeout`` seconds."""
         try:
             self.connection.drain_events(timeout=timeout)
-        except (TimeoutError, socket.timeout):
+        except TimeoutError:
             return False
         return True
 
@@ -135,7 +135,7 @@ def mapped(url: str) -> Iterator[None]:
         raise errors.NotFound(_text(error)) from None
     except (PreconditionFailed, ResourceLocked) as error:
         raise Conflict(_text(error)) from None
-    except (TimeoutError, socket.timeout, BlockingIOError):
+    except (TimeoutError, BlockingIOError):
         raise away(f"RabbitMQ at {shown} did not answer in time", "timeout") from None
     except ssl.SSLError as error:
         raise away(f"RabbitMQ at {shown}: no safe connection: {error.reason or error}", "refused") from None
@@ -150,5 +150,3 @@ def away(text: str, reason: str) -> Internal:
 
 def _text(error: BaseException) -> str:
     return str(getattr(error, "reply_text", "") or error or type(error).__name__)
-
-

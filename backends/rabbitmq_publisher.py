@@ -138,4 +138,3 @@ class Publisher:
                 break
             tags.append(pending)
         return [self._pending.pop(pending) for pending in tags]
-

@@ -39,10 +39,10 @@ from kq.limit import MAX_DELAY
 _OPTIONS: Final = frozenset({"queue_type", "arguments"})
 
 #: Milliseconds of the buckets: ten a decade, round, from 10 ms to a year.
-BUCKETS: Final = tuple(
-    round(step * 10**decade)
-    for decade in range(1, 11)
-    for step in (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+BUCKETS: Final[tuple[int, ...]] = tuple(
+    step * 10**decade
+    for decade in range(10)
+    for step in (10, 12, 15, 20, 25, 30, 40, 50, 60, 80)
     if step * 10**decade <= MAX_DELAY * 1000
 )
 

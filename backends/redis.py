@@ -77,9 +77,7 @@ class RedisStore:
         try:
             self._pool = redis.ConnectionPool.from_url(url, **options)
         except (ValueError, TypeError):
-            raise Invalid(
-                f"broker: expected redis://[user:password@]host[:port][/db], got {self._shown!r}"
-            ) from None
+            raise Invalid(f"broker: expected redis://[user:password@]host[:port][/db], got {self._shown!r}") from None
         self._client = redis.Redis(connection_pool=self._pool)
         self._scripts = {
             name: self._client.register_script(redis_script.source(getattr(redis_script, name)))
@@ -107,7 +105,7 @@ class RedisStore:
         policy = self._setting("maxmemory-policy")
         if policy and policy != "noeviction":
             found.append(
-                f"Redis evicts keys when it is full (maxmemory-policy {policy}), and a queue is a key: set it to noeviction"
+                f"Redis evicts keys when full (maxmemory-policy {policy}), and a queue is a key: set it to noeviction"
             )
         if self._setting("appendonly") == "no":
             saves = self._setting("save")
@@ -343,8 +341,9 @@ class _Bell:
     """A connection that waits for wake-ups; a call may outlast one `wait` and is answered in a later one."""
 
     def __init__(self, pool: redis.ConnectionPool) -> None:
-        self._connection: Any = pool.make_connection()
-        self._connection.connect()
+        connection: Any = pool.make_connection()
+        connection.connect()
+        self._connection = connection
         self._asked_at = 0.0
         self._asked: dict[bytes, str] = {}
 

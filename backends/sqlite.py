@@ -30,7 +30,7 @@ import socket
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from time import time
 from typing import Any, ClassVar, Final
@@ -180,7 +180,9 @@ class SQLiteStore:
                 [(token + index, now + lease, row[0]) for index, row in enumerate(rows)],
             )
             soonest = [
-                db.execute(f"SELECT min(moment) FROM message WHERE queue = ? AND state = {state}", (queue,)).fetchone()[0]
+                db.execute(f"SELECT min(moment) FROM message WHERE queue = ? AND state = {state}", (queue,)).fetchone()[
+                    0
+                ]
                 for state in (_DELAYED, _LEASED)
             ]
         leases = [
@@ -298,9 +300,9 @@ class SQLiteStore:
             # Something may have arrived between the last look and the registration.
             return list(queues)
         assert self._listener is not None
-        ready, _, _ = select.select([self._listener, self._waker], [], [], timeout)
+        ready, _, _ = select.select([self._listener.fileno(), self._waker.fileno()], [], [], timeout)
         self._waker.drain()
-        return list(queues) if self._listener in ready and self._listener.drain() else []
+        return list(queues) if self._listener.fileno() in ready and self._listener.drain() else []
 
     def wake(self) -> None:
         """See `Store.wake`."""
@@ -347,7 +349,7 @@ class SQLiteStore:
                     db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = 1; COMMIT;")
                 elif version != 1:
                     raise Invalid(
-                        f"broker: {self._path} has schema version {version}, this kq knows 1; use a newer kq or another file"
+                        f"broker: {self._path} has schema {version}, this kq knows 1; use a newer kq or another file"
                     )
             except BaseException:
                 db.close()
@@ -430,10 +432,8 @@ class _Listener:
 
     def close(self) -> None:
         self._socket.close()
-        try:
+        with suppress(OSError):
             os.unlink(self.path)
-        except OSError:
-            pass
 
 
 def path_of(url: str) -> str:
@@ -556,7 +556,8 @@ def _end(db: sqlite3.Connection, queue: str, ending: Ending, now: int) -> bool:
         return db.execute(f"UPDATE message SET state = 0, token = 0, deliveries = 0 {mine}", key).rowcount == 1
     return (
         db.execute(
-            f"UPDATE message SET state = ?, moment = ?, token = 0, deliveries = 0, attempts = ?, crashes = ?, place = ? {mine}",
+            "UPDATE message SET state = ?, moment = ?, token = 0, deliveries = 0, "
+            f"attempts = ?, crashes = ?, place = ? {mine}",
             (
                 _DELAYED if ending.delay else _READY,
                 now + ending.delay,

@@ -364,9 +364,7 @@ def _ending(queue: QueueSpec, settlement: Settlement) -> Ending | None:
             return None
         # A dead-letter queue has none of its own: what fails there stays, and rests before it is tried again.
         delay = queue.policy.backoff.max
-    return Ending(
-        delivery.id, delivery.receipt, "retry", ceil(delay * 1000), outcome.attempts, outcome.crashes
-    )
+    return Ending(delivery.id, delivery.receipt, "retry", ceil(delay * 1000), outcome.attempts, outcome.crashes)
 
 
 def _pages(store: Store, queue: str) -> Iterator[tuple[str, bytes]]:

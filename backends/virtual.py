@@ -11,15 +11,17 @@ the program has not acknowledged; if the program dies, the messages return by th
 from __future__ import annotations
 
 import json
-import socket
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from threading import Event, Thread
 from time import monotonic
 from typing import Any, Final
+from urllib.parse import quote
 from uuid import uuid4
 
 from kombu.transport import base, virtual
+from kombu.utils.url import as_url, parse_url
 
 from kq.backend import Envelope, pack, unpack_or_wrap
 from kq.backends.store import BrokerAway, Ending, Entry, Lease, Store
@@ -62,21 +64,31 @@ class QoS(virtual.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         self.channel.end(delivery_tag, "ack")
-        super().ack(delivery_tag)
+        self._settled(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         if requeue:
             self.channel.end(delivery_tag, "release")
         else:
             self.channel.discard(delivery_tag)
-        self._quick_ack(delivery_tag)
+        self._settled(delivery_tag)
+
+    def forget(self, delivery_tag: str) -> None:
+        """Count a message no more that never reached its consumer. For the consuming thread."""
+        self._delivered.pop(delivery_tag, None)
+
+    def _settled(self, delivery_tag: str) -> None:
+        # What came without need of acknowledgement was never counted, so it must not be subtracted.
+        if delivery_tag in self._delivered:
+            self._quick_ack(delivery_tag)
+            if self.prefetch_count:
+                self.channel.connection.made_room()
 
     def restore_unacked(self) -> list[Any]:
         self._flush()
         tags = list(self._delivered)
         self._delivered.clear()
-        for tag in tags:
-            self.channel.end(tag, "release")
+        self.channel.give_back(tags)
         return []
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
@@ -117,7 +129,8 @@ class Channel(virtual.Channel):
         return message
 
     def _inplace_augment_message(self, message: dict[str, Any], exchange: str, routing_key: str) -> None:
-        message["properties"].setdefault("delivery_info", {}).update(exchange=exchange, routing_key=routing_key)
+        route = message["properties"].setdefault("delivery_info", {})
+        route.update(exchange=exchange, routing_key=routing_key)
 
     def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **kwargs: Any) -> Any:
         if exchange:
@@ -126,8 +139,11 @@ class Channel(virtual.Channel):
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
         envelope = _to_envelope(message)
+        priority = envelope.priority
+        if "priority" in message["properties"]:
+            priority = self._get_message_priority(message)
         ttls = [self._queue_ttl(queue), _milliseconds(message["properties"].get("expiration"))]
-        entry = Entry(uuid4().hex, pack(envelope), envelope.priority, 0, min((ttl for ttl in ttls if ttl), default=0))
+        entry = Entry(uuid4().hex, pack(envelope), priority, 0, min((ttl for ttl in ttls if ttl), default=0))
         accepted = self.store.put(queue, [entry], self._max_length.get(queue))
         if accepted is None:
             self._new_queue(queue)
@@ -153,49 +169,88 @@ class Channel(virtual.Channel):
         if found is not None:
             self._consumers.discard(consumer_tag)
             self._active_queues.remove(found[0])
+            self.connection.events_ahead = 0
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         messages = self._take(queue, 1, no_ack)
-        return messages[0] if messages else None
+        if not messages:
+            return None
+        if no_ack:
+            self.end(messages[0].delivery_tag, "ack")
+        return messages[0]
+
+    def awaited(self) -> set[str]:
+        """Return the queues of which a message could be delivered now."""
+        room = self.qos.can_consume()
+        return {queue for queue, _, no_ack in list(self.consumers.values()) if room or no_ack}
 
     def deliver(self) -> int:
         """Hand what is ready to the consumers of this channel, and return how much that was."""
         count = 0
-        for queue, callback, no_ack in list(self.consumers.values()):
-            room = self.qos.can_consume_max_estimate()
-            messages = self._take(queue, _BATCH if room is None else min(room, _BATCH), no_ack)
-            for index, message in enumerate(messages):
-                try:
+        for consumer_tag, (queue, callback, no_ack) in list(self.consumers.items()):
+            if consumer_tag not in self.consumers:
+                continue
+            room = None if no_ack else self.qos.can_consume_max_estimate()
+            messages = deque(self._take(queue, _BATCH if room is None else min(room, _BATCH), no_ack))
+            try:
+                # A callback may raise, cancel its consumer or close the channel: what is left goes back.
+                while messages and consumer_tag in self.consumers:
+                    message = messages.popleft()
+                    if no_ack:
+                        self.end(message.delivery_tag, "ack")
+                    count += 1
                     callback(message)
-                except BaseException:
-                    for later in reversed(messages[index + 1 :]):
-                        if not no_ack:
-                            self.qos.reject(later.delivery_tag, requeue=True)
-                    raise
-            count += len(messages)
+            finally:
+                if messages:
+                    self._give_back_undelivered(messages)
         return count
 
+    def _give_back_undelivered(self, messages: Iterable[Any]) -> None:
+        tags = [message.delivery_tag for message in messages]
+        for tag in tags:
+            self.qos.forget(tag)
+        try:
+            self.give_back(tags)
+        except Error:
+            pass  # unreachable: their leases run out by themselves
+
     def _take(self, queue: str, limit: int, no_ack: bool) -> list[Any]:
-        if limit <= 0:
-            return []
-        taken = self.store.take(queue, limit, self.connection.lease)
-        self.connection.look_again_in(taken.more_in)
-        messages = []
-        for lease in taken.leases:
-            tag = uuid4().hex
-            self.held[tag] = (queue, lease)
-            if lease.expired:
-                self.discard(tag)
-                continue
-            if no_ack:
-                self.end(tag, "ack")
-            message = self.Message(_to_payload(lease, queue, tag), channel=self)
-            if not no_ack:
-                self.qos.append(message, tag)
-            messages.append(message)
-        if self.held:
+        messages: list[Any] = []
+        while limit > 0:
+            taken = self.store.take(queue, limit, self.connection.lease)
+            self.connection.look_again_in(taken.more_in)
+            if not taken.leases:
+                break
+            leases = {uuid4().hex: lease for lease in taken.leases}
+            self.held.update((tag, (queue, lease)) for tag, lease in leases.items())
             self.connection.keep_leases()
+            try:
+                for tag, lease in leases.items():
+                    if lease.expired:
+                        self.discard(tag)
+                    else:
+                        messages.append(self.Message(_to_payload(lease, queue, tag), channel=self))
+            except BaseException:
+                self.give_back(leases)
+                raise
+            # Behind nothing but expired messages there may be others.
+            if messages:
+                break
+        if not no_ack:
+            for message in messages:
+                self.qos.append(message, message.delivery_tag)
         return messages
+
+    def give_back(self, tags: Iterable[str]) -> None:
+        """Make messages that this channel holds ready again, at their old places."""
+        by_queue: dict[str, list[Ending]] = {}
+        for tag in tags:
+            found = self.held.pop(tag, None)
+            if found is not None:
+                queue, lease = found
+                by_queue.setdefault(queue, []).append(Ending(lease.id, lease.token, "release"))
+        for queue, endings in by_queue.items():
+            self.store.settle(queue, endings)
 
     def end(self, tag: str, action: str) -> None:
         """Settle a message that this channel holds; one whose lease was lost is somebody else's."""
@@ -218,6 +273,7 @@ class Channel(virtual.Channel):
         payload = _to_payload(lease, queue, tag)
         key = arguments.get("x-dead-letter-routing-key") or queue
         payload["properties"].pop("expiration", None)
+        payload["properties"]["delivery_info"] = {"exchange": exchange, "routing_key": key}
         if exchange:
             self._load_topology()
         for target in self._lookup(exchange, key):
@@ -225,6 +281,10 @@ class Channel(virtual.Channel):
         self.end(tag, "ack")
 
     # Queues, exchanges and bindings.
+
+    def prepare_queue_arguments(self, arguments: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        prepared: dict[str, Any] = base.to_rabbitmq_queue_arguments(arguments, **kwargs)
+        return prepared
 
     def _new_queue(self, queue: str, **kwargs: Any) -> None:
         arguments = dict(kwargs.get("arguments") or {})
@@ -259,8 +319,16 @@ class Channel(virtual.Channel):
     def exchange_declare(self, *args: Any, **kwargs: Any) -> None:
         self._change_topology(lambda: super(Channel, self).exchange_declare(*args, **kwargs))
 
-    def exchange_delete(self, exchange: str, *args: Any, **kwargs: Any) -> None:
-        self._change_topology(lambda: self.state.exchanges.pop(exchange, None))
+    def exchange_delete(self, exchange: str, if_unused: bool = False, nowait: bool = False) -> None:
+        def delete() -> None:
+            if if_unused and self.state.exchanges.get(exchange, {}).get("table"):
+                return
+            self.state.exchanges.pop(exchange, None)
+            for queue, source, routing_key in list(self.state.bindings):
+                if source == exchange:
+                    self.state.binding_delete(queue, source, routing_key)
+
+        self._change_topology(delete)
 
     def queue_bind(self, queue: str, exchange: str | None = None, *args: Any, **kwargs: Any) -> None:
         def bind() -> None:
@@ -273,6 +341,10 @@ class Channel(virtual.Channel):
 
     def queue_unbind(self, *args: Any, **kwargs: Any) -> None:
         self._change_topology(lambda: super(Channel, self).queue_unbind(*args, **kwargs))
+
+    def list_bindings(self) -> Any:
+        self._load_topology()
+        return super().list_bindings()
 
     def _load_topology(self) -> tuple[str, int]:
         document, version = self.store.read_topology()
@@ -323,7 +395,12 @@ class Transport(virtual.Transport):
         )
         #: Milliseconds, as stores count them.
         self.lease = int(self.options.lease * 1000)
+        # After a failover Kombu names the broker in pieces, which neither it nor we can always put together.
+        client.hostname = _url_of(client)
         self.store: Store = open_store(client.hostname.removeprefix("kq-"), self.options)
+        #: Messages delivered beyond one for each call of `drain_events`.
+        self.events_ahead = 0
+        self._waiting = False
         self._look_again_at = float("inf")
         self._keeper: _LeaseKeeper | None = None
 
@@ -347,17 +424,35 @@ class Transport(virtual.Transport):
         self.store.close()
 
     def drain_events(self, connection: Any, timeout: float | None = None) -> None:
+        # One call for each message, as in AMQP: programs count them.
+        if self.events_ahead > 0:
+            self.events_ahead -= 1
+            return
         deadline = None if timeout is None else monotonic() + timeout
         while True:
             self._look_again_at = float("inf")
-            if sum(channel.deliver() for channel in list(self.channels)):
+            count = sum(channel.deliver() for channel in list(self.channels))
+            if count:
+                self.events_ahead = count - 1 if any(channel.consumers for channel in self.channels) else 0
                 return
             now = monotonic()
             if deadline is not None and now >= deadline:
-                raise socket.timeout("no message arrived in time")
+                raise TimeoutError("no message arrived in time")
             until = min(now + _LOOK_AGAIN, self._look_again_at, deadline or float("inf"))
-            queues = {queue for channel in self.channels for queue, _, _ in channel.consumers.values()}
-            self.store.wait(sorted(queues), max(0.0, until - now))
+            # Set before the room is counted: who makes room later ends the wait.
+            self._waiting = True
+            try:
+                # Queues for which there is no room are not listened to: a wake-up that we cannot follow
+                # would be missing elsewhere.
+                queues = {queue for channel in list(self.channels) for queue in channel.awaited()}
+                self.store.wait(sorted(queues), max(0.0, until - now))
+            finally:
+                self._waiting = False
+
+    def made_room(self) -> None:
+        """Note that a channel may take more messages. Safe in any thread."""
+        if self._waiting:
+            self.store.wake()
 
     def look_again_in(self, milliseconds: int | None) -> None:
         """Note that something becomes ready by itself."""
@@ -386,31 +481,55 @@ class _LeaseKeeper(Thread):
 
     def run(self) -> None:
         while not self._stopped.wait(self._every):
-            transport = self._transport()
-            if transport is None:
+            if not self._renew():
                 return
-            held: dict[str, list[tuple[str, int]]] = {}
-            for channel in list(transport.channels):
-                for queue, lease in list(channel.held.values()):
-                    held.setdefault(queue, []).append((lease.id, lease.token))
-            for queue, pairs in held.items():
-                try:
-                    transport.store.renew(queue, pairs, transport.lease, self._name)
-                except Error:
-                    break  # unreachable for now: there are two more tries before a lease runs out
-            del transport
+
+    def _renew(self) -> bool:
+        """Renew once; False if the connection is gone. No reference to it outlives the call."""
+        transport = self._transport()
+        if transport is None:
+            return False
+        held: dict[str, list[tuple[str, int]]] = {}
+        for channel in list(transport.channels):
+            for queue, lease in list(channel.held.values()):
+                held.setdefault(queue, []).append((lease.id, lease.token))
+        for queue, pairs in held.items():
+            try:
+                transport.store.renew(queue, pairs, transport.lease, self._name)
+            except Error:
+                break  # unreachable for now: there are two more tries before a lease runs out
+        return True
 
 
+def _url_of(client: Any) -> str:
+    """Return the URL of a Kombu connection: the first one it has whole, alternatives taken apart."""
+    host = client.hostname or ""
+    if "://" in host:
+        return str(host)
+    for url in client.alt:
+        if "://" in url:
+            parts = parse_url(url)
+            same = (
+                parts["transport"] == client.transport_cls
+                and all(parts[name] == getattr(client, name) for name in ("hostname", "userid", "password"))
+                # Kombu lets these two of an earlier URL stand where the present one has none.
+                and all(parts[name] in (None, getattr(client, name)) for name in ("port", "virtual_host"))
+            )
+            if same:
+                return str(url)
+    path = "" if client.virtual_host == "/" else quote(client.virtual_host)
+    return str(as_url(client.transport_cls, host, client.port, client.userid, client.password, path))
 
 
 def _to_envelope(message: dict[str, Any]) -> Envelope:
     """Turn Kombu's message into an envelope."""
-    properties = {
-        key: value for key, value in message["properties"].items() if key not in _LOCAL and value is not None
-    }
+    properties = {key: value for key, value in message["properties"].items() if key not in _LOCAL and value is not None}
     for key, name in (("content-type", "content_type"), ("content-encoding", "content_encoding")):
         if message.get(key) is not None:
             properties[name] = message[key]
+    route = message["properties"].get("delivery_info") or {}
+    if route.get("exchange"):
+        properties["delivery_info"] = {"exchange": route["exchange"], "routing_key": route.get("routing_key")}
     body = message["body"]
     id = properties.get("message_id")
     return Envelope(
@@ -429,9 +548,11 @@ def _to_payload(lease: Lease, queue: str, tag: str) -> dict[str, Any]:
     content_encoding = properties.pop("content_encoding", None)
     properties.setdefault("message_id", envelope.id)
     properties["delivery_tag"] = tag
+    route = properties.get("delivery_info")
     properties["delivery_info"] = {
         "exchange": "",
         "routing_key": queue,
+        **(route if isinstance(route, dict) else {}),
         "redelivered": bool(lease.attempts or lease.deliveries),
     }
     return {

@@ -179,7 +179,7 @@ class App:
             self.registry.router.add(
                 Consumer(
                     queue=queue_id,
-                    name=name or getattr(handler, "__name__", type(handler).__name__),
+                    name=name or str(getattr(handler, "__name__", type(handler).__name__)),
                     handler=handler,
                     max_attempts=None if max_attempts is None else count("max_attempts", max_attempts, 1, 1_000_000),
                     backoff=retry,
@@ -252,9 +252,7 @@ class App:
         expires: Any = None,
     ) -> list[str]:
         """Publish messages without blocking the event loop; see `kq.Producer.publish_many`."""
-        return await self._producer.apublish_many(
-            queue_id, payloads, headers, delay=delay, at=at, expires=expires
-        )
+        return await self._producer.apublish_many(queue_id, payloads, headers, delay=delay, at=at, expires=expires)
 
     # Looking after queues.
 

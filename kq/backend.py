@@ -96,7 +96,7 @@ class QueueSpec:
     id: str
     codec: str = "json/plain"
     dead_letter: str | None = None
-    policy: RetryPolicy = RetryPolicy()
+    policy: RetryPolicy = RetryPolicy()  # noqa: RUF009 - a frozen value
     max_length: int | None = None
     max_priority: int | None = None
     require_signature: bool = False

@@ -13,8 +13,7 @@ from kq.errors import Invalid
 from kq.fetcher import Fetcher
 from kq.message import Message, Settled
 from kq.outcome import DONE, EXPIRED, UNDECODABLE, Failure, Outcome
-from kq.producer import HasRegistry
-from kq.registry import Registry
+from kq.registry import HasRegistry, Registry
 from kq.retry import after_failure
 
 #: Seconds that closing waits for the broker.

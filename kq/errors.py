@@ -2,7 +2,7 @@
 
 ::
 
-    Error
+Error:
     ├── Invalid            INVALID             no retry   the caller's mistake
     ├── NotFound           NOT_FOUND           no retry
     ├── AlreadyExists      ALREADY_EXISTS      no retry
@@ -94,9 +94,7 @@ class Error(Exception):
         return (_restore, (type(self), self.message, self.kind, self.retryable, self.details))
 
 
-def _restore(
-    cls: type[Error], message: str, kind: str, retryable: bool, details: dict[str, Any]
-) -> Error:
+def _restore(cls: type[Error], message: str, kind: str, retryable: bool, details: dict[str, Any]) -> Error:
     """Rebuild a pickled error, so that errors cross process boundaries whole."""
     return cls(message, kind=kind, retryable=retryable, details=details)
 

@@ -67,9 +67,7 @@ class Run:
 
     __slots__ = ("consumer", "job", "message", "payload", "policy")
 
-    def __init__(
-        self, job: Job, consumer: Consumer, policy: RetryPolicy, message: Message, payload: Any
-    ) -> None:
+    def __init__(self, job: Job, consumer: Consumer, policy: RetryPolicy, message: Message, payload: Any) -> None:
         self.job = job
         self.consumer = consumer
         self.policy = policy
@@ -224,9 +222,7 @@ def timeout_outcome(consumer: Consumer, policy: RetryPolicy, *, attempts: int, c
     return after_failure(failure, policy, attempts=attempts + 1, crashes=crashes)
 
 
-def _wrap(
-    middleware: HandleMiddleware, call: Callable[[Message, Any], Any]
-) -> Callable[[Message, Any], Any]:
+def _wrap(middleware: HandleMiddleware, call: Callable[[Message, Any], Any]) -> Callable[[Message, Any], Any]:
     return lambda message, payload: middleware(message, payload, lambda value: call(message, value))
 
 

@@ -131,9 +131,7 @@ def _value_size(key: str, value: Any) -> int:
         if not math.isfinite(value):
             raise Invalid(f"headers: {key!r}: expected a finite number, got {value!r}")
         return 8
-    raise Invalid(
-        f"headers: {key!r}: expected a string, integer, float or bool, got {type(value).__name__}"
-    )
+    raise Invalid(f"headers: {key!r}: expected a string, integer, float or bool, got {type(value).__name__}")
 
 
 def _utf8(text: str, what: str) -> bytes:

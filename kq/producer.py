@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from time import time
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from kq import codec, config, header, limit
 from kq.backend import WIRE_VERSION, Envelope, Publication, QueueSpec
 from kq.errors import Error, Invalid, NotFound
 from kq.group_commit import GroupCommit
-from kq.registry import Registry
+from kq.registry import HasRegistry, Registry
 
 _T = TypeVar("_T")
 
@@ -47,15 +47,6 @@ class Draft:
 
 #: ``(draft, call_next) -> ids``: return ``call_next(draft)``, or with a draft of your own.
 PublishMiddleware = Callable[[Draft, Callable[[Draft], list[str]]], list[str]]
-
-
-class HasRegistry(Protocol):
-    """An app, as far as producers and consumers are concerned."""
-
-    @property
-    def registry(self) -> Registry:
-        """What the app has declared."""
-        ...
 
 
 class Producer:
@@ -179,7 +170,7 @@ class Producer:
         self.close()
 
     def _send(self, draft: Draft) -> list[str]:
-        call = self._publish
+        call: Callable[[Draft], list[str]] = self._publish
         for middleware in reversed(self._middleware):
             call = _wrap(middleware, call)
         return call(draft)
@@ -218,9 +209,7 @@ class Producer:
         for body in bodies:
             limit.body_size(body, self._registry.settings.max_body)
         if not (self._registry.create_queues or self._registry.is_declared(queue_id)):
-            raise NotFound(
-                f"queue {queue_id} is not declared, and create_queues is off; declare it with app.queue()"
-            )
+            raise NotFound(f"queue {queue_id} is not declared, and create_queues is off; declare it with app.queue()")
         properties: dict[str, Any] = {
             "content_type": writer.content_type,
             "content_encoding": writer.content_encoding,
@@ -236,9 +225,7 @@ class Producer:
             wire["x_due_at"] = now + delay
         if expires is not None:
             wire["x_expires_at"] = now + expires
-        return [
-            Publication(spec, Envelope(id or uuid4().hex, wire, properties, body), delay) for body in bodies
-        ]
+        return [Publication(spec, Envelope(id or uuid4().hex, wire, properties, body), delay) for body in bodies]
 
     def _declare_and_publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         backend = self._registry.backend()
@@ -267,7 +254,5 @@ class Producer:
         return await asyncio.get_running_loop().run_in_executor(threads, partial(context.run, call))
 
 
-def _wrap(
-    middleware: PublishMiddleware, call: Callable[[Draft], list[str]]
-) -> Callable[[Draft], list[str]]:
+def _wrap(middleware: PublishMiddleware, call: Callable[[Draft], list[str]]) -> Callable[[Draft], list[str]]:
     return lambda draft: middleware(draft, call)

@@ -29,9 +29,7 @@ def publish(
     message_id: str | None = None,
 ) -> str:
     """Publish one message and return its id; see `kq.Producer.publish`."""
-    return current().publish(
-        queue_id, data, headers, delay=delay, at=at, expires=expires, message_id=message_id
-    )
+    return current().publish(queue_id, data, headers, delay=delay, at=at, expires=expires, message_id=message_id)
 
 
 def publish_many(
@@ -58,9 +56,7 @@ async def apublish(
     message_id: str | None = None,
 ) -> str:
     """Publish one message without blocking the event loop; see `kq.Producer.publish`."""
-    return await current().apublish(
-        queue_id, data, headers, delay=delay, at=at, expires=expires, message_id=message_id
-    )
+    return await current().apublish(queue_id, data, headers, delay=delay, at=at, expires=expires, message_id=message_id)
 
 
 async def apublish_many(

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from threading import RLock
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from kq import codec, config, limit
 from kq.backend import Backend, QueueSpec
 from kq.errors import Conflict, Internal, Invalid
 from kq.retry import Backoff, RetryPolicy
-from kq.router import Consumer, Router
+from kq.router import Router
 
 #: Built in, so that a checkout works as it is and nothing is scanned at start.
 BUILT_IN: Final[Mapping[str, str]] = {
@@ -199,6 +199,15 @@ class Registry:
             callback()
 
 
+class HasRegistry(Protocol):
+    """An app, as far as producers, consumers and workers are concerned."""
+
+    @property
+    def registry(self) -> Registry:
+        """What the app has declared."""
+        ...
+
+
 def default_spec(queue_id: str) -> QueueSpec:
     """Return a queue nobody described: default values, dead letters beside it."""
     dead = None if queue_id.endswith(limit.DEAD_SUFFIX) else queue_id + limit.DEAD_SUFFIX
@@ -321,5 +330,3 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-__all__ = ["BackendOptions", "Consumer", "Registry", "default_spec", "open_backend", "queue_spec"]

@@ -55,8 +55,6 @@ def load_app(path: str) -> App:
     raise Invalid(f"app: module {module_name!r} has no {' or '.join(map(repr, names))}{hint}")
 
 
-
-
 def _where(error: BaseException) -> str:
     """Say what went wrong in the user's own code, and in which line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]

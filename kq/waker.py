@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 
 
 class Waker:
@@ -19,10 +20,9 @@ class Waker:
 
     def wake(self) -> None:
         """End the wait, the present or the next one. Safe in any thread and in signal handlers."""
-        try:
+        # It fails when it is full of wake-ups already, or closed meanwhile.
+        with suppress(OSError):
             self._writer.send(b"!")
-        except OSError:
-            pass  # full of wake-ups already, or closed meanwhile
 
     def drain(self) -> None:
         """Forget the wake-ups so far."""

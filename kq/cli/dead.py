@@ -68,11 +68,13 @@ def show(queue: str, message_id: str, as_json: bool, app_path: str | None, broke
     if as_json:
         click.echo(json.dumps(_fields(letter)))
         return
-    for name, value in _fields(letter).items():
-        if name == "payload":
-            value = json.dumps(value, indent=2, ensure_ascii=False) if value is not None else None
-        elif name == "body":
-            value = repr(letter.body[:2000]) if letter.payload is None else None
+    fields = _fields(letter)
+    if letter.payload is None:
+        fields["body"] = repr(letter.body[:2000])
+    else:
+        del fields["body"]
+        fields["payload"] = json.dumps(fields["payload"], indent=2, ensure_ascii=False)
+    for name, value in fields.items():
         if value not in (None, {}, ""):
             text = "\n  ".join(str(value).splitlines())
             click.echo(f"{name:14}{text}")

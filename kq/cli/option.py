@@ -31,7 +31,7 @@ _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Seconds, or a number with ms, s, m, h or d."""
 
     name = "duration"
@@ -62,7 +62,9 @@ def common(command: _F) -> _F:
 
     @click.option("-A", "--app", "app_path", metavar="APP", envvar="KQ_APP", show_envvar=True,
                   help="The app, as package.module:attribute.")  # fmt: skip
-    @click.option("-b", "--broker", metavar="URL", help="The broker's URL; wins over the app's own.  [env var: KQ_BROKER_URL]")
+    @click.option(
+        "-b", "--broker", metavar="URL", help="The broker's URL; wins over the app's own.  [env var: KQ_BROKER_URL]"
+    )
     @click.option("--debug", is_flag=True, envvar="KQ_DEBUG", show_envvar=True, help="Show tracebacks.")
     @functools.wraps(command)
     def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
@@ -94,7 +96,8 @@ def find_app(app_path: str | None, broker: str | None) -> App:
     Raises:
         ConfigurationError: If it does not load, or its settings are wrong.
     """
-    from kq.app import App, config
+    from kq import config
+    from kq.app import App
 
     try:
         if app_path is None:

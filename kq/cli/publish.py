@@ -64,9 +64,7 @@ def publish(
         except ValueError as error:
             hint = f"; a text needs quotes of its own: '\"{text}\"'" if text[:1].isalpha() else ""
             fail(f"the data is not JSON: {error}{hint}", USAGE)
-        click.echo(
-            app.publish(queue, payload, chosen, delay=delay, expires=expires, message_id=message_id)
-        )
+        click.echo(app.publish(queue, payload, chosen, delay=delay, expires=expires, message_id=message_id))
 
 
 def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any], options: dict[str, Any]) -> None:
@@ -95,7 +93,7 @@ def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any],
     number = 0
     try:
         with bar as progress:
-            for number, payload in _payloads(lines):
+            for number, payload in _payloads(lines):  # noqa: B007 - the last one is named in errors
                 batch.append(payload)
                 if len(batch) == _BATCH:
                     send()

@@ -85,7 +85,12 @@ class ProcessPool:
         for child in list(self._children):
             if child.process.poll() is not None:
                 self._bury(child, events)
-        if not self._closing and not self._recalled and len(self._active()) < self._size and monotonic() >= self._start_at:
+        if (
+            not self._closing
+            and not self._recalled
+            and len(self._active()) < self._size
+            and monotonic() >= self._start_at
+        ):
             self.start()
         return events
 

@@ -302,9 +302,7 @@ class _LoopThread(Thread):
     def dump(self) -> list[str]:
         parts = []
         for task, job in list(self._tasks.items()):
-            stack = "".join(
-                line for frame in task.get_stack() for line in traceback.format_stack(frame, 1)
-            )
+            stack = "".join(line for frame in task.get_stack() for line in traceback.format_stack(frame, 1))
             parts.append(f"the event loop runs {job.id} of {job.queue}\n{stack}")
         return parts
 

@@ -392,4 +392,3 @@ class Supervisor:
                 logger.debug("%s", failure.traceback, extra={"action": "traceback", **facts})
         else:
             self.tally.released += 1
-

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event, Thread, current_thread, main_thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from kq import config, limit
 from kq.backend import Backend
 from kq.errors import Internal, Invalid
+from kq.executor import Executor
 from kq.fetcher import Fetcher
+from kq.registry import HasRegistry
 from kq.router import Consumer
 from kq.worker.frame import Hello
 from kq.worker.pool import Pool
@@ -29,12 +31,11 @@ from kq.worker.process_pool import ProcessPool
 from kq.worker.supervisor import Supervisor, Tally
 from kq.worker.thread_pool import ThreadPool
 
-if TYPE_CHECKING:
-    from kq.app import App
-
 logger = logging.getLogger("kq.worker")
 
-#: Messages that a worker holds for each handler at most, unless told otherwise.
+#: Settings that a child takes over from the supervisor, which may have been told otherwise than the app.
+_CHILD_SETTINGS = ("broker", "publish_timeout", "create_queues", "max_body")
+#: Messages that a worker holds for each child at most, unless told otherwise.
 _PREFETCH_PER_CHILD = 1000
 #: Seconds between tries to reach the broker at the start.
 _CONNECT_PAUSE = 0.5
@@ -87,6 +88,14 @@ class WorkerOptions:
             limit.seconds(name, getattr(self, name))
 
 
+class Runnable(HasRegistry, Protocol):
+    """An app, as far as a worker is concerned."""
+
+    def executor(self) -> Executor:
+        """Return what runs the app's handlers."""
+        ...
+
+
 class Worker:
     """Consumes an app's queues and runs its handlers.
 
@@ -108,7 +117,7 @@ class Worker:
 
     def __init__(
         self,
-        app: App,
+        app: Runnable,
         *,
         app_path: str | None = None,
         options: WorkerOptions | None = None,
@@ -284,7 +293,9 @@ class Worker:
         settings = self._registry.settings
         hello = Hello(
             app=self._app_path,
-            settings={name: getattr(settings, name) for name in ("broker", "publish_timeout", "create_queues", "max_body")},
+            settings={
+                name: getattr(settings, name) for name in ("broker", "publish_timeout", "create_queues", "max_body")
+            },
             queues=list(self._consumers),
             concurrency=options.concurrency,
             log_level=options.log_level,
@@ -428,4 +439,3 @@ def _rules(consumer: Consumer) -> str:
     if consumer.auto_ack:
         rules.append("auto_ack: at most once")
     return f"  ({', '.join(rules)})" if rules else ""
-

@@ -7,6 +7,7 @@ import contextvars
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from time import monotonic, sleep
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_retry_on_request(app: kq.App, queue_id: str) -> None:
     drain(app)
 
     assert [attempt for attempt, _ in runs] == [1, 1, 1, 1]
-    assert all(later - earlier >= 0.19 for (_, earlier), (_, later) in zip(runs, runs[1:], strict=False))
+    assert all(later - earlier >= 0.19 for (_, earlier), (_, later) in pairwise(runs))
 
 
 def test_backoff_is_kept(app: kq.App, queue_id: str) -> None:
@@ -167,7 +168,7 @@ def test_backoff_is_kept(app: kq.App, queue_id: str) -> None:
 
     app.publish(queue_id, 1)
     drain(app)
-    gaps = [later - earlier for earlier, later in zip(runs, runs[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(runs)]
 
     assert [gap >= wanted - 0.005 for gap, wanted in zip(gaps, [0.1, 0.2, 0.4], strict=True)] == [True] * 3
     assert sum(gaps) < 0.7 + 3.0
@@ -181,7 +182,7 @@ def test_timeout_stops_and_retries(app: kq.App, queue_id: str) -> None:
     def handle(payload: Any) -> None:
         runs.append(queue.message().attempt())
         while True:
-            sleep(0.005)  # noqa: ASYNC251 - a handler that hangs
+            sleep(0.005)
 
     app.publish(queue_id, 1)
     drain(app)
@@ -292,9 +293,7 @@ def test_context_reaches_threads(app: kq.App, queue_id: str) -> None:
     assert seen == [id]
 
 
-def test_handlers_publish_on_their_own_app(
-    broker: Broker, make_app: Callable[..., kq.App], queue_id: str
-) -> None:
+def test_handlers_publish_on_their_own_app(broker: Broker, make_app: Callable[..., kq.App], queue_id: str) -> None:
     """queue.publish inside a handler acts on the app whose handler runs, not on the newest one."""
     first = make_app()
     target = broker.queue_id("target")
@@ -312,7 +311,7 @@ def test_handlers_publish_on_their_own_app(
 
 
 def test_async_publishing(app: kq.App, queue_id: str) -> None:
-    """apublish and apublish_many confirm without blocking the loop."""
+    """Apublish and apublish_many confirm without blocking the loop."""
     seen: list[Any] = []
     app.consumer(queue_id)(seen.append)
 
@@ -330,7 +329,7 @@ def test_async_publishing(app: kq.App, queue_id: str) -> None:
 
 
 def test_delays_and_moments(app: kq.App, queue_id: str) -> None:
-    """delay and at hold a message back; a moment in the past means now."""
+    """Delay and at hold a message back; a moment in the past means now."""
     seen: list[tuple[str, float]] = []
     started = monotonic()
 
@@ -627,9 +626,7 @@ def _publish_raw(broker: Broker, queue_id: str, body: bytes, headers: dict[str, 
     """Publish as a program that is not kq does."""
     if broker.name == "rabbitmq":
         with amqp_channel() as channel:
-            channel.basic_publish(
-                amqp.Message(body, application_headers=headers, **properties), routing_key=queue_id
-            )
+            channel.basic_publish(amqp.Message(body, application_headers=headers, **properties), routing_key=queue_id)
         return
     from uuid import uuid4
 

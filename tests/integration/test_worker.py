@@ -252,7 +252,9 @@ def test_children_that_cannot_start_end_the_worker(local_shop: Shop) -> None:
     """Children that cannot load the app are tried again, ever later; then the worker gives up with 78."""
     shop = local_shop
     (shop.folder / "broken.py").write_text(
-        "import sys\nif sys.argv[0].endswith('child.py'): raise RuntimeError('no children here')\nfrom shop import app\n"
+        "import sys\n"
+        "if sys.argv[0].endswith('child.py'): raise RuntimeError('no children here')\n"
+        "from shop import app\n"
     )
     shop.app.publish(shop.queue, {"n": 1})
     worker = shop.worker("-p", "1", app="broken:app")

@@ -18,7 +18,13 @@ def test_no_headers(headers: Any) -> None:
     assert header.check(headers) == {}
 
 
-@given(st.dictionaries(st.from_regex(r"[a-w][a-z.-]{0,20}", fullmatch=True).filter(lambda k: k not in ("task", "priority")), VALUES, max_size=20))
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-w][a-z.-]{0,20}", fullmatch=True).filter(lambda k: k not in ("task", "priority")),
+        VALUES,
+        max_size=20,
+    )
+)
 def test_headers_travel_verbatim(headers: dict[str, Any]) -> None:
     """Strings, integers, floats and bools come back as they are, in a copy."""
     checked = header.check(headers)
@@ -67,14 +73,16 @@ def test_keys_are_strings(key: Any) -> None:
 @pytest.mark.parametrize("value", [None, b"v", [1], {"a": 1}, 1j, object()], ids=type)
 def test_values_of_other_types_are_refused(value: Any) -> None:
     """A value that cannot travel verbatim is refused by key and type."""
-    with pytest.raises(errors.Invalid, match="'k': expected a string, integer, float or bool, got " + type(value).__name__):
+    with pytest.raises(
+        errors.Invalid, match="'k': expected a string, integer, float or bool, got " + type(value).__name__
+    ):
         header.check({"k": value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_floats_are_finite(value: float) -> None:
     """NaN and infinity are refused and shown."""
-    with pytest.raises(errors.Invalid, match="'k': expected a finite number, got -?(nan|inf)"):
+    with pytest.raises(errors.Invalid, match=r"'k': expected a finite number, got -?(nan|inf)"):
         header.check({"k": value})
 
 
@@ -143,7 +151,9 @@ def test_priorities(value: Any, level: int) -> None:
 @pytest.mark.parametrize("value", ["urgent", "HIGH", "", "5", -1, 10, 4.0, True])
 def test_bad_priorities_are_refused(value: Any) -> None:
     """Anything else is refused, with the names that exist."""
-    with pytest.raises(errors.Invalid, match="priority: expected an integer 0 to 9 or one of low, normal, high, critical; got"):
+    with pytest.raises(
+        errors.Invalid, match="priority: expected an integer 0 to 9 or one of low, normal, high, critical; got"
+    ):
         header.check({"priority": value})
 
 
@@ -154,7 +164,13 @@ def test_normal_is_the_default_priority() -> None:
 
 def test_mirrored_properties() -> None:
     """Three headers are also AMQP properties, as text; others are not."""
-    given_headers = {"correlation_id": "c", "reply_to": "app:r", "message_type": 7, "other": "o", "type": "t"}
+    given_headers: dict[str, header.Value] = {
+        "correlation_id": "c",
+        "reply_to": "app:r",
+        "message_type": 7,
+        "other": "o",
+        "type": "t",
+    }
     assert header.properties(given_headers) == {"correlation_id": "c", "reply_to": "app:r", "type": "7"}
 
 

@@ -35,7 +35,7 @@ def test_queue_id_accepts(queue_id: str) -> None:
 )  # fmt: skip
 def test_queue_id_refuses(queue_id: Any) -> None:
     """Anything else is refused, with the form that was expected."""
-    with pytest.raises(errors.Invalid, match='ill-formed queue id .*expected "namespace:name"'):
+    with pytest.raises(errors.Invalid, match=r'ill-formed queue id .*expected "namespace:name"'):
         limit.queue_id(queue_id)
 
 
@@ -88,7 +88,9 @@ def test_seconds_refuses_other_types(value: Any) -> None:
         limit.seconds("delay", value)
 
 
-@pytest.mark.parametrize("value", [-1, -0.001, float("nan"), float("inf"), float("-inf"), timedelta(seconds=-1), -(10**5000)])
+@pytest.mark.parametrize(
+    "value", [-1, -0.001, float("nan"), float("inf"), float("-inf"), timedelta(seconds=-1), -(10**5000)], ids=type
+)
 def test_seconds_refuses_negative_and_not_finite(value: Any) -> None:
     """A duration starts at zero and is finite."""
     with pytest.raises(errors.Invalid, match="delay: expected a number of seconds from 0, got"):
@@ -138,7 +140,9 @@ def test_holding_time_of_a_delay() -> None:
     assert limit.holding_time(timedelta(hours=1), None, NOW) == 3600.0
 
 
-@pytest.mark.parametrize("zone", [timezone.utc, timezone(timedelta(hours=5, minutes=30)), timezone(timedelta(hours=-8))])
+@pytest.mark.parametrize(
+    "zone", [timezone.utc, timezone(timedelta(hours=5, minutes=30)), timezone(timedelta(hours=-8))]
+)
 def test_holding_time_of_a_moment(zone: tzinfo) -> None:
     """``at`` is held until that moment, whatever its zone."""
     at = (NOW_AT + timedelta(seconds=90)).astimezone(zone)

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kq import config, errors
+from kq.config import Settings, hide_password, resolve, scheme, unknown_variables, variable_of
+
+
+def test_defaults() -> None:
+    """Without arguments and environment the documented defaults hold."""
+    assert resolve({}, {}) == Settings(
+        broker="sqlite:///kq.db",
+        publish_timeout=10.0,
+        lease=30.0,
+        heartbeat=30.0,
+        create_queues=True,
+        max_body=2**20,
+        max_deliveries=20,
+    )
+
+
+def test_environment_wins_over_defaults() -> None:
+    """Every setting can be given as ``KQ_<NAME>``."""
+    environment = {
+        "KQ_BROKER_URL": "redis://localhost",
+        "KQ_PUBLISH_TIMEOUT": "2.5",
+        "KQ_LEASE": "3",
+        "KQ_HEARTBEAT": "5",
+        "KQ_CREATE_QUEUES": "no",
+        "KQ_MAX_BODY": "1024",
+        "KQ_MAX_DELIVERIES": "7",
+    }
+    assert set(environment) == {variable_of(field.name) for field in fields(Settings)}
+    assert resolve({}, environment) == Settings("redis://localhost", 2.5, 3.0, 5.0, False, 1024, 7)
+
+
+def test_arguments_win_over_the_environment() -> None:
+    """An argument wins, and None means that there is none."""
+    environment = {"KQ_LEASE": "3", "KQ_BROKER_URL": "redis://localhost"}
+    found = resolve({"lease": 4, "broker": None}, environment)
+    assert (found.lease, found.broker) == (4.0, "redis://localhost")
+
+
+def test_a_false_argument_is_given() -> None:
+    """False is an argument, and wins over a true variable."""
+    assert resolve({"create_queues": False}, {"KQ_CREATE_QUEUES": "1"}).create_queues is False
+
+
+def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an environment given, the process's own is read."""
+    monkeypatch.setenv("KQ_LEASE", "12")
+    monkeypatch.setenv("KQ_LAESE", "12")
+    assert resolve({}).lease == 12.0
+    assert any("KQ_LAESE" in warning for warning in unknown_variables())
+
+
+def test_empty_variables_are_not_set() -> None:
+    """An empty variable counts as none."""
+    assert resolve({}, {"KQ_LEASE": "", "KQ_BROKER_URL": ""}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [*((t, True) for t in ("1", "true", "YES", " on ")), *((t, False) for t in ("0", "False", "no", "OFF"))],
+)
+def test_booleans_in_the_environment(text: str, value: bool) -> None:
+    """The usual words for true and false are read in any case."""
+    assert resolve({}, {"KQ_CREATE_QUEUES": text}).create_queues is value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "expected"),
+    [
+        ("KQ_LEASE", "soon", "expected a number, got 'soon'"),
+        ("KQ_LEASE", "nan", "expected a number from 0.1 to 86,400, got nan"),
+        ("KQ_LEASE", "0", "expected a number from 0.1 to 86,400, got 0.0"),
+        ("KQ_PUBLISH_TIMEOUT", "inf", "expected a number from 0.001 to 3,600, got inf"),
+        ("KQ_MAX_BODY", "1.5", "expected an integer, got '1.5'"),
+        ("KQ_MAX_BODY", "8388609", "expected a number from 1 to 8,388,608, got 8388609"),
+        ("KQ_CREATE_QUEUES", "maybe", "expected true or false, got 'maybe'"),
+    ],
+)
+def test_bad_variables_are_named(variable: str, text: str, expected: str) -> None:
+    """An error says which variable, what was expected and what it holds."""
+    with pytest.raises(errors.Invalid) as caught:
+        resolve({}, {variable: text})
+    assert caught.value.message == f"{variable}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("lease", "30", "lease: expected a number, got '30'"),
+        ("lease", True, "lease: expected a number, got True"),
+        ("lease", 86401, "lease: expected a number from 0.1 to 86,400, got 86401.0"),
+        ("lease", float("nan"), "lease: expected a number from 0.1 to 86,400, got nan"),
+        ("lease", 10**400, "lease: expected a number, got an integer beyond all floats"),
+        ("heartbeat", 0.5, "heartbeat: expected a number from 1 to 3,600, got 0.5"),
+        ("max_body", 1.5, "max_body: expected an integer, got 1.5"),
+        ("max_body", True, "max_body: expected an integer, got True"),
+        ("max_body", 0, "max_body: expected a number from 1 to 8,388,608, got 0"),
+        ("max_deliveries", 0, "max_deliveries: expected a number from 1 to 1,000,000, got 0"),
+        ("create_queues", 1, "create_queues: expected true or false, got 1"),
+        ("broker", 5, "broker: expected a string, got 5"),
+    ],
+)
+def test_bad_arguments_are_named(setting: str, value: Any, expected: str) -> None:
+    """An error says which argument, what was expected and what was got."""
+    with pytest.raises(errors.Invalid) as caught:
+        resolve({setting: value}, {})
+    assert caught.value.message == expected
+
+
+@pytest.mark.parametrize("value", [1, 2**23])
+def test_max_body_can_be_raised_to_8_mib(value: int) -> None:
+    """Both ends of the range are in it."""
+    assert resolve({"max_body": value}, {}).max_body == value
+
+
+def test_settings_cannot_be_changed() -> None:
+    """Settings are a value."""
+    with pytest.raises(FrozenInstanceError):
+        Settings().lease = 5.0  # type: ignore[misc]
+
+
+def test_unknown_variables_are_warned_of() -> None:
+    """Each unknown ``KQ_`` variable gets a line with the nearest known name; others are not ours."""
+    found = unknown_variables({"KQ_LEESE": "3", "KQ_ZZZZZZ": "", "HOME": "/", "KQ_LEASE": "3", "KQ_PROCESSES": "2"})
+    assert found == [
+        "the environment variable KQ_LEESE is not one that kq reads; did you mean KQ_LEASE?",
+        "the environment variable KQ_ZZZZZZ is not one that kq reads",
+    ]
+
+
+def test_known_variables_are_not_warned_of() -> None:
+    """Variables of settings and of command-line options are known."""
+    known = {variable_of(field.name) for field in fields(Settings)} | config.COMMAND_VARIABLES
+    assert {"KQ_BROKER_URL", "KQ_APP", "KQ_CONFIG", "KQ_GRACE", "KQ_CONNECT_TIMEOUT"} <= known
+    assert unknown_variables(dict.fromkeys(known, "1")) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [("redis://localhost", "redis"), ("AMQPS://h", "amqps"), ("sqlite:///kq.db", "sqlite"), ("memory://", "memory")],
+)
+def test_scheme(url: str, expected: str) -> None:
+    """The scheme chooses the backend, in any case."""
+    assert scheme(url) == expected
+
+
+@pytest.mark.parametrize("url", ["", "localhost", "://x", "redis:/localhost", "redis"])
+def test_no_scheme(url: str) -> None:
+    """What is no URL is refused, with examples and what was got."""
+    with pytest.raises(errors.Invalid, match=r"broker: expected a URL such as sqlite:///kq.db.*; got") as caught:
+        scheme(url)
+    assert repr(url) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+        ("sqlite:////var/a@b.db", "sqlite:////var/a@b.db"),
+        ("memory://", "memory://"),
+        ("redis://:secret@localhost/0", "redis://:**@localhost/0"),
+        ("amqp://user:secret@host:5672/vhost?a=b", "amqp://user:**@host:5672/vhost?a=b"),
+        ("amqp://user@host/", "amqp://user@host/"),
+        ("amqp://user:se:cr@et@host/", "amqp://user:**@host/"),
+        ("amqp://user:@host/", "amqp://user:**@host/"),
+    ],
+)
+def test_hide_password(url: str, shown: str) -> None:
+    """All of a URL is shown but its password."""
+    assert hide_password(url) == shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "user:secret@localhost",
+        "redis://:sec/secret@localhost",
+        "redis://:secret/x@localhost",
+        "redis://:secret?x@localhost",
+        "redis://:secret#x@localhost",
+        "redis://user:secret@[localhost",
+        "amqp://a:b@one;amqp://a:secret@two",
+    ],
+)
+def test_a_url_that_cannot_be_taken_apart_is_hidden(url: str) -> None:
+    """Where nobody can tell which part is the password, none is shown."""
+    assert "secret" not in hide_password(url)
+    with pytest.raises(errors.Invalid) as caught:
+        scheme(url.replace("://", ":"))
+    assert "secret" not in caught.value.message
+
+
+@given(st.text(), st.sampled_from(["redis://user:{}@host/0", "amqp://:{}@host", "user:{}@host"]))
+def test_no_password_is_ever_shown(salt: str, pattern: str) -> None:
+    """Whatever characters a password has, it is in no repr."""
+    password = f"SeCrEt{salt}SeCrEt"
+    assert "SeCrEt" not in repr(Settings(broker=pattern.format(password)))

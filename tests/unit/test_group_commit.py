@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock
+
+import pytest
+
+from kq import errors
+from kq.backend import Envelope, Publication, QueueSpec
+from kq.group_commit import MAX_GROUP, GroupCommit
+
+QUEUE = QueueSpec("app:a")
+Results = list[errors.Error | None]
+
+
+def batch(*ids: str) -> list[Publication]:
+    """Publications with these ids."""
+    return [Publication(QUEUE, Envelope(id, {}, {}, b"1")) for id in ids]
+
+
+def test_a_lone_publisher_commits_at_once() -> None:
+    """Without others the batch goes out as it is, in the caller's thread, within the caller's time."""
+    calls: list[tuple[list[str], float]] = []
+
+    def commit(group: Sequence[Publication], timeout: float) -> Results:
+        calls.append(([p.envelope.id for p in group], timeout))
+        return [None] * len(group)
+
+    assert GroupCommit(commit).publish(batch("a", "b"), 5.0) == [None, None]
+    ((ids, timeout),) = calls
+    assert ids == ["a", "b"]
+    assert 4.0 < timeout <= 5.0
+
+
+def test_results_are_dealt_in_order() -> None:
+    """Each publication has its own result, in the order of the batch."""
+    full = errors.Internal("no", details={"reason": "full"})
+
+    def commit(group: Sequence[Publication], timeout: float) -> Results:
+        return [full if p.envelope.id == "bad" else None for p in group]
+
+    assert GroupCommit(commit).publish(batch("a", "bad", "c"), 5.0) == [None, full, None]
+
+
+def test_an_error_of_kq_is_everybodys_result() -> None:
+    """A commit that raises an Error gives it to each publication instead of raising."""
+    error = errors.PermissionDenied("no")
+
+    def commit(group: Sequence[Publication], timeout: float) -> Results:
+        raise error
+
+    assert GroupCommit(commit).publish(batch("a", "b"), 5.0) == [error, error]
+
+
+def test_after_an_interrupt_the_next_can_publish() -> None:
+    """An interrupt reaches the thread that commits, and leaves nobody locked out."""
+    interrupts = [KeyboardInterrupt()]
+
+    def commit(group: Sequence[Publication], timeout: float) -> Results:
+        if interrupts:
+            raise interrupts.pop()
+        return [None] * len(group)
+
+    group = GroupCommit(commit)
+    with pytest.raises(KeyboardInterrupt):
+        group.publish(batch("a"), 5.0)
+    assert group.publish(batch("b"), 5.0) == [None]
+
+
+def test_a_batch_beyond_the_group_limit_goes_out() -> None:
+    """The group's limit does not bind a single caller's batch."""
+    sizes: list[int] = []
+
+    def commit(group: Sequence[Publication], timeout: float) -> Results:
+        sizes.append(len(group))
+        return [None] * len(group)
+
+    publications = batch("a") * (MAX_GROUP + 1)
+    assert len(GroupCommit(commit).publish(publications, 5.0)) == MAX_GROUP + 1
+    assert sizes == [MAX_GROUP + 1]
+
+
+def test_threads_share_commits_and_get_their_own_results() -> None:
+    """One commit at a time; everything is committed once, and every caller gets its own results."""
+    lock = Lock()
+    committed: list[str] = []
+
+    def commit(group: Sequence[Publication], timeout: float) -> Results:
+        assert lock.acquire(blocking=False), "two commits at once"
+        committed.extend(p.envelope.id for p in group)
+        results: Results = [errors.Internal(p.envelope.id) if "bad" in p.envelope.id else None for p in group]
+        lock.release()
+        return results
+
+    group = GroupCommit(commit)
+
+    def publish(number: int) -> bool:
+        ids = [f"{number}-ok", f"{number}-bad", f"{number}-end"]
+        results = group.publish(batch(*ids), 30.0)
+        return [result and result.message for result in results] == [None, f"{number}-bad", None]
+
+    with ThreadPoolExecutor(16) as threads:
+        assert all(threads.map(publish, range(400)))
+    assert len(committed) == len(set(committed)) == 1200
+    for number in range(400):
+        start = committed.index(f"{number}-ok")
+        assert committed[start : start + 3] == [f"{number}-ok", f"{number}-bad", f"{number}-end"]
+
+
+def test_who_waits_too_long_is_late() -> None:
+    """Behind a slow commit a caller gets a timeout within its own time, and its batch is not sent later."""
+    entered, go_on = Event(), Event()
+    committed: list[str] = []
+
+    def commit(group: Sequence[Publication], timeout: float) -> Results:
+        committed.extend(p.envelope.id for p in group)
+        entered.set()
+        assert go_on.wait(30)
+        return [None] * len(group)
+
+    group = GroupCommit(commit)
+    with ThreadPoolExecutor(1) as threads:
+        leader = threads.submit(group.publish, batch("a"), 30.0)
+        assert entered.wait(30)
+        late = group.publish(batch("b", "c"), 0.01)
+        go_on.set()
+        assert leader.result() == [None]
+    assert [(error.kind, error.retryable, error.details) for error in late if error] == [
+        ("INTERNAL", True, {"reason": "timeout"})
+    ] * 2
+    assert committed == ["a"]
+    assert group.publish(batch("d"), 5.0) == [None]
+    assert committed == ["a", "d"]
