@@ -19,6 +19,7 @@ import amqp
 from kq.backend import Delivery, Envelope, Publication, QueueSpec, Settlement, bury, pack
 from kq.backends.rabbitmq_link import BROKEN, Link, mapped
 from kq.backends.rabbitmq_topology import (
+    counters,
     due_in,
     read_count,
     to_envelope,
@@ -260,12 +261,13 @@ class RabbitFeed:
             redelivered = bool(message.delivery_info.get("redelivered"))
             envelope = to_envelope(message)
             envelope.headers = without_history(headers)
+            attempts, crashes = counters(headers)
             delivery = Delivery(
                 queue,
                 envelope.id,
                 _pack(envelope),
-                read_count(headers, "x_attempts"),
-                read_count(headers, "x_crashes"),
+                read_count(headers, attempts),
+                read_count(headers, crashes),
                 # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
                 read_count(headers, "x-delivery-count") if redelivered else 0,
                 _Receipt(self._epoch, message.delivery_tag, message),
@@ -308,7 +310,7 @@ class RabbitFeed:
         headers = {key: value for key, value in envelope.headers.items() if key != "x_due_at"}
         delay = 0.0
         if outcome.action != "release":
-            headers.update(x_attempts=outcome.attempts, x_crashes=outcome.crashes)
+            headers.update(zip(counters(headers), (outcome.attempts, outcome.crashes), strict=True))
             # A dead-letter queue has none of its own: what fails there stays, and rests for a while.
             delay = outcome.delay if outcome.action == "retry" else spec.policy.backoff.max
         if delay > 0:

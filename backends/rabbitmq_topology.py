@@ -32,7 +32,7 @@ from uuid import uuid4
 
 import amqp
 
-from kq.backend import Envelope, QueueSpec, unknown_options
+from kq.backend import COUNTERS, DEAD_COUNTERS, Envelope, QueueSpec, unknown_options
 from kq.errors import Invalid
 from kq.limit import MAX_DELAY
 
@@ -52,7 +52,8 @@ _LATE_PART: Final = 0.02
 _LATE_MOST: Final = 250
 
 # Headers by which RabbitMQ tells a message's history. Sent on, they would be taken for a loop.
-_HISTORY: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
+_HISTORY: Final = frozenset({"x-death", "x-delivery-count", "x-acquired-count"})
+_HISTORY_PREFIXES: Final = ("x-first-death-", "x-last-death-")
 
 #: AMQP's basic properties, but for the headers.
 _PROPERTIES: Final = (
@@ -162,13 +163,20 @@ def to_envelope(message: amqp.Message) -> Envelope:
 
 def without_history(headers: Mapping[str, Any]) -> dict[str, Any]:
     """Return headers without what RabbitMQ says of a message's past."""
-    return {key: value for key, value in headers.items() if not key.startswith(_HISTORY)}
+    return {
+        key: value for key, value in headers.items() if key not in _HISTORY and not key.startswith(_HISTORY_PREFIXES)
+    }
 
 
 def read_count(headers: Mapping[str, Any], key: str) -> int:
     """Return a counter from headers; 0 where it is missing or makes no sense."""
     value = headers.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**6 else 0
+
+
+def counters(headers: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the headers that count a message's attempts and crashes."""
+    return DEAD_COUNTERS if "x_dead_letter_reason" in headers else COUNTERS
 
 
 def due_in(headers: Mapping[str, Any]) -> float:

@@ -39,6 +39,7 @@ from uuid import uuid4
 
 from kq.backend import Capabilities
 from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
+from kq.config import hide_password
 from kq.errors import Internal, Invalid
 from kq.waker import Waker, drain
 
@@ -447,7 +448,7 @@ def path_of(url: str) -> str:
     path = unquote(path.partition("?")[0])
     if host or not slash or not path:
         raise Invalid(
-            f"broker: expected sqlite:///relative.db or sqlite:////absolute.db, got {url!r}"
+            f"broker: expected sqlite:///relative.db or sqlite:////absolute.db, got {hide_password(url)!r}"
             + ("; a third slash is missing" if host else "")
         )
     return path

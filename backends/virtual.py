@@ -14,6 +14,7 @@ import json
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from threading import Event, Thread
 from time import monotonic
 from typing import Any, Final
@@ -93,10 +94,9 @@ class QoS(virtual.QoS):
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         self._on_collect.cancel()
-        try:
+        # Unreachable, perhaps: their leases run out by themselves.
+        with suppress(Error):
             self.restore_unacked()
-        except Error:
-            pass  # unreachable: their leases run out by themselves
         self._delivered.restored = True
 
 
@@ -209,10 +209,9 @@ class Channel(virtual.Channel):
         tags = [message.delivery_tag for message in messages]
         for tag in tags:
             self.qos.forget(tag)
-        try:
+        # Unreachable, perhaps: their leases run out by themselves.
+        with suppress(Error):
             self.give_back(tags)
-        except Error:
-            pass  # unreachable: their leases run out by themselves
 
     def _take(self, queue: str, limit: int, no_ack: bool) -> list[Any]:
         messages: list[Any] = []

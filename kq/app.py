@@ -76,7 +76,7 @@ class App:
                 "max_deliveries": max_deliveries,
             }
         )
-        config.scheme(settings.broker)
+        registry.find_backend(settings.broker)
         self.registry = Registry(name, settings)
         self._on_handle = list(on_handle)
         self._producer = Producer(self, middleware=list(on_publish))

@@ -23,6 +23,11 @@ from kq.retry import RetryPolicy
 #: The version of the wire format, sent as the header ``x_kq``.
 WIRE_VERSION: Final = 1
 
+#: Attempts and crashes of a message, where the broker has no place for them but the headers...
+COUNTERS: Final = ("x_attempts", "x_crashes")
+#: ...and of a dead letter that somebody handles: the others tell of its first life.
+DEAD_COUNTERS: Final = ("x_dead_attempts", "x_dead_crashes")
+
 #: Why a broker did not confirm; ``details["reason"]`` of the error that publishing raises.
 Reason = Literal["unavailable", "timeout", "refused", "blocked", "unroutable", "full"]
 
@@ -366,7 +371,9 @@ def bury(envelope: Envelope, queue: str, outcome: Outcome, now: float) -> Envelo
         x_dead_letter_reason=outcome.reason,
         x_dead_letter_time=now,
     )
-    headers.pop("x_due_at", None)
+    for key in ("x_due_at", "x_expires_at", *DEAD_COUNTERS):
+        # Whoever consumes the dead-letter queue starts at nought, and finds no letter expired.
+        headers.pop(key, None)
     failure = outcome.failure
     if failure is not None:
         headers.update(x_error_kind=failure.kind, x_error_message=failure.message)

@@ -63,7 +63,7 @@ def named(name: str) -> Codec:
         raise Invalid(f"codec: expected one of {', '.join(CODECS)}; got {name!r}") from None
 
 
-def decode(body: bytes, content_type: str | None, content_encoding: str | None, default: Codec) -> Any:
+def decode(body: bytes, content_type: Any, content_encoding: Any, default: Codec) -> Any:
     """Return the payload of a body, after its type and encoding have been checked.
 
     Args:
@@ -76,6 +76,9 @@ def decode(body: bytes, content_type: str | None, content_encoding: str | None, 
         Undecodable: If type or encoding are not accepted, or the body does not parse within the limits.
     """
     codec = default
+    for what, value in (("content type", content_type), ("content encoding", content_encoding)):
+        if value is not None and not isinstance(value, str):
+            raise Undecodable(f"the {what} is {value!r}; expected text")
     if content_type:
         found = _BY_CONTENT_TYPE.get(content_type.split(";", 1)[0].strip().lower())
         if found is None:

@@ -7,6 +7,7 @@ settles anything: the outcome is a value, and the supervisor carries it out.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
@@ -129,8 +130,8 @@ class Executor:
         try:
             payload = codec.decode(
                 envelope.body,
-                _text(properties.get("content_type")),
-                _text(properties.get("content_encoding")),
+                properties.get("content_type"),
+                properties.get("content_encoding"),
                 codec.named(spec.codec),
             )
         except codec.Undecodable as error:
@@ -229,6 +230,12 @@ def _wrap(middleware: HandleMiddleware, call: Callable[[Message, Any], Any]) -> 
 def _returned(run: Run, result: Any) -> Outcome:
     if result is False:
         return _after(run, Failure(errors.INTERNAL, "the handler returned False", True))
+    if result is not None and inspect.isawaitable(result):
+        # It has not run, so the message is not done; and it will not run another time either.
+        if inspect.iscoroutine(result):
+            result.close()
+        why = f"handler {run.consumer.name} is no async function, but returned something to await; it did not run"
+        return _after(run, Failure(errors.INVALID, why, False))
     return DONE
 
 
@@ -277,7 +284,3 @@ def _expired(envelope: Envelope) -> str:
         if late >= 0:
             return f"expired {late:.1f} s before a worker came to it"
     return ""
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None

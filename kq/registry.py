@@ -81,7 +81,9 @@ class Registry:
         with self._lock:
             if self._backend is not None:
                 raise Conflict("the app is connected already; settings can only be changed before its first use")
-            self.settings = replace(self.settings, **settings)
+            changed = replace(self.settings, **settings)
+            find_backend(changed.broker)
+            self.settings = changed
 
     def declare(self, spec: QueueSpec) -> QueueSpec:
         """Register a queue; the same declaration again is fine.
@@ -282,20 +284,30 @@ def difference(known: QueueSpec, other: QueueSpec) -> str:
     return f"queue {known.id} is declared already, with {name}={old!r}; got {name}={new!r}"
 
 
+def find_backend(broker: str) -> str:
+    """Return the ``module:class`` that serves a broker URL, without importing it.
+
+    Raises:
+        Invalid: If the URL has no scheme, or nothing is registered for it.
+    """
+    scheme = config.scheme(broker)
+    if scheme in BUILT_IN:
+        return BUILT_IN[scheme]
+    found = {point.name: point.value for point in entry_points(group="kq.backends")}
+    if scheme in found:
+        return found[scheme]
+    known = ", ".join(f"{name}://" for name in sorted({*BUILT_IN, *found}))
+    raise Invalid(f"broker: no backend for {scheme}://; expected one of {known}")
+
+
 def open_backend(settings: config.Settings, name: str) -> Backend:
     """Return a new backend for a broker URL, unconnected.
 
     Raises:
         Invalid: If no backend is registered for its scheme, or the URL is ill-formed.
     """
+    target = find_backend(settings.broker)
     scheme = config.scheme(settings.broker)
-    target = BUILT_IN.get(scheme)
-    if target is None:
-        found = {point.name: point.value for point in entry_points(group="kq.backends")}
-        target = found.get(scheme)
-        if target is None:
-            known = ", ".join(f"{name}://" for name in sorted({*BUILT_IN, *found}))
-            raise Invalid(f"broker: no backend for {scheme}://; expected one of {known}")
     module, _, attribute = target.partition(":")
     try:
         factory: Callable[[str, BackendOptions], Backend] = getattr(import_module(module), attribute)

@@ -1,6 +1,6 @@
 """The demo: start a worker, publish every file of the standard library, watch, and sum up.
 
-    scripts/demo [--broker URL] [--files N]
+scripts/demo [--broker URL] [--files N]
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
-from uuid import uuid4
 
 import kq
 

@@ -96,7 +96,6 @@ def find_app(app_path: str | None, broker: str | None) -> App:
     Raises:
         ConfigurationError: If it does not load, or its settings are wrong.
     """
-    from kq import config
     from kq.app import App
 
     try:
@@ -106,7 +105,6 @@ def find_app(app_path: str | None, broker: str | None) -> App:
 
         app = load_app(app_path)
         if broker is not None:
-            config.scheme(broker)
             app.registry.override(broker=broker)
         return app
     except errors.Error as error:

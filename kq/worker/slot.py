@@ -5,6 +5,9 @@ and cleared after it. The supervisor reads the table of a child that died and kn
 that of a living one to find who is late. Behind the slots stand the tags of jobs that are done and
 whose results wait in the child to be sent together: a crash does not undo them. Nothing is sent for any
 of it: a shared page costs no system call.
+
+The two processes share no lock. So each number is one aligned word, written at once, and in an order
+that makes no sense of half an entry: a start before its tag, a tag before the count that includes it.
 """
 
 from __future__ import annotations
@@ -12,13 +15,10 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from struct import Struct
 from typing import NamedTuple
 
-#: Tag (0: free) and start, in seconds of the machine's monotonic clock.
-_SLOT = Struct("<Qd")
-#: A tag, or how many there are.
-_TAG = Struct("<Q")
+#: Bytes of a number.
+_WORD = 8
 #: Finished jobs whose results may wait to be sent.
 UNSENT_MAX = 256
 
@@ -35,8 +35,7 @@ class SlotTable:
 
     def __init__(self, count: int, fd: int | None = None) -> None:
         self.count = count
-        size = self.size_of(count)
-        self._unsent_at = count * _SLOT.size
+        size = (2 * count + 1 + UNSENT_MAX) * _WORD
         if fd is None:
             with tempfile.TemporaryFile() as file:
                 file.truncate(size)
@@ -44,41 +43,55 @@ class SlotTable:
         else:
             self.fd = fd
         self._memory = mmap.mmap(self.fd, size)
-
-    @staticmethod
-    def size_of(count: int) -> int:
-        """Return the bytes that ``count`` slots and the unsent tags take."""
-        return count * _SLOT.size + (1 + UNSENT_MAX) * _TAG.size
+        # Slot i: tag in word 2i, start in word 2i + 1. Then how many tags are unsent, and these.
+        self._tags = memoryview(self._memory).cast("Q")
+        self._starts = memoryview(self._memory).cast("d")
+        self._unsent = 2 * count
 
     def enter(self, slot: int, tag: int, started_at: float) -> None:
-        """Note that a handler starts."""
-        _SLOT.pack_into(self._memory, slot * _SLOT.size, tag, started_at)
+        """Note that a handler starts.
+
+        Args:
+            slot: Whose.
+            tag: The job's; not 0.
+            started_at: Seconds of the machine's monotonic clock.
+        """
+        self._starts[2 * slot + 1] = started_at
+        self._tags[2 * slot] = tag
 
     def leave(self, slot: int) -> None:
         """Note that it has ended."""
-        _SLOT.pack_into(self._memory, slot * _SLOT.size, 0, 0.0)
+        self._tags[2 * slot] = 0
 
     def running(self) -> list[Running]:
         """Return what runs."""
-        entries = (_SLOT.unpack_from(self._memory, i * _SLOT.size) for i in range(self.count))
-        return [Running(tag, started_at) for tag, started_at in entries if tag]
+        found = []
+        for i in range(0, 2 * self.count, 2):
+            tag = self._tags[i]
+            if tag:
+                started_at = self._starts[i + 1]
+                # The slot may have changed hands in between: then it belongs to one that has just started.
+                if self._tags[i] == tag:
+                    found.append(Running(tag, started_at))
+        return found
 
     def add_unsent(self, index: int, tag: int) -> None:
         """Note that a job is done, as the ``index``-th of those whose results wait."""
-        _TAG.pack_into(self._memory, self._unsent_at + (1 + index) * _TAG.size, tag)
-        _TAG.pack_into(self._memory, self._unsent_at, index + 1)
+        self._tags[self._unsent + 1 + index] = tag
+        self._tags[self._unsent] = index + 1
 
     def clear_unsent(self) -> None:
         """Note that no result waits."""
-        _TAG.pack_into(self._memory, self._unsent_at, 0)
+        self._tags[self._unsent] = 0
 
     def unsent(self) -> list[int]:
         """Return the tags of done jobs whose results waited."""
-        (count,) = _TAG.unpack_from(self._memory, self._unsent_at)
-        first = self._unsent_at + _TAG.size
-        return [_TAG.unpack_from(self._memory, first + i * _TAG.size)[0] for i in range(min(count, UNSENT_MAX))]
+        first = self._unsent + 1
+        return list(self._tags[first : first + min(self._tags[self._unsent], UNSENT_MAX)])
 
     def close(self) -> None:
         """Give the memory back."""
+        self._tags.release()
+        self._starts.release()
         self._memory.close()
         os.close(self.fd)

@@ -187,10 +187,26 @@ def test_foreign_messages_are_served() -> None:
     assert prepare(make(spec=msgpack), job(b"[1]", content_type="application/json")).payload == [1]
 
 
-@pytest.mark.parametrize("value", [5, b"application/json", None, ["a"]])
-def test_a_content_type_that_is_no_text_counts_as_none(value: Any) -> None:
-    """A stranger's properties of odd types do not stop the worker."""
-    assert prepare(make(), job(b"[1]", content_type=value, content_encoding=value)).payload == [1]
+@pytest.mark.parametrize("name", ["content_type", "content_encoding"])
+def test_a_content_type_that_is_no_text_is_undecodable(name: str) -> None:
+    """A content type or encoding that is no text is refused, and shown."""
+    raw = pack(Envelope("m-1", {}, {name: 5}, b"1"))
+    reason, why = refused(make(), Job(1, "app:a", "m-1", raw))
+    assert reason == "undecodable"
+    assert "is 5; expected text" in why
+
+
+def test_a_coroutine_from_a_plain_function_is_not_done() -> None:
+    """A plain function that returns a coroutine has not run: the message is a dead letter, not done."""
+
+    async def inner(payload: Any) -> None: ...
+
+    target = make(lambda payload: inner(payload))  # noqa: PLW0108 - the plain function is the point
+    outcome = target.run(prepare(target, job()))
+    assert outcome is not None
+    assert (outcome.action, outcome.reason) == ("dead", "not_retryable")
+    assert outcome.failure is not None
+    assert "did not run" in outcome.failure.message
 
 
 def test_the_handler_gets_payload_and_message() -> None:

@@ -1,0 +1,248 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Shop
+
+
+def test_publish_prints_the_id(shop: Shop) -> None:
+    """Kq publish prints one id, and the message carries what the options say."""
+    done = shop.run(
+        "publish", shop.queue, '{"n": 1}', "-H", "tenant=t", "-H", "n:=5", "--priority", "high", "--message-id", "id-1"
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "id-1\n", "")
+    import kq
+
+    with kq.Consumer(shop.app, shop.queue) as consumer:
+        message = consumer.receive(timeout=10)
+        assert message is not None
+        assert (message.id(), message.payload()) == ("id-1", {"n": 1})
+        assert message.headers() == {"tenant": "t", "n": 5, "priority": "high"}
+        message.ack()
+
+
+def test_publish_reads_stdin(local_shop: Shop) -> None:
+    """- reads the value from stdin."""
+    done = local_shop.run("publish", local_shop.queue, "-", stdin='["from stdin"]')
+
+    assert done.returncode == 0
+    assert local_shop.app.info(local_shop.queue).ready == 1
+
+
+def test_publish_json_lines(shop: Shop) -> None:
+    """--jsonl publishes one message a line, prints each one's id, and says how many there were."""
+    lines = shop.folder / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(1200)))
+
+    done = shop.run("publish", shop.queue, "--jsonl", str(lines))
+
+    assert done.returncode == 0
+    assert len(set(done.stdout.split())) == 1200
+    assert "1,200 published" in done.stderr
+    assert shop.app.info(shop.queue).ready == 1200
+
+
+@pytest.mark.parametrize("bad", ["{broken", '""', '{"a": NaN}'])
+def test_publish_stops_at_the_first_bad_line(local_shop: Shop, bad: str) -> None:
+    """A bad line ends it with its number; what came before is published, and said to be."""
+    lines = local_shop.folder / "lines.jsonl"
+    lines.write_text('{"n": 1}\n{"n": 2}\n' + bad + '\n{"n": 4}\n')
+
+    done = local_shop.run("publish", local_shop.queue, "--jsonl", str(lines))
+
+    assert done.returncode == 2
+    assert "line 3" in done.stderr
+    assert "2 messages were published" in done.stderr
+    assert len(done.stdout.split()) == 2
+    assert local_shop.app.info(local_shop.queue).ready == 2
+
+
+def test_info_counts(shop: Shop) -> None:
+    """Kq info shows a table for people and JSON for programs."""
+    shop.app.publish_many(shop.queue, [{"n": 1}, {"n": 2}])
+
+    table = shop.run("info", shop.queue)
+    (entry,) = json.loads(shop.run("info", shop.queue, "--json").stdout)
+
+    assert table.returncode == 0
+    assert "MESSAGES" in table.stdout
+    assert (entry["queue"], entry["message_count"], entry["ready"], entry["dead"]) == (shop.queue, 2, 2, 0)
+    assert set(entry) == {
+        "queue", "message_count", "ready", "delayed", "in_flight", "dead", "consumer_count", "oldest_age",
+    }  # fmt: skip
+
+
+def test_dead_letters(shop: Shop) -> None:
+    """Dead letters are listed, shown, replayed and purged."""
+    ids = shop.app.publish_many(shop.queue, [{"n": n, "do": "invalid"} for n in range(3)])
+    assert shop.worker("-p", "1", "--burst", ready=False).wait(30) == 0
+
+    listed = shop.run("dead", "list", shop.queue)
+    letters = json.loads(shop.run("dead", "list", shop.queue, "--json").stdout)
+    shown = shop.run("dead", "show", shop.queue, ids[0])
+
+    assert sorted(letter["id"] for letter in letters) == sorted(ids)
+    assert {letter["reason"] for letter in letters} == {"not_retryable"}
+    assert letters[0]["payload"]["do"] == "invalid"
+    assert "not_retryable" in listed.stdout
+    assert "never" in shown.stdout
+    assert shop.run("dead", "replay", shop.queue, ids[0]).stdout == "1 replayed\n"
+    assert shop.app.info(shop.queue).ready == 1
+    assert shop.run("dead", "purge", shop.queue, ids[1], "--yes").stdout == "1 dropped\n"
+    assert shop.run("dead", "purge", shop.queue, "--all", "--yes").stdout == "1 dropped\n"
+    assert "no dead letters" in shop.run("dead", "list", shop.queue).stdout
+    assert shop.run("dead", "show", shop.queue, "nobody").returncode == 1
+
+
+def test_purge_needs_a_yes(shop: Shop) -> None:
+    """What destroys asks; where nobody can be asked it wants --yes."""
+    shop.app.publish(shop.queue, {"n": 1})
+
+    refused = shop.run("purge", shop.queue)
+    done = shop.run("purge", shop.queue, "--yes")
+
+    assert refused.returncode == 2
+    assert "--yes" in refused.stderr
+    assert (done.returncode, done.stdout) == (0, "1 dropped\n")
+
+
+def test_check_tells_what_the_broker_can(shop: Shop) -> None:
+    """Kq check reaches the broker and prints its capabilities, without a password."""
+    done = shop.run("check", "-A", "shop:app")
+
+    assert done.returncode == 0, done.stderr
+    assert "reached" in done.stdout
+    assert "survives" in done.stdout
+    assert "guest:guest" not in done.stdout + done.stderr
+    if shop.broker.name == "rabbitmq":
+        assert "carried, not acted on" in done.stdout
+
+
+def test_options_win_over_environment_over_default(local_shop: Shop) -> None:
+    """Command line, then environment, then default."""
+    other = f"sqlite:///{local_shop.folder / 'other.db'}"
+    local_shop.run("publish", local_shop.queue, "1", "-b", other)
+
+    assert local_shop.run("info", local_shop.queue).returncode == 1
+    assert local_shop.run("info", local_shop.queue, "-b", other).returncode == 0
+    assert local_shop.run("info", local_shop.queue, KQ_BROKER_URL=other).returncode == 0
+    assert (local_shop.folder / "other.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["publish", "no-namespace", "1"], 2, "namespace:name"),
+        (["publish", "", "1"], 2, "empty"),
+        (["publish", "a:b", '""'], 2, "empty"),
+        (["publish", "a:b", "{broken"], 2, "not JSON"),
+        (["publish", "a:b", "hello"], 2, "quotes of its own"),
+        (["publish", "a:b", "1", "-H", "x_mine=1"], 2, "reserved"),
+        (["publish", "a:b", "1", "-H", "novalue"], 2, "KEY=VALUE"),
+        (["publish", "a:b", "1", "--delay", "soon"], 2, "expected a duration"),
+        (["publish", "a:b", "1", "--delay", "366d"], 2, "at most"),
+        (["publish", "a:b", "1", "--priority", "urgent"], 2, "priority"),
+        (["publish", "a:b"], 2, "JSON"),
+        (["publish", "a:b", "1", "-b", "kafka://x"], 78, "no backend for kafka"),
+        (["publish", "a:b", "1", "-b", "nonsense"], 78, "expected a URL"),
+        (["publish", "a:b", "1", "-b", "sqlite:////no/such/place/kq.db"], 69, "does not exist"),
+        (["publish", "a:b", "1", "-b", "redis://127.0.0.1:1"], 69, "cannot be reached"),
+        (["publish", "a:b", "1", "-b", "amqp://127.0.0.1:1"], 69, "cannot be reached"),
+        (["info", "a:b", "-b", "redis://nohost.invalid"], 69, "cannot be reached"),
+        (["info", "a:missing"], 1, "does not exist"),
+        (["worker", "nomodule:app"], 78, "no module 'nomodule'"),
+        (["worker", "shop:nothing"], 78, "'shop' has no 'nothing'"),
+        (["worker", "shop:QUEUE"], 78, "expected a kq.App"),
+        (["worker", "raises:app"], 78, "ZeroDivisionError"),
+        (["worker", "shop.py"], 78, "package.module:attribute"),
+        (["worker", "shop:app", "-b", "redis://127.0.0.1:1", "--connect-timeout", "0.5"], 69, "cannot be reached"),
+        (["worker", "shop:app", "-b", "memory://", "--pool", "processes"], 78, "one process"),
+        (["worker", "shop:app", "-Q", "shop:nobody"], 78, "nothing to consume"),
+        (["worker"], 2, "name the app"),
+    ],
+)
+def test_bad_input(local_shop: Shop, arguments: list[str], code: int, words: str) -> None:
+    """Bad input gives its exit code and a line or two on stderr that say what to do, never a traceback."""
+    (local_shop.folder / "raises.py").write_text("app = 1 / 0\n")
+    done = local_shop.run(*arguments, KQ_PUBLISH_TIMEOUT="3")
+
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(local_shop: Shop) -> None:
+    """--debug shows where it went wrong."""
+    done = local_shop.run("publish", "no-namespace", "1", "--debug")
+
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_wrong_password_is_refused_and_hidden(shop: Shop) -> None:
+    """Wrong credentials are refused at once (77; 78 where there are none), and the password appears nowhere."""
+    scheme, _, rest = shop.broker.url.partition("://")
+    url = f"{scheme}://nobody:c4nary@{rest.rpartition('@')[2]}"
+    done = shop.run("worker", "shop:app", "-b", url, "--connect-timeout", "30")
+
+    if shop.broker.name == "sqlite":
+        assert done.returncode == 78, done.stderr
+    else:
+        assert done.returncode == 77, done.stderr
+        assert "refuses us" in done.stderr
+    assert "c4nary" not in done.stdout + done.stderr
+
+
+def test_conflict_names_the_argument(shop: Shop) -> None:
+    """A worker whose queue exists with other values ends with 78 and names the argument."""
+    shop.app.publish(shop.queue, {"n": 1})
+    source = (shop.folder / "shop.py").read_text()
+    (shop.folder / "shop.py").write_text(source + "\napp.queue(QUEUE, max_length=3)\n")
+    done = shop.run("worker", "shop:app", "-p", "1")
+
+    assert done.returncode == 78, done.stderr
+    assert "max_length" in done.stderr
+    assert shop.app.info(shop.queue).ready == 1
+
+
+def test_readonly_directory(tmp_path: Path, local_shop: Shop) -> None:
+    """A file that cannot be written is refused with what to do, and nothing is half done."""
+    import os
+
+    if os.geteuid() == 0:
+        place = "/proc/kq.db"
+    else:
+        folder = tmp_path / "readonly"
+        folder.mkdir(mode=0o500)
+        place = str(folder / "kq.db")
+    done = local_shop.run("publish", "a:b", "1", "-b", f"sqlite:///{place}")
+
+    assert done.returncode in (69, 77)
+    assert place in done.stderr or os.path.dirname(place) in done.stderr
+
+
+def test_unknown_variables_are_warned_of(local_shop: Shop) -> None:
+    """A KQ_ variable that nothing reads is named, with the nearest one that is read."""
+    done = local_shop.run("check", KQ_LEAS="3")
+
+    assert "KQ_LEAS" in done.stderr
+    assert "KQ_LEASE" in done.stderr
+
+
+def test_help_is_quick_and_complete(local_shop: Shop) -> None:
+    """Kq --help names every command, and imports no broker's client."""
+    import subprocess
+    import sys
+
+    done = local_shop.run("--help")
+    assert [word for word in ("worker", "publish", "info", "dead", "purge", "check") if word not in done.stdout] == []
+    code = "import sys, kq.cli; print([m for m in ('kombu', 'amqp', 'redis', 'sqlite3') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"

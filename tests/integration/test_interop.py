@@ -1,0 +1,139 @@
+"""Other programs on the same broker: what they publish is handled, what we publish they can read."""
+
+from __future__ import annotations
+
+import json
+from urllib.parse import urlsplit
+
+import kombu
+import pika
+import pytest
+
+import kq
+from kq import queue
+from tests.broker import Broker, find
+
+
+@pytest.fixture
+def rabbitmq(tmp_path: object) -> Broker:
+    """RabbitMQ."""
+    from pathlib import Path
+
+    return find("rabbitmq", Path(str(tmp_path)))
+
+
+def pika_channel(url: str) -> tuple[pika.BlockingConnection, object]:
+    """Connect with pika, which shares no code with us."""
+    parts = urlsplit(url)
+    credentials = pika.PlainCredentials(parts.username or "guest", parts.password or "guest")
+    parameters = pika.ConnectionParameters(parts.hostname, parts.port or 5672, "/", credentials)
+    connection = pika.BlockingConnection(parameters)
+    return connection, connection.channel()
+
+
+def test_pika_publishes_kq_handles(rabbitmq: Broker) -> None:
+    """Plain JSON from pika, with standard properties and its own headers, is handled like any message."""
+    queue_id = rabbitmq.queue_id()
+    seen = []
+    with kq.App("test", broker=rabbitmq.url) as app:
+
+        @app.consumer(queue_id)
+        def handle(payload: object) -> None:
+            msg = queue.message()
+            seen.append((payload, msg.id(), msg.header("tenant"), msg.attempt()))
+
+        app.publish(queue_id, "warm-up")
+        connection, channel = pika_channel(rabbitmq.url)
+        properties = pika.BasicProperties(
+            content_type="application/json", message_id="from-pika", headers={"tenant": "t"}
+        )
+        channel.basic_publish("", queue_id, b'{"hello": "kq"}', properties)  # type: ignore[attr-defined]
+        connection.close()
+        while len(seen) < 2:
+            assert app.drain(20)
+    rabbitmq.forget()
+
+    assert seen[1] == ({"hello": "kq"}, "from-pika", "t", 1)
+
+
+def test_kq_publishes_pika_reads(rabbitmq: Broker) -> None:
+    """What kq publishes is plain JSON with standard AMQP properties."""
+    queue_id = rabbitmq.queue_id()
+    with kq.App("test", broker=rabbitmq.url) as app:
+        headers: dict[str, object] = {"correlation_id": "c-1", "reply_to": "app:replies", "message_type": "greeting"}
+        headers.update(priority=7, n=5)
+        id = app.publish(queue_id, {"hello": "pika"}, headers)
+    connection, channel = pika_channel(rabbitmq.url)
+    _, properties, body = channel.basic_get(queue_id, auto_ack=True)  # type: ignore[attr-defined]
+    connection.close()
+    rabbitmq.forget()
+
+    assert json.loads(body) == {"hello": "pika"}
+    assert properties.message_id == id
+    assert (properties.content_type, properties.content_encoding) == ("application/json", "utf-8")
+    assert (properties.correlation_id, properties.reply_to, properties.type) == ("c-1", "app:replies", "greeting")
+    assert (properties.delivery_mode, properties.priority) == (2, 7)
+    assert properties.timestamp > 1_700_000_000
+    # RabbitMQ adds a count of its own.
+    found = {key: value for key, value in properties.headers.items() if key != "x-delivery-count"}
+    assert found == {**headers, "x_kq": 1}
+
+
+@pytest.mark.parametrize("name", ["memory", "sqlite", "redis"])
+def test_plain_kombu_shares_queues(name: str, tmp_path: object) -> None:
+    """A plain Kombu program reads what kq publishes, and kq handles what it publishes, on every store."""
+    from pathlib import Path
+
+    import kq.backends
+
+    broker = find(name, Path(str(tmp_path)))
+    queue_id = broker.queue_id()
+    seen = []
+    with kq.App("test", broker=broker.url) as app, kombu.Connection(f"kq-{broker.url}") as connection:
+        id = app.publish(queue_id, {"from": "kq"}, {"tenant": "t"})
+        simple = connection.SimpleQueue(queue_id)
+        message = simple.get(timeout=10)
+        assert (message.payload, message.properties["message_id"]) == ({"from": "kq"}, id)
+        assert message.headers["tenant"] == "t"
+        message.ack()
+        simple.put({"from": "kombu"}, headers={"tenant": "u"})
+        simple.close()
+
+        @app.consumer(queue_id)
+        def handle(payload: object) -> None:
+            seen.append((payload, queue.message().header("tenant")))
+
+        assert app.drain(20) == 1
+    broker.forget()
+
+    assert seen == [({"from": "kombu"}, "u")]
+
+
+@pytest.mark.parametrize("name", ["sqlite", "redis", "rabbitmq"])
+def test_publishing_survives_a_fork(name: str, tmp_path: object) -> None:
+    """A process forked from a connected publisher opens a connection of its own; every message arrives."""
+    import os
+    from pathlib import Path
+
+    broker = find(name, Path(str(tmp_path)))
+    queue_id = broker.queue_id()
+    with kq.App("test", broker=broker.url) as app:
+        app.publish(queue_id, "parent before")
+        children = []
+        for n in range(4):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    app.publish_many(queue_id, [f"child {n}-{i}" for i in range(25)])
+                    code = 0
+                finally:
+                    os._exit(code)
+            children.append(pid)
+        app.publish_many(queue_id, [f"parent {i}" for i in range(25)])
+        codes = [os.waitpid(pid, 0)[1] for pid in children]
+        count = app.info(queue_id).ready
+    broker.forget()
+
+    assert codes == [0] * 4
+    assert count == 126

@@ -1,0 +1,1 @@
+"""Programs that only have to type-check."""
