@@ -26,7 +26,7 @@ PATIENCE = 300
 
 def say(text: str = "") -> None:
     """Print a line at once."""
-    print(text, flush=True)  # noqa: T201 - a demo talks
+    print(text, flush=True)
 
 
 def find_files(limit: int | None) -> list[str]:
@@ -52,7 +52,7 @@ def watch(app: kq.App, results: Path, total: int, worker: subprocess.Popen[bytes
             bar = "#" * int(share * 40)
             end = "\r" if sys.stderr.isatty() else "\n"
             rate = (done + dead) / (time.monotonic() - started)
-            print(f"  [{bar:40}] {done + dead:>5}/{total}  {rate:6.0f}/s ", end=end, file=sys.stderr, flush=True)  # noqa: T201
+            print(f"  [{bar:40}] {done + dead:>5}/{total}  {rate:6.0f}/s ", end=end, file=sys.stderr, flush=True)
         if done + dead >= total:
             return done, dead
         if worker.poll() is not None:

@@ -1,0 +1,81 @@
+"""The README's blocks work as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kq
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def block(containing: str) -> str:
+    """Return the one block that contains a text."""
+    (found,) = [text for _, text in BLOCKS if containing in text]
+    return found
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A folder with the README's shop.py."""
+    (tmp_path / "shop.py").write_text(block("# shop.py"))
+    return tmp_path
+
+
+def test_commands_work_as_shown(shop: Path) -> None:
+    """Every command of the README runs, on the default broker."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("KQ_")}
+    shown = [line.split("  #")[0].strip() for line in block("kq publish shop:emails").splitlines()]
+    commands = {line.split()[1]: line for line in shown if line.startswith("kq ")}
+
+    def run(command: str) -> str:
+        line = command.replace("kq ", f"{sys.executable} -m kq ", 1)
+        done = subprocess.run(
+            line, shell=True, cwd=shop, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert len(run(commands["publish"]).strip()) == 32
+    assert "to a@example.com" in run(commands["worker"] + " --burst -p 1")
+    assert "shop:emails" in run(commands["info"])
+    assert "no dead letters" in run(commands["dead"])
+
+
+def test_publishing_works_as_shown(shop: Path) -> None:
+    """The README's publishing script runs."""
+    script = block("queue.publish_many") + "\nprint(app.info('shop:emails').message_count)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=shop, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.stdout, done.returncode) == ("1002\n", 0), done.stderr
+
+
+def test_the_test_works_as_shown() -> None:
+    """The README's test passes."""
+    space: dict[str, object] = {"kq": kq}
+    exec(block("def test_emails"), space)
+    test = space["test_emails"]
+    assert callable(test)
+    test()
+
+
+def test_demo_ends_with_a_summary() -> None:
+    """scripts/demo's program, on a few files: all accounted for, one retried, dead letters listed with reasons."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/index/demo.py"), "--files", "40"],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "lost: 0   run twice: 0" in done.stdout
+    assert "this.py failed twice and succeeded on attempt 3" in done.stdout
+    assert "does not parse" in done.stdout
