@@ -10,8 +10,9 @@ from datetime import datetime, timezone
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kq import codec, config, limit, registry
+from kq import codec, limit, registry
 from kq.backend import Envelope, QueueInfo, QueueSpec
+from kq.config import hide_password, resolve
 from kq.errors import Invalid, NotFound
 from kq.executor import Executor, HandleMiddleware
 from kq.producer import Producer, PublishMiddleware
@@ -35,7 +36,8 @@ class App:
 
     Args:
         name: For logs and for the broker's list of connections.
-        broker: The broker's URL; else ``KQ_BROKER_URL``, else ``sqlite:///kq.db``.
+        broker: The broker's URL; else ``KQ_BROKER_URL``, else the configuration file's, else ``sqlite:///kq.db``.
+        config: The configuration file; else ``KQ_CONFIG``, else ``kq.yaml`` if there is one.
         publish_timeout: Seconds that one publish may take; default 10.
         lease: Seconds that a delivery stays with a worker that has died; default 30.
         heartbeat: Seconds between probes of a silent connection; default 30.
@@ -54,6 +56,7 @@ class App:
         name: str,
         *,
         broker: str | None = None,
+        config: str | None = None,
         publish_timeout: float | None = None,
         lease: float | None = None,
         heartbeat: float | None = None,
@@ -65,7 +68,7 @@ class App:
     ) -> None:
         if not isinstance(name, str) or not name:
             raise Invalid(f"name: expected a name for the app, got {name!r}")
-        settings = config.resolve(
+        settings = resolve(
             {
                 "broker": broker,
                 "publish_timeout": publish_timeout,
@@ -74,7 +77,8 @@ class App:
                 "create_queues": create_queues,
                 "max_body": max_body,
                 "max_deliveries": max_deliveries,
-            }
+            },
+            file=config,
         )
         registry.find_backend(settings.broker)
         self.registry = Registry(name, settings)
@@ -88,7 +92,7 @@ class App:
         return self.registry.name
 
     def __repr__(self) -> str:
-        return f"<App {self.name!r} on {config.hide_password(self.registry.settings.broker)}>"
+        return f"<App {self.name!r} on {hide_password(self.registry.settings.broker)}>"
 
     # Declaring.
 

@@ -1,6 +1,6 @@
 """Settings: one frozen value per app, from arguments, environment and defaults, checked at the edge.
 
-An argument wins over the environment, and the environment over the default. Every setting is also
+An argument wins over the environment, the environment over the file, the file over the default. Every setting is also
 ``KQ_<NAME>``; every command-line option likewise.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from kq import limit
+from kq import config_file, limit
 from kq.errors import Invalid
 
 DEFAULT_BROKER: Final = "sqlite:///kq.db"
@@ -71,8 +71,16 @@ class Settings:
         return f"Settings(broker={hide_password(self.broker)!r}, {rest})"
 
 
-def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Settings:
-    """Return settings from arguments (None: not given) and the environment.
+def resolve(
+    arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None, *, file: str | None = None
+) -> Settings:
+    """Return settings from arguments (None: not given), the environment and a configuration file.
+
+    Args:
+        arguments: By name.
+        environment: Instead of the process's own.
+        file: The file's path; None takes ``KQ_CONFIG``, else ``kq.yaml`` if there is one. It is not read where
+            the broker has been named otherwise.
 
     Raises:
         Invalid: If a value is not of its type or out of range; the message says where it came from.
@@ -87,6 +95,10 @@ def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None 
         elif environment.get(variable, "") != "":
             values[field.name] = _parse(variable, environment[variable], type(field.default))
             _within(variable, values[field.name], field.name)
+    if "broker" not in values:
+        named = config_file.broker(file, environment)
+        if named is not None:
+            values["broker"] = named
     return Settings(**values)
 
 

@@ -58,16 +58,26 @@ class ConfigurationError(click.ClickException):
 
 
 def common(command: _F) -> _F:
-    """Add ``-A``, ``-b`` and ``--debug`` to a command, and turn its errors into exit codes."""
+    """Add ``-A``, ``-b``, ``--config`` and ``--debug`` to a command, and turn its errors into exit codes."""
 
     @click.option("-A", "--app", "app_path", metavar="APP", envvar="KQ_APP", show_envvar=True,
                   help="The app, as package.module:attribute.")  # fmt: skip
     @click.option(
         "-b", "--broker", metavar="URL", help="The broker's URL; wins over the app's own.  [env var: KQ_BROKER_URL]"
     )
+    @click.option(
+        "--config",
+        metavar="FILE",
+        envvar="KQ_CONFIG",
+        show_envvar=True,
+        help="The configuration file; default: kq.yaml.",
+    )
     @click.option("--debug", is_flag=True, envvar="KQ_DEBUG", show_envvar=True, help="Show tracebacks.")
     @functools.wraps(command)
-    def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
+    def run(*args: Any, debug: bool, config: str | None, **kwargs: Any) -> Any:
+        if config is not None:
+            # Where apps look for it, here and in children.
+            os.environ["KQ_CONFIG"] = os.path.abspath(config)
         try:
             return command(*args, **kwargs)
         except errors.Error as error:

@@ -47,7 +47,10 @@ def publish(
     app_path: str | None,
     broker: str | None,
 ) -> None:
-    """Publish one message, or one for each line of a file, and print each one's id."""
+    """Publish one message, or one for each line of a file, and print each one's id.
+
+    With --jsonl on a terminal a progress bar takes the place of the ids.
+    """
     if (data is None) == (jsonl is None):
         raise click.UsageError("give either a JSON value (- reads it from stdin) or --jsonl FILE")
     if jsonl is not None and message_id is not None:
@@ -71,11 +74,14 @@ def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any],
     published = 0
     started = monotonic()
     batch: list[Any] = []
+    # Ids are for programs; a person gets a progress bar instead.
+    on_terminal = sys.stdout.isatty()
 
     def send() -> None:
         nonlocal published
-        for id in app.publish_many(queue, batch, headers, **options):
-            click.echo(id)
+        ids = app.publish_many(queue, batch, headers, **options)
+        if not on_terminal:
+            click.echo("\n".join(ids) if ids else "", nl=bool(ids))
         published += len(batch)
         batch.clear()
 
@@ -87,7 +93,7 @@ def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any],
             length=_count_lines(lines), label=queue, file=sys.stderr, show_pos=True, item_show_func=pace,
             update_min_steps=_BATCH,
         )
-        if sys.stderr.isatty() and not sys.stdout.isatty()
+        if sys.stderr.isatty()
         else nullcontext()
     )  # fmt: skip
     number = 0

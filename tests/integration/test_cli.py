@@ -135,6 +135,22 @@ def test_options_win_over_environment_over_default(local_shop: Shop) -> None:
     assert (local_shop.folder / "other.db").exists()
 
 
+def test_a_file_names_the_broker(local_shop: Shop) -> None:
+    """--config names a file whose driver is the broker, for the worker and its children too."""
+    shop = local_shop
+    del shop.environment["KQ_BROKER_URL"]
+    file = shop.folder / "other.yaml"
+    file.write_text(f"entries:\n  - kind: queue.driver.sqlite\n    url: sqlite:///{shop.folder / 'kq.db'}\n")
+    shop.app.publish(shop.queue, {"n": 1})
+
+    done = shop.run("worker", "shop:app", "--burst", "-p", "1", "--config", str(file))
+    wrong = shop.run("worker", "shop:app", "--config", str(shop.folder / "missing.yaml"))
+
+    assert done.returncode == 0, done.stderr
+    assert len(shop.history("done")) == 1
+    assert (wrong.returncode, "cannot be read" in wrong.stderr) == (78, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
