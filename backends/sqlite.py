@@ -24,24 +24,21 @@ Nothing polls; a socket whose owner died is struck off by the first sender that 
 from __future__ import annotations
 
 import json
-import os
 import select
 import socket
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Lock
 from time import time
 from typing import Any, ClassVar, Final
-from urllib.parse import unquote
-from uuid import uuid4
 
 from kq.backend import Capabilities
+from kq.backends.sqlite_file import check_place
+from kq.backends.sqlite_listener import Listener
 from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
-from kq.config import hide_password
 from kq.errors import Internal, Invalid
-from kq.waker import Waker, drain
+from kq.waker import Waker
 
 _READY: Final = 0
 _DELAYED: Final = 1
@@ -75,9 +72,6 @@ CREATE TABLE IF NOT EXISTS topology (one INTEGER PRIMARY KEY, version INTEGER NO
 INSERT OR IGNORE INTO topology VALUES (1, 0, '{}');
 """
 
-#: ``f_type`` of file systems on which WAL's shared memory does not work: NFS, SMB, CIFS, SMB2.
-_NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs"})
-
 #: Rows that one statement names at most; SQLite's own limit on parameters is far above.
 _CHUNK: Final = 500
 
@@ -101,7 +95,7 @@ class SQLiteStore:
         self._timeout = timeout
         self._lock = Lock()
         self._connection: sqlite3.Connection | None = None
-        self._listener: _Listener | None = None
+        self._listener: Listener | None = None
         self._waker = Waker()
         self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sender.setblocking(False)
@@ -336,7 +330,7 @@ class SQLiteStore:
         if self._closed:
             raise BrokerAway("the SQLite store is closed", details={"reason": "unavailable"})
         if self._connection is None:
-            _check_place(self._path)
+            check_place(self._path)
             db = sqlite3.connect(
                 self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=64
             )
@@ -388,7 +382,7 @@ class SQLiteStore:
     # Waking each other.
 
     def _listen(self, queues: Sequence[str]) -> None:
-        listener = self._listener or _Listener()
+        listener = self._listener or Listener()
         listener.queues = frozenset(queues)
         with self._transaction() as db:
             db.execute("DELETE FROM listener WHERE path = ?", (listener.path,))
@@ -407,92 +401,6 @@ class SQLiteStore:
         if gone:
             with self._transaction() as db:
                 db.executemany("DELETE FROM listener WHERE path = ?", [(path,) for path in gone])
-
-
-class _Listener:
-    """The socket on which this store hears of arrivals."""
-
-    def __init__(self) -> None:
-        # Not beside the database: the path of a Unix socket holds about a hundred bytes.
-        folder = os.path.join(tempfile.gettempdir(), f"kq-{os.getuid()}")
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        self.path = os.path.join(folder, uuid4().hex)
-        self.queues: frozenset[str] = frozenset()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        self._socket.setblocking(False)
-
-    def covers(self, queues: Sequence[str]) -> bool:
-        return self.queues.issuperset(queues)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def drain(self) -> bool:
-        return drain(self._socket)
-
-    def close(self) -> None:
-        self._socket.close()
-        with suppress(OSError):
-            os.unlink(self.path)
-
-
-def path_of(url: str) -> str:
-    """Return the file that a URL names: three slashes for a relative path, four for an absolute one.
-
-    Raises:
-        Invalid: If it names a host, or no file.
-    """
-    _, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    path = unquote(path.partition("?")[0])
-    if host or not slash or not path:
-        raise Invalid(
-            f"broker: expected sqlite:///relative.db or sqlite:////absolute.db, got {hide_password(url)!r}"
-            + ("; a third slash is missing" if host else "")
-        )
-    return path
-
-
-def _check_place(path: str) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise BrokerAway(
-            f"the directory {folder} does not exist; make it, or choose another file in the broker's URL",
-            details={"reason": "unavailable"},
-            retryable=False,
-        )
-    target = path if os.path.exists(path) else folder
-    if not os.access(target, os.W_OK) or not os.access(folder, os.W_OK):
-        raise BrokerAway(
-            f"{target} cannot be written to; give this user write permission on the file and its directory",
-            details={"reason": "refused"},
-            retryable=False,
-        )
-    kind = _file_system(folder)
-    if kind in _NETWORK_FILE_SYSTEMS:
-        raise BrokerAway(
-            f"{folder} is on a network file system ({kind}), where SQLite cannot keep messages safe; "
-            "use a local disk, or Redis or RabbitMQ",
-            details={"reason": "refused"},
-            retryable=False,
-        )
-
-
-def _file_system(folder: str) -> str:
-    """Return the type of the file system that holds ``folder``; empty where nobody can tell."""
-    best, kind = "", ""
-    try:
-        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
-            for line in mounts:
-                _, point, name, *_ = line.split(" ")
-                point = point.replace("\\040", " ")
-                inside = folder == point or folder.startswith(point.rstrip("/") + "/")
-                if inside and len(point) >= len(best):
-                    best, kind = point, name
-    except OSError:
-        return ""
-    return kind
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def open_store(url: str, options: BackendOptions) -> Store:
             raise Invalid(f"broker: expected memory:// or memory://name, got {hide_password(url)!r}")
         return MemoryStore(rest)
     if scheme == "sqlite":
-        from kq.backends.sqlite import SQLiteStore, path_of
+        from kq.backends.sqlite import SQLiteStore
+        from kq.backends.sqlite_file import path_of
 
         return SQLiteStore(path_of(url), options.timeout)
     from kq.backends.redis import RedisStore

@@ -5,9 +5,10 @@ retries what is worth retrying, and puts the rest where a person can look at it.
 """
 
 from kq import errors, queue
-from kq.app import App, DeadLetter, DeadLetters
+from kq.app import App
 from kq.backend import Capabilities, QueueInfo
 from kq.consumer import Consumer
+from kq.dead_letter import DeadLetter, DeadLetters
 from kq.message import Message
 from kq.producer import Producer
 from kq.retry import Backoff, Retry

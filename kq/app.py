@@ -5,15 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kq import codec, limit, registry
-from kq.backend import Envelope, QueueInfo, QueueSpec
+from kq import limit, registry
+from kq.backend import QueueInfo, QueueSpec
 from kq.config import hide_password, resolve
-from kq.errors import Invalid, NotFound
+from kq.dead_letter import DeadLetters
+from kq.errors import Invalid
 from kq.executor import Executor, HandleMiddleware
 from kq.producer import Producer, PublishMiddleware
 from kq.registry import Registry, count
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from kq.worker.worker import Worker
 
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
-
-#: How many dead letters one look reads while it searches for an id.
-_PAGE = 200
 
 
 class App:
@@ -363,136 +360,6 @@ class _Active:
 
     def __exit__(self, *exc: object) -> None:
         _active.reset(self._token)
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A message that could not be handled.
-
-    Attributes:
-        id: The message's id.
-        queue_id: The queue it came from.
-        payload: What was published, or None where it cannot be decoded.
-        body: The encoded payload as it arrived.
-        headers: The publisher's, without kq's own.
-        reason: ``max_attempts``, ``not_retryable``, ``crash_loop``, ``expired``, ``undecodable``,
-            ``unverified``, ``no_handler``, or the broker's own word.
-        attempts: How often a handler ran.
-        error_kind: The kind of the last error, or None.
-        error_message: Its message, or None.
-        dead_at: When it died; None where nobody wrote that down.
-    """
-
-    id: str
-    queue_id: str
-    payload: Any
-    body: bytes
-    headers: dict[str, Any]
-    reason: str
-    attempts: int
-    error_kind: str | None
-    error_message: str | None
-    dead_at: datetime | None
-
-
-class DeadLetters:
-    """The dead-letter queue of a queue: look, replay, purge.
-
-    Several queues may share one dead-letter queue; `list`, `get` and `purge` see all that is in it,
-    `replay` takes only what came from this queue.
-    """
-
-    def __init__(self, registry: Registry, queue_id: str) -> None:
-        self._registry = registry
-        self._origin = registry.spec(queue_id)
-        self._queue = registry.dead_letters_of(queue_id)
-
-    def list(self, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
-        """Return dead letters, oldest first, and leave them where they are.
-
-        Args:
-            limit: How many at most.
-            offset: How many to pass over.
-        """
-        count("limit", limit, 1, 1_000_000)
-        count("offset", offset, 0, 2**31 - 1)
-        self._exists()
-        return [self._open(envelope) for envelope in self._registry.backend().browse(self._queue, limit, offset)]
-
-    def get(self, message_id: str) -> DeadLetter:
-        """Return one dead letter.
-
-        Raises:
-            NotFound: If there is none of that id.
-        """
-        self._exists()
-        offset = 0
-        while True:
-            page = self._registry.backend().browse(self._queue, _PAGE, offset)
-            for envelope in page:
-                if envelope.id == message_id:
-                    return self._open(envelope)
-            if len(page) < _PAGE:
-                raise NotFound(f"no dead letter {message_id!r} in {self._queue.id}")
-            offset += len(page)
-
-    def replay(self, ids: Iterable[str] | None = None) -> int:
-        """Send dead letters back to their queue, as new messages under their old ids.
-
-        Args:
-            ids: Which; None for all.
-
-        Returns:
-            How many there were.
-        """
-        self._exists()
-        self._registry.ensure(self._origin)
-        return self._registry.backend().replay(self._queue, _ids(ids), self._origin)
-
-    def purge(self, ids: Iterable[str] | None = None) -> int:
-        """Drop dead letters for good, and return how many there were.
-
-        Args:
-            ids: Which; None for all.
-        """
-        self._exists()
-        return self._registry.backend().remove(self._queue, _ids(ids))
-
-    def _exists(self) -> None:
-        self._registry.backend().info(self._queue)
-
-    def _open(self, envelope: Envelope) -> DeadLetter:
-        headers = envelope.headers
-        properties = envelope.properties
-        try:
-            payload = codec.decode(
-                envelope.body,
-                properties.get("content_type"),
-                properties.get("content_encoding"),
-                codec.named(self._origin.codec),
-            )
-        except codec.Undecodable:
-            payload = None
-        at = headers.get("x_dead_letter_time")
-        attempts = headers.get("x_attempts", 0)
-        return DeadLetter(
-            id=envelope.id,
-            queue_id=str(headers.get("x_original_queue", self._origin.id)),
-            payload=payload,
-            body=envelope.body,
-            headers={key: value for key, value in headers.items() if not key.startswith("x_")},
-            reason=str(headers.get("x_dead_letter_reason", "rejected")),
-            attempts=attempts if isinstance(attempts, int) else 0,
-            error_kind=headers.get("x_error_kind"),
-            error_message=headers.get("x_error_message"),
-            dead_at=datetime.fromtimestamp(at, timezone.utc) if isinstance(at, (int, float)) else None,
-        )
-
-
-def _ids(ids: Iterable[str] | None) -> list[str] | None:
-    if ids is None:
-        return None
-    return [ids] if isinstance(ids, str) else [str(id) for id in ids]
 
 
 _active: ContextVar[App | None] = ContextVar("kq_app", default=None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -153,6 +153,18 @@ class Settlement(msgspec.Struct, frozen=True):
     outcome: Outcome
 
 
+class Settling(NamedTuple):
+    """What became of settlements that were not simply carried out.
+
+    Attributes:
+        late: Those whose delivery is another worker's by now.
+        failed: Those that could not be carried out, and why.
+    """
+
+    late: list[Settlement]
+    failed: list[tuple[Settlement, Error]]
+
+
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
     """What a broker knows of a queue; None where it cannot tell.
@@ -217,11 +229,12 @@ class Feed(Protocol):
         """
         ...
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[Settlement]:
-        """Carry out outcomes, in one batch, and return those that came too late.
+    def settle(self, settlements: Sequence[Settlement]) -> Settling:
+        """Carry out outcomes, in one batch, each for itself: one that fails holds up no other.
 
-        A delivery whose lease has passed to another worker is left alone: its settlement is
-        returned. After an error nothing is known; the same call can be made again.
+        A delivery whose lease has passed to another worker is left alone and reported as late. One that
+        cannot be settled now (its dead-letter queue is gone or full) stays ours, and is reported as failed:
+        try it again later. After a raised error nothing is known; the same call can be made again.
         """
         ...
 

@@ -11,7 +11,7 @@ import click
 from kq.cli.option import common, confirm, find_app, table
 
 if TYPE_CHECKING:
-    from kq.app import DeadLetter
+    from kq.dead_letter import DeadLetter
 
 
 @click.group()

@@ -1,0 +1,77 @@
+"""Where an SQLite file may be: what a URL names, and what the place must be like."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+from urllib.parse import unquote
+
+from kq.backends.store import BrokerAway
+from kq.config import hide_password
+from kq.errors import Invalid
+
+#: ``f_type`` of file systems on which WAL's shared memory does not work: NFS, SMB, CIFS, SMB2.
+_NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs"})
+
+
+def path_of(url: str) -> str:
+    """Return the file that a URL names: three slashes for a relative path, four for an absolute one.
+
+    Raises:
+        Invalid: If it names a host, or no file.
+    """
+    _, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    path = unquote(path.partition("?")[0])
+    if host or not slash or not path:
+        raise Invalid(
+            f"broker: expected sqlite:///relative.db or sqlite:////absolute.db, got {hide_password(url)!r}"
+            + ("; a third slash is missing" if host else "")
+        )
+    return path
+
+
+def check_place(path: str) -> None:
+    """Refuse a file whose directory is missing, cannot be written to, or is on a network file system.
+
+    Raises:
+        BrokerAway: Saying which, and what to do.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise BrokerAway(
+            f"the directory {folder} does not exist; make it, or choose another file in the broker's URL",
+            details={"reason": "unavailable"},
+            retryable=False,
+        )
+    target = path if os.path.exists(path) else folder
+    if not os.access(target, os.W_OK) or not os.access(folder, os.W_OK):
+        raise BrokerAway(
+            f"{target} cannot be written to; give this user write permission on the file and its directory",
+            details={"reason": "refused"},
+            retryable=False,
+        )
+    kind = _file_system(folder)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise BrokerAway(
+            f"{folder} is on a network file system ({kind}), where SQLite cannot keep messages safe; "
+            "use a local disk, or Redis or RabbitMQ",
+            details={"reason": "refused"},
+            retryable=False,
+        )
+
+
+def _file_system(folder: str) -> str:
+    """Return the type of the file system that holds ``folder``; empty where nobody can tell."""
+    best, kind = "", ""
+    try:
+        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                _, point, name, *_ = line.split(" ")
+                point = point.replace("\\040", " ")
+                inside = folder == point or folder.startswith(point.rstrip("/") + "/")
+                if inside and len(point) >= len(best):
+                    best, kind = point, name
+    except OSError:
+        return ""
+    return kind
