@@ -43,6 +43,8 @@ _CONSUMER_TIMEOUT: Final = 1800.0
 _BACK_WITHIN: Final = 1.0
 #: Seconds that a publish on a worker's behalf may take.
 _WORKER_TIMEOUT: Final = 10.0
+#: Seconds that a write is given even where time is up: 0 would mean not to write at all.
+_LEAST: Final = 0.001
 
 
 class RabbitBackend:
@@ -111,31 +113,37 @@ class RabbitBackend:
                 outgoing: list[Outgoing] = []
                 try:
                     with mapped(self._url):
-                        link, publisher = self._connected()
+                        link, publisher = self._connected(deadline - monotonic())
                         link.drain_all()
                         outgoing = [self._outgoing(link, batch[index]) for index in left]
-                        answers = publisher.send(outgoing, deadline)
+                        # A connection that nobody reads any more blocks whoever writes to it.
+                        with link.connection.transport.having_timeout(max(_LEAST, deadline - monotonic())):
+                            answers = publisher.send(outgoing, deadline)
                 except Error as error:
-                    # After any error the connection's state is unknown: never used again.
-                    publisher_was = self._publisher
-                    self._drop()
-                    if publisher_was is None or not outgoing or len(publisher_was.results) != len(left):
-                        unknown = left
-                    else:
-                        unconfirmed = publisher_was.unconfirmed()
-                        sent_to = max(unconfirmed, default=len(left) - 1)
-                        unsent = range(sent_to + 1, len(left)) if unconfirmed else ()
-                        unknown = [left[i] for i in (*unconfirmed, *unsent)]
+                    # After any error the connection's state is unknown: never used again. What it has
+                    # answered stands; the rest may or may not be stored.
+                    answered = self._publisher.answered() if self._publisher is not None and outgoing else {}
+                    self._drop(wait=False)
+                    for place, result in answered.items():
+                        results[left[place]] = result
+                    unknown = [index for place, index in enumerate(left) if place not in answered]
                     failed = _as_publish_error(error)
                     for index in unknown:
                         results[index] = failed
                     left = unknown
                     hopeless = isinstance(error, PermissionDenied) or failed.details["reason"] == "unroutable"
-                    if last or hopeless or monotonic() >= deadline:
+                    if last or hopeless or not left or monotonic() >= deadline:
                         return results
                     continue
+                except BaseException:
+                    # Interrupted, perhaps in the middle of a frame.
+                    self._drop(wait=False)
+                    raise
                 for index, answer in zip(left, answers, strict=True):
                     results[index] = answer
+                if any(answer is not None and answer.details["reason"] == "timeout" for answer in answers):
+                    # Silence may mean that the connection is dead: the next publish is to have a new one.
+                    self._drop(wait=False)
                 return results
         return results
 
@@ -161,7 +169,14 @@ class RabbitBackend:
             with mapped(self._url):
                 return Link(self._url, self._options, purpose="consumer", heartbeat=self._options.heartbeat)
 
-        return RabbitFeed(self._url, open_link, lambda batch: self.publish(batch, _WORKER_TIMEOUT), queues, prefetch)
+        return RabbitFeed(
+            self._url,
+            open_link,
+            publish=lambda batch: self.publish(batch, _WORKER_TIMEOUT),
+            declare=lambda queue: self.declare(queue, create=True, exact=False),
+            queues=queues,
+            prefetch=prefetch,
+        )
 
     def info(self, queue: QueueSpec) -> QueueInfo:
         """See `Backend.info`."""
@@ -258,19 +273,19 @@ class RabbitBackend:
 
     # The shared link.
 
-    def _connected(self) -> tuple[Link, Publisher]:
+    def _connected(self, patience: float = 5.0) -> tuple[Link, Publisher]:
         if self._link is None or self._publisher is None:
             # No heartbeat: a program that only publishes may do nothing for hours. The kernel probes the
             # connection, and every publish has a deadline.
-            self._link = Link(self._url, self._options, purpose="publisher", heartbeat=0)
+            self._link = Link(self._url, self._options, purpose="publisher", heartbeat=0, patience=patience)
             self._publisher = Publisher(self._link)
             self._buckets.clear()
         return self._link, self._publisher
 
-    def _drop(self) -> None:
+    def _drop(self, *, wait: bool = True) -> None:
         link, self._link, self._publisher = self._link, None, None
         if link is not None:
-            link.close()
+            link.close(wait=wait)
 
     def _administer(self, call: Callable[[Link], _T]) -> _T:
         """Run a call on the shared link; once more on a new one if the old one turned out dead."""

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import amqp
 
-from kq.backend import Delivery, Envelope, Publication, QueueSpec, Settlement, bury, pack
-from kq.backends.rabbitmq_link import BROKEN, Link, mapped
+from kq.backend import Delivery, Envelope, Publication, QueueSpec, Settlement, Settling, bury, pack
+from kq.backends.rabbitmq_link import Link, mapped
 from kq.backends.rabbitmq_topology import (
     counters,
     due_in,
@@ -25,7 +25,7 @@ from kq.backends.rabbitmq_topology import (
     to_envelope,
     without_history,
 )
-from kq.errors import Error
+from kq.errors import Error, NotFound
 from kq.waker import Waker
 
 #: Seconds between two ticks of the heartbeat.
@@ -35,6 +35,8 @@ _WIDEN_EVERY: Final = 0.05
 _NARROW_AFTER: Final = 5.0
 #: Seconds within which a message counts as due.
 _DUE: Final = 0.001
+#: Seconds that a message waits outside a full queue before it comes back to it.
+_ASIDE: Final = 0.01
 
 
 @dataclass(eq=False)
@@ -44,6 +46,8 @@ class _Receipt:
     epoch: int
     tag: int
     message: Any
+    #: Whether what takes its place is stored: it is never published twice.
+    copied: bool = False
 
 
 class RabbitFeed:
@@ -53,6 +57,7 @@ class RabbitFeed:
         url: For errors.
         open_link: Opens a link for consuming.
         publish: Publishes with confirms; for retries, dead letters and steps of delays.
+        declare: Makes a queue and its dead-letter queue where they are missing.
         queues: What to consume.
         prefetch: The widest window.
     """
@@ -61,17 +66,22 @@ class RabbitFeed:
         self,
         url: str,
         open_link: Callable[[], Link],
+        *,
         publish: Callable[[Sequence[Publication]], list[Error | None]],
+        declare: Callable[[QueueSpec], None],
         queues: Sequence[QueueSpec],
         prefetch: int,
     ) -> None:
         self._url = url
         self._open_link = open_link
         self._publish = publish
+        self._declare = declare
         self._specs = {queue.id: queue for queue in queues}
         self._prefetch = prefetch
         self._link: Link | None = None
         self._epoch = 0
+        #: Whether a queue turned out to be gone.
+        self._missing = False
         self._windows: dict[str, int] = {}
         self._tags: dict[str, str] = {}
         self._subscribed = 0
@@ -106,26 +116,61 @@ class RabbitFeed:
         self._held_of.update(delivery.queue for delivery in deliveries)
         return deliveries
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[Settlement]:
+    def settle(self, settlements: Sequence[Settlement]) -> Settling:
         """See `Feed.settle`."""
         late = [s for s in settlements if not self._is_ours(s.delivery)]
         ours = [s for s in settlements if self._is_ours(s.delivery)] if late else list(settlements)
-        copies = [copy for copy in map(self._copy, ours) if copy is not None]
+        copies = [(s, copy) for s in ours if not s.delivery.receipt.copied and (copy := self._copy(s)) is not None]
+        failed: list[tuple[Settlement, Error]] = []
         if copies:
             # The new copy is confirmed before the old one goes: both exist for a moment, never neither.
-            for error in self._publish(copies):
+            for (settlement, copy), error in zip(copies, self._publish_copies(copies), strict=True):
                 if error is not None:
-                    raise error
+                    failed.append((settlement, error))
+                    continue
+                settlement.delivery.receipt.copied = True
+                if copy.delay > 0:
+                    self._due.append(time() + copy.delay)
+        if failed:
+            stay = {id(settlement) for settlement, _ in failed}
+            ours = [s for s in ours if id(s) not in stay]
         with self._guarded():
             link = self._connected()
-            rejected = {s.delivery.receipt.tag for s in ours if self._is_ours(s.delivery) and self._goes_back(s)}
-            acked = {s.delivery.receipt.tag for s in ours if self._is_ours(s.delivery)} - rejected
-            self._ack(link, acked)
+            rejected = {s.delivery.receipt.tag for s in ours if self._goes_back(s)}
+            self._ack(link, {s.delivery.receipt.tag for s in ours} - rejected)
             if rejected:
                 self._give_back(link, rejected)
         for settlement in ours:
             self._held_of[settlement.delivery.queue] -= 1
-        return late
+        return Settling(late, failed)
+
+    def _publish_copies(self, copies: Sequence[tuple[Settlement, Publication]]) -> list[Error | None]:
+        """Publish what takes the place of deliveries, and once more what can be helped."""
+        errors = self._publish([copy for _, copy in copies])
+        again: dict[int, Publication] = {}
+        declared: dict[str, Error | None] = {}
+        for index, (settlement, copy) in enumerate(copies):
+            error, queue = errors[index], settlement.delivery.queue
+            reason = None if error is None else error.details.get("reason")
+            if reason == "unroutable":
+                if queue not in declared:
+                    declared[queue] = self._declared(self._specs[queue])
+                if declared[queue] is None:
+                    again[index] = copy
+            elif reason == "full" and copy.delay <= 0 and copy.queue.id == queue:
+                # It would wait for room that only its own acknowledgement makes, if no one else consumes.
+                again[index] = Publication(copy.queue, copy.envelope, _ASIDE)
+        if again:
+            for index, error in zip(again, self._publish(list(again.values())), strict=True):
+                errors[index] = error
+        return errors
+
+    def _declared(self, queue: QueueSpec) -> Error | None:
+        try:
+            self._declare(queue)
+        except Error as error:
+            return error
+        return None
 
     def due_in(self) -> float | None:
         """See `Feed.due_in`; other workers' delays and deliveries are unknown to RabbitMQ's clients."""
@@ -172,6 +217,11 @@ class RabbitFeed:
 
     def _connected(self) -> Link:
         if self._link is None:
+            if self._missing:
+                # One queue that somebody deleted must not keep us from the others.
+                for queue in self._specs.values():
+                    self._declare(queue)
+                self._missing = False
             self._link = self._open_link()
             self._epoch += 1
             self._windows, self._tags = dict.fromkeys(self._specs, 0), {}
@@ -179,6 +229,8 @@ class RabbitFeed:
 
     def _drop_link(self) -> None:
         link, self._link = self._link, None
+        # What still arrives while the link is closed goes back to the broker: it is no delivery of ours.
+        self._epoch += 1
         for delivery in self._outstanding.values():
             delivery.lost = True
         self._outstanding.clear()
@@ -253,13 +305,21 @@ class RabbitFeed:
             )
 
     def _cancelled(self, tag: str) -> None:
+        self._missing = True
         raise amqp.exceptions.RecoverableConnectionError(f"RabbitMQ cancelled the consumer {tag}: its queue is gone")
 
     def _receiver(self, queue: str) -> Callable[[Any], None]:
+        epoch = self._epoch
+        # Whoever looks into a queue is counted by the broker as one more delivery that nobody settled; and
+        # into the dead letters, people do look.
+        counted = self._specs[queue].dead_letter is not None
+
         def receive(message: Any) -> None:
-            headers = message.properties.get("application_headers") or {}
-            redelivered = bool(message.delivery_info.get("redelivered"))
+            if epoch != self._epoch:
+                return
             envelope = to_envelope(message)
+            headers = envelope.headers
+            redelivered = bool(message.delivery_info.get("redelivered"))
             envelope.headers = without_history(headers)
             attempts, crashes = counters(headers)
             delivery = Delivery(
@@ -269,8 +329,8 @@ class RabbitFeed:
                 read_count(headers, attempts),
                 read_count(headers, crashes),
                 # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
-                read_count(headers, "x-delivery-count") if redelivered else 0,
-                _Receipt(self._epoch, message.delivery_tag, message),
+                read_count(headers, "x-delivery-count") if redelivered and counted else 0,
+                _Receipt(epoch, message.delivery_tag, message),
             )
             self._outstanding[message.delivery_tag] = delivery
             if due_in(headers) > _DUE:
@@ -287,7 +347,8 @@ class RabbitFeed:
         return receipt.epoch == self._epoch and receipt.tag in self._outstanding
 
     def _goes_back(self, settlement: Settlement) -> bool:
-        return settlement.outcome.action == "release" and not self._counted(settlement.delivery)
+        delivery = settlement.delivery
+        return settlement.outcome.action == "release" and not delivery.receipt.copied and not self._counted(delivery)
 
     def _counted(self, delivery: Delivery) -> bool:
         """Tell whether going back once more would look to the broker like yet another dead worker.
@@ -315,7 +376,6 @@ class RabbitFeed:
             delay = outcome.delay if outcome.action == "retry" else spec.policy.backoff.max
         if delay > 0:
             headers["x_due_at"] = time() + delay
-            self._due.append(headers["x_due_at"])
         return Publication(spec, Envelope(envelope.id, headers, envelope.properties, envelope.body), delay)
 
     def _ack(self, link: Link, tags: set[int]) -> None:
@@ -384,7 +444,9 @@ class _Guard:
         self._mapped.__enter__()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
-        if error is not None and isinstance(error, (*BROKEN, Error)):
+        if isinstance(error, (amqp.exceptions.NotFound, NotFound)):
+            self._feed._missing = True
+        if isinstance(error, Exception):
             self._feed._drop_link()
         return self._mapped.__exit__(kind, error, trace)
 
@@ -392,7 +454,7 @@ class _Guard:
 def _pack(envelope: Envelope) -> bytes:
     try:
         return pack(envelope)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         # A stranger's headers may hold what msgpack has no type for.
         envelope.headers = {key: _plain(value) for key, value in envelope.headers.items()}
         return pack(envelope)

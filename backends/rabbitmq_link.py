@@ -17,6 +17,7 @@ from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, Prec
 from kombu.exceptions import KombuError
 
 from kq import errors
+from kq.backends.rabbitmq_frame import lenient_frame_handler
 from kq.config import hide_password
 from kq.errors import Conflict, Internal, Invalid, PermissionDenied
 from kq.registry import BackendOptions
@@ -27,6 +28,9 @@ _USER_TIMEOUT: Final = 30_000
 #: Seconds that a farewell to the broker may take.
 _CLOSE_TIMEOUT: Final = 2.0
 
+#: Seconds that the opening of a connection is given even where its caller has less: 0 would mean forever.
+_LEAST_PATIENCE: Final = 0.1
+
 #: What a broken connection raises.
 BROKEN: Final = (OSError, AMQPError, KombuError, EOFError, AttributeError)
 
@@ -34,13 +38,22 @@ BROKEN: Final = (OSError, AMQPError, KombuError, EOFError, AttributeError)
 class Link:
     """A connection and its channel.
 
+    Args:
+        url: Where to.
+        options: Timeouts and the name to show.
+        purpose: What the connection is for, to show.
+        heartbeat: Seconds between heartbeats; 0 for none.
+        patience: Seconds that a step of connecting may take.
+
     Attributes:
         connection: py-amqp's connection, as Kombu made it.
         channel: Its channel; bodies arrive as the bytes they are.
         blocked: Why the broker takes no messages now, or empty.
     """
 
-    def __init__(self, url: str, options: BackendOptions, *, purpose: str, heartbeat: float) -> None:
+    def __init__(
+        self, url: str, options: BackendOptions, *, purpose: str, heartbeat: float, patience: float = 5.0
+    ) -> None:
         self.blocked = ""
         interval = max(1, int(options.heartbeat / 3))
         transport_options: dict[str, Any] = {
@@ -55,12 +68,13 @@ class Link:
                 socket.TCP_KEEPCNT: 3,
             },
             "client_properties": {"connection_name": f"kq {options.name} {purpose}"},
+            "frame_handler": lenient_frame_handler,
         }
         try:
             self._client = kombu.Connection(
                 url,
                 heartbeat=heartbeat,
-                connect_timeout=min(options.timeout, 5.0),
+                connect_timeout=max(_LEAST_PATIENCE, min(options.timeout, 5.0, patience)),
                 transport_options=transport_options,
             )
             if url.startswith("amqps://"):
@@ -101,15 +115,19 @@ class Link:
         while self.drain(0):
             pass
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Say goodbye, wait a moment for the answer, and drop the connection.
 
         The answer says that the acknowledgements sent before have been read: a socket that is closed with
         unread data in it takes them with it. A dead or blocked connection is not waited for long.
+
+        Args:
+            wait: Whether to say goodbye; else the connection is dropped at once.
         """
         connection = self.connection
-        if connection.connected:
-            with suppress(*BROKEN), connection.transport.having_timeout(_CLOSE_TIMEOUT):
+        if wait and connection.connected:
+            # Whatever still arrives, and whatever it raises: this connection is not read again.
+            with suppress(Exception), connection.transport.having_timeout(_CLOSE_TIMEOUT):
                 connection.close()
         with suppress(*BROKEN):
             connection.collect()

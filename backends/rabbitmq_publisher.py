@@ -54,6 +54,8 @@ class Publisher:
         #: Unanswered tags in the order of sending, and each one's place in the batch of `send`.
         self._pending: dict[int, int] = {}
         self._results: list[Internal | None] = []
+        #: Messages of the batch whose sending has begun; they come first in it.
+        self._sent = 0
         self._ids: list[str] = []
         self._returned: set[str] = set()
 
@@ -61,17 +63,19 @@ class Publisher:
         """Send messages and return each one's answer: None if it is stored, else why not.
 
         Raises:
-            OSError, amqp.AMQPError: If the connection breaks; then `unconfirmed` says what is unknown.
+            OSError, amqp.AMQPError: If the connection breaks; then `answered` says what is known.
         """
         self._results = [None] * len(batch)
+        self._sent = 0
         self._ids = [outgoing.message.properties["message_id"] for outgoing in batch]
         self._pending.clear()
         self._returned.clear()
         for index, outgoing in enumerate(batch):
-            if self._link.blocked:
-                return self._give_up(range(index, len(batch)), "blocked")
+            if self._is_over(deadline):
+                return self._give_up(range(index, len(batch)), "blocked" if self._link.blocked else "timeout")
             self._last_tag += 1
             self._pending[self._last_tag] = index
+            self._sent = index + 1
             self._channel.send_method(
                 spec.Basic.Publish,
                 _ARGUMENTS,
@@ -90,14 +94,10 @@ class Publisher:
             return self._give_up((), "blocked" if self._link.blocked else "timeout")
         return self._results
 
-    def unconfirmed(self) -> list[int]:
-        """Return the places in the last batch that have no answer."""
-        return list(self._pending.values())
-
-    @property
-    def results(self) -> list[Internal | None]:
-        """The answers to the last batch so far."""
-        return self._results
+    def answered(self) -> dict[int, Internal | None]:
+        """Return the answers to the last batch so far, by the places of their messages."""
+        unknown = set(self._pending.values())
+        return {place: self._results[place] for place in range(self._sent) if place not in unknown}
 
     def _is_over(self, deadline: float) -> bool:
         return monotonic() >= deadline or bool(self._link.blocked)

@@ -33,6 +33,7 @@ from uuid import uuid4
 import amqp
 
 from kq.backend import COUNTERS, DEAD_COUNTERS, Envelope, QueueSpec, unknown_options
+from kq.backends.rabbitmq_frame import legible
 from kq.errors import Invalid
 from kq.limit import MAX_DELAY
 
@@ -149,8 +150,15 @@ def to_message(envelope: Envelope) -> amqp.Message:
 def to_envelope(message: amqp.Message) -> Envelope:
     """Return what arrived as an envelope; a message without an id is given one."""
     found = message.properties
-    properties = {key: found[key] for key in _PROPERTIES if found.get(key) is not None}
-    headers = dict(found.get("application_headers") or {})
+    properties = {
+        key: legible(value) if isinstance(value, str) else value
+        for key in _PROPERTIES
+        if (value := found.get(key)) is not None
+    }
+    try:
+        headers = _legible_table(found.get("application_headers") or {})
+    except RecursionError:
+        headers = {}
     id = properties.pop("message_id", None)
     body = message.body
     return Envelope(
@@ -159,6 +167,22 @@ def to_envelope(message: amqp.Message) -> Envelope:
         properties,
         body.encode() if isinstance(body, str) else bytes(body),
     )
+
+
+def _legible_table(table: Mapping[Any, Any]) -> dict[str, Any]:
+    return {legible(key): _legible_value(value) for key, value in table.items()}
+
+
+def _legible_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, dict):
+        return _legible_table(value)
+    if isinstance(value, list):
+        return [_legible_value(item) for item in value]
+    return value
 
 
 def without_history(headers: Mapping[str, Any]) -> dict[str, Any]:

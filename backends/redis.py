@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -260,8 +260,10 @@ class RedisStore:
                 self._bell = None
                 raise
             for queue in rung.difference(queues):
-                # We cannot follow it now: pass it on to somebody who can.
-                self._client.rpush(prefix(queue) + "w", "1")
+                # We cannot follow it now: pass it on to somebody who can, unless the server is full. Then
+                # whoever looks next without being woken finds the work.
+                with suppress(OutOfMemoryError):
+                    self._client.rpush(prefix(queue) + "w", "1")
             return sorted(rung.intersection(queues))
 
     def wake(self) -> None:

@@ -84,8 +84,10 @@ end
 
 #: ARGV: arguments as JSON. Returns the arguments it was made with before, or nil.
 DECLARE: Final = """
-if call('SETNX', P .. 'q', ARGV[1]) == 1 then return nil end
-return call('GET', P .. 'q')
+local found = call('GET', P .. 'q')  -- before any write: a full server refuses those
+if found then return found end
+call('SET', P .. 'q', ARGV[1])
+return nil
 """
 
 #: ARGV: max_length or -1, then id, raw, priority, delay, ttl of each. Returns how many, or -1.

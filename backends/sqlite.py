@@ -28,7 +28,7 @@ import select
 import socket
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from time import time
 from typing import Any, ClassVar, Final
@@ -37,7 +37,7 @@ from kq.backend import Capabilities
 from kq.backends.sqlite_file import check_place
 from kq.backends.sqlite_listener import Listener
 from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
-from kq.errors import Internal, Invalid
+from kq.errors import Error, Internal, Invalid
 from kq.waker import Waker
 
 _READY: Final = 0
@@ -218,6 +218,9 @@ class SQLiteStore:
         with self._transaction() as db:
             until = _now() + lease
             db.execute("INSERT OR REPLACE INTO consumer VALUES (?, ?, ?)", (queue, consumer, until))
+            if self._listener is not None and self._listener.covers([queue]):
+                # Somebody who could not see our socket for a moment may have struck us off.
+                db.execute("INSERT OR IGNORE INTO listener VALUES (?, ?)", (queue, self._listener.path))
             return [
                 db.execute(
                     "UPDATE message SET moment = ? WHERE queue = ? AND id = ? AND state = 2 AND token = ?",
@@ -356,37 +359,40 @@ class SQLiteStore:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, _mapped(self._path):
             db = self._connect()
-            db.execute("BEGIN IMMEDIATE")
             try:
+                _roll_back(db)
+                db.execute("BEGIN IMMEDIATE")
                 yield db
-            except BaseException:
-                db.execute("ROLLBACK") if db.in_transaction else None
-                raise
-            try:
                 db.execute("COMMIT")
             except BaseException:
-                # A commit that fails (a full disk) leaves the transaction open.
-                db.execute("ROLLBACK") if db.in_transaction else None
+                # A commit that fails (a full disk) leaves the transaction open, too.
+                _roll_back(db)
                 raise
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._lock, _mapped(self._path):
             db = self._connect()
-            db.execute("BEGIN")
             try:
+                _roll_back(db)
+                db.execute("BEGIN")
                 yield db
             finally:
-                db.execute("ROLLBACK")
+                _roll_back(db)
 
     # Waking each other.
 
     def _listen(self, queues: Sequence[str]) -> None:
         listener = self._listener or Listener()
+        try:
+            with self._transaction() as db:
+                db.execute("DELETE FROM listener WHERE path = ?", (listener.path,))
+                db.executemany("INSERT INTO listener VALUES (?, ?)", [(queue, listener.path) for queue in queues])
+        except BaseException:
+            if listener is not self._listener:
+                listener.close()
+            raise
         listener.queues = frozenset(queues)
-        with self._transaction() as db:
-            db.execute("DELETE FROM listener WHERE path = ?", (listener.path,))
-            db.executemany("INSERT INTO listener VALUES (?, ?)", [(queue, listener.path) for queue in queues])
         self._listener = listener
 
     def _notify(self, paths: Iterable[str]) -> None:
@@ -394,12 +400,13 @@ class SQLiteStore:
         for path in paths:
             try:
                 self._sender.sendto(b"!", path)
-            except (BlockingIOError, InterruptedError):
-                pass  # its buffer is full of wake-ups already
-            except OSError:
+            except (ConnectionRefusedError, FileNotFoundError):
                 gone.append(path)
+            except OSError:
+                pass  # most likely its buffer is full of wake-ups already; it says nothing of the owner
         if gone:
-            with self._transaction() as db:
+            # What was to be made known is committed: whether the dead can be struck off changes nothing.
+            with suppress(Error), self._transaction() as db:
                 db.executemany("DELETE FROM listener WHERE path = ?", [(path,) for path in gone])
 
 
@@ -417,6 +424,12 @@ def _mapped(path: str) -> Iterator[None]:
         raise BrokerAway(f"{path}: {text}", details={"reason": "unavailable"}) from None
     except sqlite3.DatabaseError as error:
         raise BrokerAway(f"{path} is not a database kq can use: {error}", details={"reason": "refused"}) from None
+
+
+def _roll_back(db: sqlite3.Connection) -> None:
+    """End the transaction, if any: a caller who was interrupted at the wrong moment has left one open."""
+    if db.in_transaction:
+        db.execute("ROLLBACK")
 
 
 def _now() -> int:

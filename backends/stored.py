@@ -23,6 +23,7 @@ from kq.backend import (
     QueueInfo,
     QueueSpec,
     Settlement,
+    Settling,
     bury,
     clean,
     pack,
@@ -123,16 +124,19 @@ class StoredBackend:
         return results
 
     def _put(self, store: Store, queue: str, entries: list[Entry], deadline: float) -> int | None:
-        while True:
+        def put() -> int | None:
             if monotonic() >= deadline:
                 raise Internal("the broker did not confirm in time", details={"reason": "timeout"})
-            try:
-                return store.put(queue, entries, self._max_length.get(queue))
-            except BrokerAway as error:
-                # A connection that broke while it was idle: the same ids again are harmless.
-                if error.details.get("reason") != "unavailable" or not error.retryable:
-                    raise
-                store.ping()
+            return store.put(queue, entries, self._max_length.get(queue))
+
+        try:
+            return put()
+        except BrokerAway as error:
+            if error.details.get("reason") != "unavailable" or not error.retryable:
+                raise
+        # A connection that broke while it was idle: the same ids again are harmless.
+        store.ping()
+        return put()
 
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> StoredFeed:
         """See `Backend.feed`."""
@@ -221,6 +225,8 @@ class StoredFeed:
         self._lease = int(lease * 1000)
         self._name = uuid4().hex
         self._held: dict[tuple[str, str, int], Delivery] = {}
+        #: What a `settle` carried out before it raised: when it is called again, that is not late.
+        self._settled: set[tuple[str, str, int]] = set()
         self._look_again = max(_LOOK_AGAIN, len(self._specs) * _LOOK_SPACING)
         self._look_at = dict.fromkeys(self._specs, 0.0)
         self._room: set[str] = set()
@@ -239,12 +245,18 @@ class StoredFeed:
             if self._look_at[queue] > monotonic():
                 self._room.add(queue)
                 continue
-            taken = self._store.take(queue, room, self._lease)
+            try:
+                taken = self._store.take(queue, room, self._lease)
+            except Error:
+                if not deliveries:
+                    raise
+                # These are leased already and must reach their worker; the next fetch meets the error.
+                break
             for lease in taken.leases:
                 delivery = Delivery(
                     queue, lease.id, lease.raw, lease.attempts, lease.crashes, lease.deliveries, lease.token
                 )
-                self._held[queue, lease.id, lease.token] = delivery
+                self._held[_key(delivery)] = delivery
                 deliveries.append(delivery)
             if len(taken.leases) < room:
                 self._room.add(queue)
@@ -252,31 +264,68 @@ class StoredFeed:
                 self._look_at[queue] = monotonic() + quiet
         return deliveries
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[Settlement]:
+    def settle(self, settlements: Sequence[Settlement]) -> Settling:
         """See `Feed.settle`."""
-        late = []
+        late: list[Settlement] = []
+        failed: list[tuple[Settlement, Error]] = []
         by_queue: dict[str, list[Settlement]] = {}
         for settlement in settlements:
-            delivery = settlement.delivery
-            if (delivery.queue, delivery.id, delivery.receipt) in self._held:
-                by_queue.setdefault(delivery.queue, []).append(settlement)
-            else:
+            key = _key(settlement.delivery)
+            if key in self._held:
+                by_queue.setdefault(settlement.delivery.queue, []).append(settlement)
+            elif key not in self._settled:
                 late.append(settlement)
         for queue, group in by_queue.items():
-            endings = [_ending(self._specs[queue], settlement) for settlement in group]
-            plain = [(s, ending) for s, ending in zip(group, endings, strict=True) if ending is not None]
-            answers = self._store.settle(queue, [ending for _, ending in plain]) if plain else []
-            settled = dict(zip((id(s) for s, _ in plain), answers, strict=True))
-            for settlement, ending in zip(group, endings, strict=True):
-                in_time = settled[id(settlement)] if ending is not None else self._bury(settlement)
-                delivery = settlement.delivery
-                self._held.pop((queue, delivery.id, delivery.receipt), None)
-                if not in_time:
-                    late.append(settlement)
-                elif ending is not None and ending.action != "ack":
+            self._settle_plain(queue, group, late, failed)
+            self._settle_dead(queue, group, late, failed)
+        self._settled.clear()
+        return Settling(late, failed)
+
+    def _settle_plain(
+        self, queue: str, group: list[Settlement], late: list[Settlement], failed: list[tuple[Settlement, Error]]
+    ) -> None:
+        spec = self._specs[queue]
+        pairs = [(settlement, ending) for settlement in group if (ending := _ending(spec, settlement)) is not None]
+        # What takes no room first, and apart: it can be carried out where the rest finds the store full.
+        acks = [pair for pair in pairs if pair[1].action == "ack"]
+        for part in (acks, [pair for pair in pairs if pair[1].action != "ack"]):
+            if not part:
+                continue
+            try:
+                answers = self._store.settle(queue, [ending for _, ending in part])
+            except BrokerAway:
+                raise
+            except Error as error:
+                failed += [(settlement, error) for settlement, _ in part]
+                continue
+            for (settlement, ending), in_time in zip(part, answers, strict=True):
+                self._let_go(settlement, in_time, late)
+                if in_time and ending.action != "ack":
                     soon = monotonic() + ending.delay / 1000
                     self._look_at[queue] = min(self._look_at[queue], soon)
-        return late
+
+    def _settle_dead(
+        self, queue: str, group: list[Settlement], late: list[Settlement], failed: list[tuple[Settlement, Error]]
+    ) -> None:
+        for settlement in group:
+            if _ending(self._specs[queue], settlement) is not None:
+                continue
+            try:
+                in_time = self._bury(settlement)
+            except BrokerAway:
+                raise
+            except Error as error:
+                failed.append((settlement, error))
+            else:
+                self._let_go(settlement, in_time, late)
+
+    def _let_go(self, settlement: Settlement, in_time: bool, late: list[Settlement]) -> None:
+        key = _key(settlement.delivery)
+        self._held.pop(key, None)
+        if in_time:
+            self._settled.add(key)
+        else:
+            late.append(settlement)
 
     def _bury(self, settlement: Settlement) -> bool:
         delivery, outcome = settlement.delivery, settlement.outcome
@@ -349,6 +398,10 @@ class StoredFeed:
 def _entry(publication: Publication) -> Entry:
     envelope = publication.envelope
     return Entry(envelope.id, pack(envelope), envelope.priority, ceil(publication.delay * 1000))
+
+
+def _key(delivery: Delivery) -> tuple[str, str, int]:
+    return delivery.queue, delivery.id, delivery.receipt
 
 
 def _ending(queue: QueueSpec, settlement: Settlement) -> Ending | None:

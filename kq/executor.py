@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from kq import codec, errors
+from kq import codec, errors, limit
 from kq.backend import Envelope, QueueSpec, unpack
 from kq.message import Message, Settled, enter, leave
 from kq.outcome import (
@@ -155,8 +155,8 @@ class Executor:
         )
         return Run(job, consumer, policy, message, payload)
 
-    def run(self, run: Run) -> Outcome | None:
-        """Run a sync handler and return the outcome, or None if the handler settled it itself.
+    def run(self, run: Run) -> Outcome:
+        """Run a sync handler and return the outcome; it counts only if the message lets itself be claimed.
 
         Raises:
             HandlerTimeout: If it was raised in this thread; see `timed_out`.
@@ -174,9 +174,9 @@ class Executor:
         finally:
             leave(token)
             run.message.release()
-        return outcome if run.message.claim() else None
+        return outcome
 
-    async def run_async(self, run: Run) -> Outcome | None:
+    async def run_async(self, run: Run) -> Outcome:
         """Run an async handler in its own task; otherwise as `run`."""
         enter(run.message)
         try:
@@ -191,19 +191,17 @@ class Executor:
             outcome = _returned(run, value)
         finally:
             run.message.release()
-        return outcome if run.message.claim() else None
+        return outcome
 
-    def timed_out(self, run: Run) -> Outcome | None:
+    def timed_out(self, run: Run) -> Outcome:
         """Return the outcome of a run that was stopped at its time limit."""
         run.message.release()
-        outcome = timeout_outcome(run.consumer, run.policy, attempts=run.job.attempts, crashes=run.job.crashes)
-        return outcome if run.message.claim() else None
+        return timeout_outcome(run.consumer, run.policy, attempts=run.job.attempts, crashes=run.job.crashes)
 
-    def canceled(self, run: Run) -> Outcome | None:
+    def canceled(self, run: Run) -> Outcome:
         """Return the outcome of an async handler that was cancelled from within."""
         run.message.release()
-        outcome = _after(run, Failure(errors.CANCELED, "the handler was cancelled", True))
-        return outcome if run.message.claim() else None
+        return _after(run, Failure(errors.CANCELED, "the handler was cancelled", True))
 
     def _call(self, consumer: Consumer) -> Callable[[Message, Any], Any]:
         """Return a consumer's handler inside the middleware onion."""
@@ -221,6 +219,12 @@ def timeout_outcome(consumer: Consumer, policy: RetryPolicy, *, attempts: int, c
     """Return the outcome of a run that passed its time limit, also where its process was killed for it."""
     failure = Failure(errors.TIMEOUT, f"handler {consumer.name} ran past its timeout of {consumer.timeout:g} s", True)
     return after_failure(failure, policy, attempts=attempts + 1, crashes=crashes)
+
+
+def last_resort(job: Job, error: BaseException) -> Outcome:
+    """Return the outcome of a job around which kq itself failed: once more after a while, charged."""
+    failure = Failure(errors.INTERNAL, f"kq failed around the handler: {type(error).__name__}", True)
+    return after_failure(failure, RetryPolicy(), attempts=job.attempts + 1, crashes=job.crashes)
 
 
 def _wrap(middleware: HandleMiddleware, call: Callable[[Message, Any], Any]) -> Callable[[Message, Any], Any]:
@@ -241,12 +245,15 @@ def _returned(run: Run, result: Any) -> Outcome:
 
 def _failed(run: Run, error: BaseException) -> Outcome:
     job = run.job
-    if isinstance(error, Retry):
-        if not error.count:
-            wait = run.policy.backoff.delay(job.attempts + 1) if error.delay is None else error.delay
-            return Outcome("retry", wait, job.attempts, job.crashes)
-        return _after(run, Failure(errors.INTERNAL, "the handler asked for a retry", True), error.delay)
-    return _after(run, describe(error))
+    if not isinstance(error, Retry):
+        return _after(run, describe(error))
+    delay = getattr(error, "delay", None)
+    if not isinstance(delay, (int, float)) or isinstance(delay, bool) or not 0 <= delay <= limit.MAX_DELAY:
+        delay = None
+    if getattr(error, "count", True):
+        return _after(run, Failure(errors.INTERNAL, "the handler asked for a retry", True), delay)
+    wait = run.policy.backoff.delay(job.attempts + 1) if delay is None else delay
+    return Outcome("retry", wait, job.attempts, job.crashes)
 
 
 def _after(run: Run, failure: Failure, delay: float | None = None) -> Outcome:
@@ -255,12 +262,26 @@ def _after(run: Run, failure: Failure, delay: float | None = None) -> Outcome:
 
 
 def describe(error: BaseException) -> Failure:
-    """Return an exception as a value: its kind, its message, whether to retry, and the traceback's end."""
-    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    """Return an exception as a value: its kind, its message, whether to retry, and the traceback's end.
+
+    Whatever the exception is like: people derive from ours, forget to call ours, and overwrite attributes.
+    """
+    try:
+        lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception as broken:
+        lines = f"{type(error).__name__} (its traceback cannot be shown: {type(broken).__name__})"
     trace = clip(lines, MAX_TRACEBACK, end=True)
-    if isinstance(error, errors.Error):
-        return Failure(error.kind, clip(error.message, MAX_MESSAGE), error.retryable, trace)
-    return Failure(errors.INTERNAL, clip(f"{type(error).__name__}: {_words(error)}", MAX_MESSAGE), True, trace)
+    if not isinstance(error, errors.Error):
+        return Failure(errors.INTERNAL, clip(f"{type(error).__name__}: {_words(error)}", MAX_MESSAGE), True, trace)
+    kind = getattr(error, "kind", None)
+    if not isinstance(kind, str) or kind not in errors.RETRYABLE:
+        kind = type(error).default_kind
+    retryable = getattr(error, "retryable", None)
+    if not isinstance(retryable, bool):
+        retryable = errors.RETRYABLE[kind]
+    message = getattr(error, "message", None)
+    text = message if isinstance(message, str) else _words(error)
+    return Failure(kind, clip(text, MAX_MESSAGE), retryable, trace)
 
 
 def _words(error: BaseException) -> str:

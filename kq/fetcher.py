@@ -10,17 +10,20 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from threading import Event, Lock, Thread
 from time import monotonic
 
-from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement
+from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement, Settling
 from kq.errors import Error, PermissionDenied
+from kq.outcome import DONE
 
 logger = logging.getLogger("kq.worker")
 
 #: Seconds between tries to reach a broker that is away: from the first to the last, with jitter.
 _BACKOFF = (0.1, 2.0)
+#: Seconds between tries of a settlement that cannot be carried out: the first and the longest.
+_SETTLE_AGAIN = (1.0, 30.0)
 #: Seconds between tries against a broker that refuses us: it will not change its mind soon.
 _BACKOFF_REFUSED = 30.0
 
@@ -34,6 +37,7 @@ class Fetcher(Thread):
         prefetch: Deliveries in hand at most, ever.
         lease: Seconds that a delivery stays ours without renewal.
         limits: Deliveries in hand at most of single queues, by id.
+        auto_ack: Queues whose deliveries are settled as done before anybody sees them.
         on_deliveries: Called in this thread with what was fetched.
         on_idle: Called in this thread when nothing is in hand, ready or due before ``idle_until()``.
         idle_until: Returns the moment, on the monotonic clock, until which to wait for what is due.
@@ -47,6 +51,7 @@ class Fetcher(Thread):
         prefetch: int,
         lease: float,
         limits: Mapping[str, int] | None = None,
+        auto_ack: Container[str] = (),
         on_deliveries: Callable[[list[Delivery]], None],
         on_idle: Callable[[], None] | None = None,
         idle_until: Callable[[], float] = monotonic,
@@ -57,13 +62,20 @@ class Fetcher(Thread):
         self._prefetch = prefetch
         self._renew_every = lease / 3
         self._limits = dict(limits or {})
+        self._auto_ack = auto_ack
         self._on_deliveries = on_deliveries
         self._on_idle = on_idle
         self._idle_until = idle_until
         self._lock = Lock()
+        #: Held from the decision how much to fetch until that is handed over.
+        self._fetching = Lock()
         self._target = prefetch
         self._in_hand: Counter[str] = Counter()
         self._inbox: list[Settlement] = []
+        #: What could not be settled, each with the moment of its next try and the wait after that.
+        self._failed: list[tuple[float, float, Settlement]] = []
+        #: Whether somebody has said something since the last look.
+        self._news = False
         self._feed: Feed | None = None
         self._waiting = False
         self._stopping = Event()
@@ -76,13 +88,26 @@ class Fetcher(Thread):
         """Say how many deliveries to keep in hand from now on; at most the prefetch."""
         target = min(target, self._prefetch)
         if target != self._target:
-            self._target = target
+            with self._lock:
+                self._target = target
+                self._news = True
             self._wake()
+
+    def pause(self, timeout: float) -> None:
+        """Hold nothing new from now on; what was being fetched has been handed over when this returns.
+
+        Args:
+            timeout: Seconds to wait for that; a broker that hangs is not waited for longer.
+        """
+        self.hold(0)
+        if self._fetching.acquire(timeout=timeout):
+            self._fetching.release()
 
     def settle(self, settlements: Sequence[Settlement]) -> None:
         """Hand in settlements; they are carried out in order, and again if the broker was away."""
         with self._lock:
             self._inbox.extend(settlements)
+            self._news = True
         self._wake()
 
     def finished(self, queue: str, count: int = 1) -> None:
@@ -90,6 +115,7 @@ class Fetcher(Thread):
         with self._lock:
             self._in_hand[queue] -= count
             self.in_hand -= count
+            self._news = True
         self._wake()
 
     def stop(self, timeout: float) -> bool:
@@ -120,30 +146,44 @@ class Fetcher(Thread):
             self._feed = self._backend.feed(self._queues, self._prefetch)
             self._renew_at = monotonic() + self._renew_every
         feed = self._feed
-        settled = self._settle(feed)
+        # Before anything that may fail: nothing else may cost us our leases.
         if monotonic() >= self._renew_at:
             feed.renew()
             self._renew_at = monotonic() + self._renew_every
-        deliveries = feed.fetch(*self._room())
-        if deliveries:
-            with self._lock:
-                self._in_hand.update(Counter(delivery.queue for delivery in deliveries))
-                self.in_hand += len(deliveries)
-            self._on_deliveries(deliveries)
-        elif not settled:
+        settled = self._settle(feed)
+        with self._fetching:
+            fetched = self._fetch(feed)
+        if not fetched and not settled:
             self._wait(feed)
 
+    def _fetch(self, feed: Feed) -> bool:
+        deliveries = feed.fetch(*self._room())
+        if not deliveries:
+            return False
+        deliveries = self._acknowledge(feed, deliveries)
+        with self._lock:
+            self._in_hand.update(Counter(delivery.queue for delivery in deliveries))
+            self.in_hand += len(deliveries)
+        self._on_deliveries(deliveries)
+        return True
+
     def _settle(self, feed: Feed) -> bool:
+        now = monotonic()
+        again = [failed for failed in self._failed if failed[0] <= now]
         with self._lock:
             batch, self._inbox = self._inbox, []
-        if not batch:
+        if not batch and not again:
             return False
         try:
-            late = feed.settle(batch)
+            late, failed = self._carry_out(feed, [*(settlement for _, _, settlement in again), *batch])
         except BaseException:
             with self._lock:
                 self._inbox = batch + self._inbox
             raise
+        waits = {id(settlement): wait for _, wait, settlement in again}
+        self._failed = [item for item in self._failed if item[0] > now]
+        for settlement, error in failed:
+            self._put_off(settlement, error, waits.get(id(settlement), _SETTLE_AGAIN[0]))
         for settlement in late:
             logger.info(
                 "%s %s was settled too late: its lease had run out, it runs again elsewhere",
@@ -153,14 +193,50 @@ class Fetcher(Thread):
             )
         return True
 
+    def _carry_out(self, feed: Feed, batch: list[Settlement]) -> Settling:
+        try:
+            return feed.settle(batch)
+        except Error:
+            raise
+        except Exception:
+            if len(batch) == 1:
+                logger.exception("%s %s cannot be settled", batch[0].delivery.queue, batch[0].delivery.id)
+                return Settling([], [(batch[0], Error("unexpected failure"))])
+        # One of them is poison: the others are not to share its fate.
+        parts = [self._carry_out(feed, [settlement]) for settlement in batch]
+        return Settling(
+            [late for part in parts for late in part.late], [failed for part in parts for failed in part.failed]
+        )
+
+    def _put_off(self, settlement: Settlement, error: Error, wait: float) -> None:
+        delivery = settlement.delivery
+        if wait == _SETTLE_AGAIN[0]:
+            logger.error(
+                "%s %s cannot be settled (%s) now: %s; trying again",
+                delivery.queue, delivery.id, settlement.outcome.action, error,
+                extra={"action": "settle_failed", "queue": delivery.queue, "message_id": delivery.id},
+            )  # fmt: skip
+        self._failed.append((monotonic() + wait, min(2 * wait, _SETTLE_AGAIN[1]), settlement))
+
+    def _acknowledge(self, feed: Feed, deliveries: list[Delivery]) -> list[Delivery]:
+        """Settle at once what runs at most once; what cannot be settled is not to run."""
+        at_once = [Settlement(delivery, DONE) for delivery in deliveries if delivery.queue in self._auto_ack]
+        if not at_once:
+            return deliveries
+        late, failed = feed.settle(at_once)
+        lost = {id(settlement.delivery) for settlement in (*late, *(settlement for settlement, _ in failed))}
+        return [delivery for delivery in deliveries if id(delivery) not in lost]
+
     def _room(self) -> tuple[int, dict[str, int]]:
         with self._lock:
+            self._news = False
             credit = max(0, self._target - self.in_hand)
             caps = {queue: max(0, most - self._in_hand[queue]) for queue, most in self._limits.items()}
         return credit, caps
 
     def _wait(self, feed: Feed) -> None:
-        timeout = max(0.0, self._renew_at - monotonic())
+        soonest = min([self._renew_at, *(moment for moment, _, _ in self._failed)])
+        timeout = max(0.0, soonest - monotonic())
         if self._on_idle is not None and self._target and self._has_nothing():
             due = feed.due_in()
             if due is None or monotonic() + due > self._idle_until():
@@ -171,9 +247,8 @@ class Fetcher(Thread):
                 timeout = min(timeout, due)
         self._waiting = True
         try:
-            with self._lock:
-                busy = bool(self._inbox)
-            if not busy and not self._stopping.is_set():
+            # Whoever speaks from here on ends the wait; what was said before is seen here.
+            if not self._news and not self._stopping.is_set():
                 feed.wait(timeout)
         finally:
             self._waiting = False
@@ -181,7 +256,7 @@ class Fetcher(Thread):
     def _has_nothing(self) -> bool:
         # Owners hand in a settlement before they say that the delivery is out of their hands.
         with self._lock:
-            return self.in_hand == 0 and not self._inbox
+            return self.in_hand == 0 and not self._inbox and not self._failed
 
     def _wake(self) -> None:
         feed = self._feed
@@ -204,6 +279,7 @@ class Fetcher(Thread):
         feed = self._feed
         if feed is None:
             return
+        self._failed = [(0.0, wait, settlement) for _, wait, settlement in self._failed]
         try:
             self._settle(feed)
         except Error as error:

@@ -13,6 +13,7 @@ from time import monotonic
 
 from kq.backend import Publication
 from kq.errors import Error, Internal
+from kq.shield import shielded
 
 Commit = Callable[[Sequence[Publication], float], list[Error | None]]
 
@@ -42,6 +43,11 @@ class GroupCommit:
 
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """Publish ``batch`` and return one result for each; blocks at most ``timeout`` seconds."""
+        # A handler's time limit must not strike in here: others wait for the lock and the connection.
+        with shielded():
+            return self._publish(batch, timeout)
+
+    def _publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         ticket = _Ticket(batch, monotonic() + timeout)
         with self._turn:
             self._waiting.append(ticket)

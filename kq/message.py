@@ -116,8 +116,9 @@ class Message:
             self._live()
             if self._settled:
                 raise Invalid("message already settled; expected one ack or nack for each message")
+            # Under the lock, so that whoever finds it settled knows that the settlement is on its way.
+            self._on_settle(how, delay)
             self._settled = True
-        self._on_settle(how, delay)
 
     def _live(self) -> Envelope:
         if self._released:
@@ -147,3 +148,8 @@ def current() -> Message:
     if message is None:
         raise Invalid("no delivery in context: queue.message() works inside a handler, while it runs")
     return message
+
+
+def is_handling() -> bool:
+    """Tell whether this code runs inside a handler."""
+    return _current.get() is not None

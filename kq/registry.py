@@ -64,7 +64,7 @@ class Registry:
         self._lock = RLock()
         self._backend: Backend | None = None
         self._confirmed: set[str] = set()
-        self._on_reset: list[Callable[[], None]] = []
+        self._on_reset: list[weakref.WeakMethod[Callable[[], None]]] = []
         _registries.add(self)
 
     @property
@@ -178,15 +178,24 @@ class Registry:
         self._confirmed.discard(queue_id)
 
     def on_reset(self, callback: Callable[[], None]) -> None:
-        """Have ``callback`` called when the backend is gone: closed, or left behind by a fork."""
-        self._on_reset.append(callback)
+        """Have a method called when the backend is gone: closed, or left behind by a fork.
+
+        Its object is not kept alive for it.
+        """
+        self._on_reset = [reference for reference in self._on_reset if reference() is not None]
+        self._on_reset.append(weakref.WeakMethod(callback))
+
+    def _reset(self) -> None:
+        for reference in list(self._on_reset):
+            callback = reference()
+            if callback is not None:
+                callback()
 
     def close(self) -> None:
         """Close the backend; the next use opens a new one. Idempotent."""
         with self._lock:
             backend, self._backend = self._backend, None
-            for callback in self._on_reset:
-                callback()
+            self._reset()
         if backend is not None:
             backend.close()
 
@@ -197,8 +206,7 @@ class Registry:
             # Kept from the garbage collector, whose clean-up would speak on the parent's sockets.
             _left_behind.append(self._backend)
             self._backend = None
-        for callback in self._on_reset:
-            callback()
+        self._reset()
 
 
 class HasRegistry(Protocol):

@@ -128,10 +128,26 @@ def main(arguments: list[str]) -> int:
     """Run the child's program and return its exit code."""
     connection_fd, slots_fd, slot_count, parent = map(int, arguments)
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    leave_signals_to_supervisor()
     slots = SlotTable(slot_count, slots_fd)
     return Child(socket.socket(fileno=connection_fd), slots).run()
+
+
+def leave_signals_to_supervisor() -> None:
+    """Have signals that mean the whole worker end nothing here: the supervisor says what is to happen.
+
+    A service manager sends TERM to every process of a service, and would kill handlers that the
+    supervisor lets finish. Ignoring would be inherited by whatever a handler starts; a function is not.
+    """
+    me = os.getpid()
+
+    def pass_over(number: int, frame: object) -> None:
+        if os.getpid() != me:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, pass_over)
 
 
 def die_with(parent: int) -> None:

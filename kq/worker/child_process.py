@@ -32,6 +32,10 @@ class ChildProcess(Place):
     process: subprocess.Popen[bytes] = field(init=False)
     why_failed: str = ""
     leaving: bool = False
+    leaving_since: float = 0.0
+    outdated: bool = False
+    ended: bool = False
+    watched: bool = True
     late: int = 0
     finished: int = 0
     measured_at: float = field(default_factory=monotonic)
@@ -42,15 +46,20 @@ class ChildProcess(Place):
         self.slots = SlotTable(2 * self.hello.concurrency)
         numbers = (theirs.fileno(), self.slots.fd, self.slots.count, os.getpid())
         command = [sys.executable, "-m", "kq.worker.child", *map(str, numbers)]
-        with theirs:
-            self.process = subprocess.Popen(
-                command,
-                pass_fds=(theirs.fileno(), self.slots.fd),
-                stdin=subprocess.DEVNULL,
-                # A session of its own: the terminal's Ctrl-C is the supervisor's, and one kill
-                # reaches whatever a handler has started.
-                start_new_session=True,
-            )
+        try:
+            with theirs:
+                self.process = subprocess.Popen(
+                    command,
+                    pass_fds=(theirs.fileno(), self.slots.fd),
+                    stdin=subprocess.DEVNULL,
+                    # A session of its own: the terminal's Ctrl-C is the supervisor's, and one kill
+                    # reaches whatever a handler has started.
+                    start_new_session=True,
+                )
+        except OSError:
+            ours.close()
+            self.slots.close()
+            raise
         ours.setblocking(False)
         self.socket = ours
         self.reader = frame.Reader()
@@ -90,8 +99,10 @@ class ChildProcess(Place):
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
+                self.ended = True
                 break
             if not data:
+                self.ended = True
                 break
             frames += [frame.from_child.decode(raw) for raw in self.reader.feed(data)]
             if len(data) < frame.READ_SIZE:

@@ -109,15 +109,15 @@ class Pool(Protocol):
         ...
 
     def replace(self) -> None:
-        """Replace every place by one that has loaded the code anew, without dropping a job."""
+        """Replace every place by one that has loaded the code anew; each goes when its successor is ready."""
         ...
 
     def dump(self) -> None:
         """Log what runs where, with stacks."""
         ...
 
-    def close(self, patience: float) -> None:
-        """End every place; after ``patience`` seconds by force."""
+    def close(self, patience: float) -> list[Event]:
+        """End every place, after ``patience`` seconds by force, and return what was still to come."""
         ...
 
 

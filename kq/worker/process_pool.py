@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
+import msgspec
+
 from kq.executor import Job
 from kq.outcome import DONE, Outcome
 from kq.waker import Waker
@@ -23,6 +25,8 @@ KILL_AFTER = 2.0
 _START_BACKOFF = (0.5, 30.0)
 #: Failed starts in a row after which the worker gives up.
 _START_TRIES = 5
+#: Seconds that a child with nothing left to do is given to end.
+_LINGER = 10.0
 #: Seconds of work that a child holds beyond what its handlers run.
 _LOOKAHEAD = 0.1
 #: Jobs that a child holds at most.
@@ -56,11 +60,16 @@ class ProcessPool:
         self._numbers = 0
         self._closing = False
         self._recalled = False
+        self._has_worked = False
 
     def start(self) -> None:
         """See `Pool.start`."""
-        while len(self._active()) < self._size:
-            self._add()
+        while len(self._active()) < self._size and monotonic() >= self._start_at:
+            try:
+                self._add()
+            except OSError as error:
+                # No memory or no descriptors for a process: those that run go on.
+                self._count_failed_start(self._numbers, str(error))
 
     def submit(self, place: Place, jobs: Sequence[Job]) -> None:
         """See `Pool.submit`."""
@@ -82,6 +91,7 @@ class ProcessPool:
                 self._read(child, events)
             self._watch(child)
         self._stop_late_handlers()
+        self._end_lingering()
         for child in list(self._children):
             if child.process.poll() is not None:
                 self._bury(child, events)
@@ -102,15 +112,16 @@ class ProcessPool:
         """See `Pool.recall`."""
         self._recalled = True
         for child in self._children:
-            child.accepting = False
-            child.leaving = True
-            child.send(frame.Recall(final=True))
-            self._watch(child)
+            self._retire(child)
 
     def replace(self) -> None:
         """See `Pool.replace`."""
-        for child in self._active():
-            self._retire(child)
+        if self._closing or self._recalled:
+            return
+        for child in self._children:
+            child.outdated = True
+        self._start_at = 0.0
+        self._failed_starts = 0
         self.start()
 
     def dump(self) -> None:
@@ -127,30 +138,26 @@ class ProcessPool:
             child.send(frame.Dump())
             self._watch(child)
 
-    def close(self, patience: float) -> None:
+    def close(self, patience: float) -> list[Event]:
         """See `Pool.close`."""
         self._closing = True
+        events: list[Event] = []
         until = monotonic() + patience
         for child in self._children:
-            child.leaving = True
-            child.send(frame.Recall(final=True))
-            self._watch(child)
+            self._retire(child)
         while self._children and monotonic() < until:
-            self.poll(until - monotonic())
+            events += self.poll(until - monotonic())
         for child in list(self._children):
             child.kill()
         for child in list(self._children):
             child.process.wait()
-            self._forget(child)
+            self._bury(child, events)
         self._selector.close()
         self._waker.close()
-
-    def pids(self) -> list[int]:
-        """Return the children's process ids."""
-        return [child.process.pid for child in self._children]
+        return events
 
     def _active(self) -> list[ChildProcess]:
-        return [child for child in self._children if not child.leaving]
+        return [child for child in self._children if not child.leaving and not child.outdated]
 
     def _add(self) -> None:
         self._numbers += 1
@@ -165,6 +172,8 @@ class ProcessPool:
         self._watch(child)
 
     def _retire(self, child: ChildProcess) -> None:
+        if not child.leaving:
+            child.leaving_since = monotonic()
         child.leaving = True
         child.accepting = False
         child.send(frame.Recall(final=True))
@@ -172,15 +181,23 @@ class ProcessPool:
 
     def _watch(self, child: ChildProcess) -> None:
         """Ask for writability exactly while there is something to write."""
-        if child.socket.fileno() < 0:
+        if child.ended:
             return
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.outgoing else 0)
         if self._selector.get_key(child.socket).events != wanted:
             self._selector.modify(child.socket, wanted, child)
 
     def _read(self, child: ChildProcess, events: list[Event]) -> None:
-        for message in child.read():
-            self._take(child, message, events)
+        try:
+            for message in child.read():
+                self._take(child, message, events)
+        except msgspec.MsgspecError:
+            logger.exception("child %d speaks nonsense; killing it", child.number, extra={"action": "child_broken"})
+            child.kill()
+        if child.ended and child.watched:
+            # Its end of the socket is closed; its process says when it is over.
+            child.watched = False
+            self._selector.unregister(child.socket)
 
     def _take(self, child: ChildProcess, message: Any, events: list[Event]) -> None:
         if isinstance(message, frame.Results):
@@ -197,6 +214,11 @@ class ProcessPool:
         elif isinstance(message, frame.Ready):
             child.ready = True
             self._failed_starts = 0
+            self._has_worked = True
+            for old in self._children:
+                if old.outdated and not old.leaving:
+                    self._retire(old)
+                    break
         elif isinstance(message, frame.Failed):
             child.why_failed = message.why
 
@@ -225,8 +247,8 @@ class ProcessPool:
         how = child.how_it_ended()
         expected = child.leaving and child.process.returncode == 0
         if not child.ready and not child.leaving:
-            self._count_failed_start(child, how)
-        elif not expected:
+            self._count_failed_start(child.number, child.why_failed or f"the process {how}")
+        elif not expected and not self._closing:
             logger.error(
                 "child %d (pid %d) %s while running %d and holding %d jobs; starting a new one",
                 child.number, child.process.pid, how, len(running), len(queued),
@@ -237,25 +259,32 @@ class ProcessPool:
             events.append(Died(child, how, running, queued, child.late))
 
     def _forget(self, child: ChildProcess) -> None:
-        self._selector.unregister(child.socket)
+        if child.watched:
+            self._selector.unregister(child.socket)
         if child.pid_fd is not None:
             self._selector.unregister(child.pid_fd)
         child.close()
         self._children.remove(child)
         self.places.remove(child)
 
-    def _count_failed_start(self, child: ChildProcess, how: str) -> None:
+    def _count_failed_start(self, number: int, why: str) -> None:
         self._failed_starts += 1
-        why = child.why_failed or f"the process {how}"
-        if self._failed_starts >= _START_TRIES * self._size:
+        if self._failed_starts >= _START_TRIES * self._size and not self._has_worked:
             raise StartFailed(why)
         first, longest = _START_BACKOFF
-        wait = min(longest, first * 2 ** ((self._failed_starts - 1) // self._size))
+        wait = min(longest, first * 2 ** min(10, (self._failed_starts - 1) // self._size))
         self._start_at = monotonic() + wait
         logger.error(
-            "child %d could not start: %s; next try in %.1f s", child.number, why, wait,
+            "child %d could not start: %s; next try in %.1f s", number, why, wait,
             extra={"action": "child_failed"},
         )  # fmt: skip
+
+    def _end_lingering(self) -> None:
+        """Kill children that have nothing left to do and do not end."""
+        now = monotonic()
+        for child in self._children:
+            if child.leaving and not child.tags and now - child.leaving_since > _LINGER:
+                child.kill()
 
     def _stop_late_handlers(self) -> None:
         """Kill a child whose handler does not heed its time limit."""
@@ -276,7 +305,9 @@ class ProcessPool:
         now = monotonic()
         if any(child.pid_fd is None for child in self._children):
             timeout = min(timeout, _LOOK_AT_CHILDREN)
-        if not self._closing and len(self._active()) < self._size:
+        if any(child.leaving for child in self._children):
+            timeout = min(timeout, _LINGER / 4)
+        if not self._closing and not self._recalled and len(self._active()) < self._size:
             timeout = min(timeout, max(0.0, self._start_at - now))
         if self._timeout_of is not None:
             for child in self._children:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import sys
 import traceback
 from collections import deque
@@ -18,12 +19,19 @@ from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, get_ident
 from time import monotonic
 
-from kq.executor import Executor, HandlerTimeout, Job, Run
+from kq.executor import Executor, HandlerTimeout, Job, Run, last_resort
 from kq.outcome import DONE, Outcome
+from kq.shield import Shield, carry
 from kq.worker.slot import UNSENT_MAX, SlotTable
+
+logger = logging.getLogger("kq.worker")
 
 #: Seconds that a finished job's outcome waits for company while others are queued.
 _FLUSH_AFTER = 0.002
+#: Seconds between two looks at a late handler that must not be interrupted right now.
+_SHIELDED_PAUSE = 0.005
+#: Seconds after which it is sent at the latest, when every handler is busy.
+_FLUSH_LATEST = 0.01
 
 #: A job's tag and its outcome; None if the handler settled it itself before.
 Result = tuple[int, Outcome | None]
@@ -59,12 +67,14 @@ class Runner:
         self._emit = emit
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._threads: list[_HandlerThread] = []
-        self._idle = 0
+        #: Jobs for sync handlers that are here, waiting or running.
+        self._pending = 0
         self._lock = Lock()
         self._outbox: list[Result] = []
         self._outbox_lock = Lock()
         self._flushed_at = 0.0
         self._loop: _LoopThread | None = None
+        self._flusher = _Flusher(self)
         self._watchdog = None if shortest_timeout is None else _Watchdog(self._threads, shortest_timeout)
         if self._watchdog is not None:
             self._watchdog.start()
@@ -82,13 +92,21 @@ class Runner:
             self._start_threads(waiting)
 
     def recall(self) -> list[int]:
-        """Return the tags of jobs that have not started, and forget them."""
+        """Return the tags of jobs that have not started, and forget them; but not of those settled before."""
         tags = []
+        kept = []
         with contextlib.suppress(Empty):
             while True:
                 job = self._jobs.get_nowait()
-                if job is not None:
+                if job is not None and not job.settled:
                     tags.append(job.tag)
+                else:
+                    kept.append(job)
+        # What was acknowledged beforehand is nobody else's any more: it runs here or never.
+        for job in kept:
+            self._jobs.put(job)
+        with self._lock:
+            self._pending -= len(tags)
         if self._loop is not None:
             tags += self._loop.recall()
         return tags
@@ -99,6 +117,7 @@ class Runner:
             self._jobs.put(None)
         if self._loop is not None:
             self._loop.stop()
+        self._flusher.stop()
         if self._watchdog is not None:
             self._watchdog.stop()
 
@@ -120,6 +139,8 @@ class Runner:
                 self._send()
             else:
                 self._slots.add_unsent(len(self._outbox) - 1, job.tag)
+                if len(self._outbox) == 1:
+                    self._flusher.expect()
 
     def _send(self) -> None:
         # The lock is held while sending, so that two batches never mix.
@@ -155,7 +176,8 @@ class Runner:
 
     def _start_threads(self, waiting: int) -> None:
         with self._lock:
-            missing = min(waiting - self._idle, self._concurrency - len(self._threads))
+            self._pending += waiting
+            missing = min(self._pending, self._concurrency) - len(self._threads)
             for _ in range(missing):
                 thread = _HandlerThread(self, self._executor, len(self._threads), self._slots)
                 self._threads.append(thread)
@@ -167,13 +189,40 @@ class Runner:
             return self._jobs.get_nowait()
         except Empty:
             self.flush()
+        return self._jobs.get()
+
+    def ended(self) -> None:
+        """Note that a sync handler has ended."""
         with self._lock:
-            self._idle += 1
-        try:
-            return self._jobs.get()
-        finally:
-            with self._lock:
-                self._idle -= 1
+            self._pending -= 1
+
+
+class _Flusher(Thread):
+    """Sends results that wait for company which does not come, because every handler is busy."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(name="kq-flusher", daemon=True)
+        self._runner = runner
+        self._expected = Event()
+        self._stopped = Event()
+
+    def expect(self) -> None:
+        """Say that a result has begun to wait."""
+        if not self.is_alive() and not self._stopped.is_set():
+            self.start()
+        self._expected.set()
+
+    def run(self) -> None:
+        while True:
+            self._expected.wait()
+            if self._stopped.wait(_FLUSH_LATEST):
+                return
+            self._expected.clear()
+            self._runner.flush()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._expected.set()
 
 
 class _HandlerThread(Thread):
@@ -187,20 +236,32 @@ class _HandlerThread(Thread):
         self._slots = slots
         self.job: Job | None = None
         #: Guards the moment between a handler's end and the watchdog's shot.
-        self._aim = Lock()
+        self._shield = Shield()
         self._deadline: float | None = None
 
     def run(self) -> None:
+        carry(self._shield)
         while True:
             job = self._runner.next_job()
             if job is None:
                 return
-            outcome: Outcome | None
-            prepared = self._executor.prepare(job, self._runner.report_now)
-            outcome = prepared if isinstance(prepared, Outcome) else self._run(job, prepared)
+            outcome = self._handle(job)
+            self._runner.ended()
             self._runner.report(job, outcome)
 
-    def _run(self, job: Job, run: Run) -> Outcome | None:
+    def _handle(self, job: Job) -> Outcome | None:
+        try:
+            prepared = self._executor.prepare(job, self._runner.report_now)
+            if isinstance(prepared, Outcome):
+                return prepared
+            outcome = self._run(job, prepared)
+            # Out of the watchdog's reach: what is claimed here is also reported.
+            return outcome if prepared.message.claim() else None
+        except Exception as error:
+            logger.exception("unexpected failure around %s of %s", job.id, job.queue)
+            return last_resort(job, error)
+
+    def _run(self, job: Job, run: Run) -> Outcome:
         timeout = run.consumer.timeout
         now = monotonic()
         self._slots.enter(self._slot, job.tag, now)
@@ -208,12 +269,13 @@ class _HandlerThread(Thread):
         try:
             try:
                 if timeout is not None:
-                    with self._aim:
+                    with self._shield.lock:
+                        self._shield.depth = 0
                         self._deadline = now + timeout
                 return self._executor.run(run)
             finally:
                 if timeout is not None:
-                    with self._aim:
+                    with self._shield.lock:
                         self._deadline = None
         except HandlerTimeout:
             return self._executor.timed_out(run)
@@ -222,16 +284,18 @@ class _HandlerThread(Thread):
             self._slots.leave(self._slot)
 
     def expire(self, now: float) -> float | None:
-        """Stop the handler if its time is over; return the deadline of one that may go on."""
-        with self._aim:
+        """Stop the handler if its time is over; return when to look at it again."""
+        with self._shield.lock:
             deadline = self._deadline
-            if deadline is not None and deadline <= now:
-                self._deadline = None
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self.ident or get_ident()), ctypes.py_object(HandlerTimeout)
-                )
-                return None
-            return deadline
+            if deadline is None or deadline > now:
+                return deadline
+            if self._shield.depth:
+                return now + _SHIELDED_PAUSE
+            self._deadline = None
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self.ident or get_ident()), ctypes.py_object(HandlerTimeout)
+            )
+            return None
 
 
 class _Watchdog(Thread):
@@ -284,10 +348,15 @@ class _LoopThread(Thread):
         self._loop.call_soon_threadsafe(self._start)
 
     def recall(self) -> list[int]:
-        tags = []
+        tags, kept = [], []
         with contextlib.suppress(IndexError):
             while True:
-                tags.append(self._waiting.popleft().tag)
+                job = self._waiting.popleft()
+                if job.settled:
+                    kept.append(job)
+                else:
+                    tags.append(job.tag)
+        self._waiting.extend(kept)
         return tags
 
     def stop(self) -> None:
@@ -323,19 +392,24 @@ class _LoopThread(Thread):
             self._loop.stop()
 
     async def _handle(self, job: Job, slot: int) -> None:
+        outcome: Outcome | None
         try:
             prepared = self._executor.prepare(job, self._runner.report_now)
             if isinstance(prepared, Outcome):
-                outcome: Outcome | None = prepared
+                outcome = prepared
             else:
                 self._slots.enter(slot, job.tag, monotonic())
                 outcome = await self._run(prepared)
+                outcome = outcome if prepared.message.claim() else None
+        except Exception as error:
+            logger.exception("unexpected failure around %s of %s", job.id, job.queue)
+            outcome = last_resort(job, error)
         finally:
             self._slots.leave(slot)
             self._free.append(slot)
         self._runner.report(job, outcome)
 
-    async def _run(self, run: Run) -> Outcome | None:
+    async def _run(self, run: Run) -> Outcome:
         task = self._loop.create_task(self._executor.run_async(run))
         late = False
 

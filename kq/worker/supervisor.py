@@ -16,7 +16,7 @@ from kq import errors
 from kq.backend import Delivery, QueueSpec, Settlement
 from kq.executor import Job, timeout_outcome
 from kq.fetcher import Fetcher
-from kq.outcome import CRASH_LOOP, DONE, RELEASE, Failure, Outcome
+from kq.outcome import CRASH_LOOP, RELEASE, Failure, Outcome
 from kq.retry import RetryPolicy, after_crash
 from kq.router import Consumer
 from kq.worker.pool import Died, Event, Finished, Place, Pool, Returned
@@ -25,6 +25,8 @@ logger = logging.getLogger("kq.worker")
 
 #: Unsettled deliveries in a row after which a message runs alone in its process.
 _ALONE_AFTER = 2
+#: Seconds to wait at the end for what is just being fetched.
+_PAUSE_PATIENCE = 2.0
 #: Bytes of messages that a worker holds at most, beyond what its handlers run.
 _HOLD_BYTES = 64 * 2**20
 
@@ -135,9 +137,15 @@ class Supervisor:
         """Take nothing more, and give back what has not started."""
         assert self._fetcher is not None
         self._stopping = True
-        self._fetcher.hold(0)
+        self._fetcher.pause(_PAUSE_PATIENCE)
+        self._admit()
+        self._start_acknowledged()
         self._release_waiting()
         self._pool.recall()
+
+    def take_last(self, events: list[Event]) -> None:
+        """Take the results that came while the pool was closing; nobody is charged for being closed."""
+        self._handle([event for event in events if isinstance(event, Finished)])
 
     def release_all(self) -> None:
         """Give back everything that is still here, uncharged. Call it once nothing runs any more."""
@@ -161,10 +169,12 @@ class Supervisor:
     def _finish(self, event: Finished) -> None:
         settlements = []
         freed: Counter[str] = Counter()
-        for tag, outcome in event.results:
+        for tag, result in event.results:
             flight = self._flights.get(tag)
             if flight is None:
                 continue
+            # A handler that settled its message was heard before; were it not, the message runs again.
+            outcome = RELEASE if result is None and not flight.settled and not event.early else result
             if outcome is not None and not flight.settled:
                 self._note(flight, outcome)
                 settlements.append(Settlement(flight.delivery, outcome))
@@ -201,7 +211,9 @@ class Supervisor:
                 self._put_back(self._flights[tag])
         if death.late:
             for flight in running:
-                if flight.tag == death.late:
+                if flight.settled:
+                    self._drop(flight)
+                elif flight.tag == death.late:
                     self._charge_late(flight)
                 else:
                     self._put_back(flight)
@@ -249,23 +261,20 @@ class Supervisor:
 
     def _admit(self) -> None:
         while self._arrivals:
-            at_once = []
             for delivery in self._arrivals.popleft():
                 flight = Flight(self._next_tag, delivery)
                 self._next_tag += 1
                 self._flights[flight.tag] = flight
                 self._size += (len(delivery.raw) - self._size) / 64
-                if delivery.deliveries >= self._max_deliveries:
+                auto_ack = self._consumers[delivery.queue].auto_ack
+                if delivery.deliveries >= self._max_deliveries and not auto_ack:
                     self._settle(flight, self._given_up(delivery))
                     continue
-                if self._consumers[delivery.queue].auto_ack:
+                if auto_ack:
+                    # The fetcher has acknowledged it already.
                     flight.settled = True
                     self.tally.handled += 1
-                    at_once.append(Settlement(delivery, DONE))
                 self._put_back(flight, front=False)
-            if at_once:
-                assert self._fetcher is not None
-                self._fetcher.settle(at_once)
 
     def _given_up(self, delivery: Delivery) -> Outcome:
         text = f"{delivery.deliveries} workers in a row died or vanished while they held this message"
@@ -310,9 +319,15 @@ class Supervisor:
             ready = [place for place in self._pool.places if place.ready and place.accepting]
             self._reserved = min(ready, key=lambda place: len(place.tags), default=None)
         place = self._reserved
-        if place is not None and place.ready and not place.tags:
-            flight = self._alone.popleft()
-            self._pool.submit(place, [self._job(flight)])
+        if place is None or not place.ready or place.tags:
+            return
+        flight = next((flight for flight in self._alone if self._may_run(flight)), None)
+        if flight is None:
+            # Its consumer runs as many as it may; nobody need wait for it.
+            self._reserved = None
+            return
+        self._alone.remove(flight)
+        self._pool.submit(place, [self._job(flight)])
 
     def _free_reserved(self) -> None:
         if not self._alone:
@@ -344,6 +359,14 @@ class Supervisor:
         self._fetcher.hold(min(wanted, self._prefetch))
 
     # Ends.
+
+    def _start_acknowledged(self) -> None:
+        """Hand out what was acknowledged beforehand: it runs here or never."""
+        places = [place for place in self._pool.places if place.ready]
+        settled = [flight for flight in self._backlog if flight.settled]
+        for number, flight in enumerate(settled if places else []):
+            self._backlog.remove(flight)
+            self._pool.submit(places[number % len(places)], [self._job(flight)])
 
     def _release_waiting(self) -> None:
         waiting = [*self._backlog, *self._alone]

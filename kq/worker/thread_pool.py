@@ -96,12 +96,16 @@ class ThreadPool:
         """See `Pool.dump`."""
         logger.warning("%s", self._runner.dump(), extra={"action": "dump"})
 
-    def close(self, patience: float) -> None:
+    def close(self, patience: float) -> list[Event]:
         """See `Pool.close`; threads that still run are daemons and end with the process."""
         self._runner.stop()
+        events: list[Event] = []
         until = monotonic() + patience
         while self._place.tags and monotonic() < until:
-            self.poll(until - monotonic())
+            events += self.poll(until - monotonic())
+        if not self._place.tags:
+            self._slots.close()
+        return events
 
     def _emit(self, results: list[Result], early: bool) -> None:
         self._events.put(Finished(self._place, results, early))

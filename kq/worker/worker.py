@@ -23,6 +23,7 @@ from kq.backend import Backend
 from kq.errors import Internal, Invalid
 from kq.executor import Executor
 from kq.fetcher import Fetcher
+from kq.message import is_handling
 from kq.registry import HasRegistry
 from kq.router import Consumer
 from kq.worker.frame import Hello
@@ -184,14 +185,18 @@ class Worker:
     def stop(self, *, now: bool = False) -> None:
         """Stop fetching, let handlers finish within ``grace``, release the rest. Safe in any thread.
 
+        Waits for the end, except in a handler.
+
         Args:
-            now: Release at once what is not done.
+            now: Release at once what is not done. Threads cannot be killed: with a pool of threads a handler
+                that still runs goes on, while its message may run elsewhere.
         """
         self._hurry = self._hurry or now
         self._stop.set()
         self._wake()
         thread = self._thread
-        if thread is not None and thread is not current_thread():
+        # A handler that stops its own worker must not wait for itself.
+        if thread is not None and thread is not current_thread() and not is_handling():
             thread.join()
 
     def __enter__(self) -> Worker:
@@ -324,6 +329,7 @@ class Worker:
             prefetch=prefetch,
             lease=self._registry.settings.lease,
             limits=_limits(self._consumers),
+            auto_ack={queue for queue, consumer in self._consumers.items() if consumer.auto_ack},
             on_deliveries=supervisor.arrived,
             on_idle=self._idle if idle else None,
             idle_until=lambda: self._idle_until or monotonic() + _BURST_HORIZON,
@@ -340,7 +346,7 @@ class Worker:
                 supervisor.turn(self._patience())
             self._wind_down(pool, supervisor)
         finally:
-            pool.close(0.0 if self._hurry else _END_PATIENCE)
+            supervisor.take_last(pool.close(0.0 if self._hurry else _END_PATIENCE))
             supervisor.release_all()
             if fetcher.is_alive() and not fetcher.stop(_SETTLE_PATIENCE):
                 logger.warning(

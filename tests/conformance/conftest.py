@@ -11,12 +11,20 @@ import pytest
 
 from kq.backend import Backend, Delivery, Envelope, Feed, Publication, QueueSpec
 from kq.backends.rabbitmq_feed import RabbitFeed
+from kq.backends.stored import StoredBackend
 from kq.config import Settings
 from kq.registry import default_spec, open_backend
-from tests.broker import Broker
+from tests.broker import Broker, amqp_channel
 
 #: Seconds of a lease in these tests.
 LEASE = 1.0
+
+
+#: For what only one kind of broker promises.
+ON_RABBITMQ = pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
+ON_REDIS = pytest.mark.parametrize("broker", ["redis"], indirect=True)
+ON_SQLITE = pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
+ON_STORES = pytest.mark.parametrize("broker", ["memory", "sqlite", "redis", "fakeredis"], indirect=True)
 
 
 class Bench:
@@ -82,6 +90,14 @@ class Bench:
             if len(found) < count:
                 feed.wait(max(0.0, min(until, renew_at) - monotonic()))
         return found
+
+    def delete(self, queue_id: str) -> None:
+        """Delete a queue behind the back of everybody who uses it."""
+        if isinstance(self.backend, StoredBackend):
+            self.backend._store().delete(queue_id)
+        else:
+            with amqp_channel() as channel:
+                channel.queue_delete(queue_id)
 
     def abandon(self, feed: Feed) -> None:
         """Let a feed die as its process would: without a word."""

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
+from pathlib import Path
 from threading import Thread
 from time import monotonic, time
+from typing import Any
 
+import amqp
 import pytest
+from redis.exceptions import OutOfMemoryError
 
 from kq import errors
-from kq.backend import Delivery, Settlement, unpack
+from kq.backend import Delivery, QueueSpec, Settlement, unpack
+from kq.backends.rabbitmq import RabbitBackend
+from kq.backends.rabbitmq_feed import RabbitFeed
+from kq.backends.redis import RedisStore
+from kq.backends.sqlite import SQLiteStore
+from kq.backends.store import BrokerAway
+from kq.backends.stored import StoredBackend, StoredFeed
+from kq.config import Settings
 from kq.outcome import DONE, RELEASE, Failure, Outcome
-from tests.conformance.conftest import LEASE, Bench
+from kq.registry import open_backend
+from tests.broker import AMQP_URL, amqp_channel
+from tests.conformance.conftest import LEASE, ON_RABBITMQ, ON_REDIS, ON_SQLITE, ON_STORES, Bench
+from tests.conformance.proxy import Proxy
 
 
 def test_arrives_as_published(bench: Bench) -> None:
@@ -70,7 +84,7 @@ def test_done_removes(bench: Bench) -> None:
     feed = bench.feed()
     (delivery,) = bench.take(feed, 1)
 
-    assert feed.settle([Settlement(delivery, DONE)]) == []
+    assert feed.settle([Settlement(delivery, DONE)]) == ([], [])
     feed.close()
 
     assert bench.backend.info(bench.queue).message_count == 0
@@ -85,7 +99,7 @@ def test_release_returns_in_order_and_uncharged(bench: Bench) -> None:
     deliveries = bench.take(feed, 3)
     bench.publish(bench.message("d"))
 
-    assert feed.settle([Settlement(delivery, RELEASE) for delivery in deliveries]) == []
+    assert feed.settle([Settlement(delivery, RELEASE) for delivery in deliveries]) == ([], [])
     feed.close()
     again = bench.take(bench.feed(), 4)
 
@@ -126,7 +140,7 @@ def test_dead_letter_says_why(bench: Bench) -> None:
     (delivery,) = bench.take(feed, 1)
     failure = Failure("INTERNAL", "it broke", True, "Traceback ...")
 
-    assert feed.settle([Settlement(delivery, Outcome("dead", 0.0, 5, 1, "max_attempts", failure))]) == []
+    assert feed.settle([Settlement(delivery, Outcome("dead", 0.0, 5, 1, "max_attempts", failure))]) == ([], [])
     (letter,) = bench.backend.browse(bench.dead, 10, 0)
 
     assert (letter.id, letter.body) == ("a", b'"payload"')
@@ -252,7 +266,7 @@ def test_held_as_long_as_the_worker_lives(bench: Bench) -> None:
         stolen += bench.take(other, 1, within=LEASE / 4)
 
     assert stolen == []
-    assert mine.settle([Settlement(delivery, DONE)]) == []
+    assert mine.settle([Settlement(delivery, DONE)]) == ([], [])
 
 
 def test_a_dead_feed_loses_nothing(bench: Bench) -> None:
@@ -279,10 +293,10 @@ def test_too_late_a_settlement_changes_nothing(bench: Bench) -> None:
     for outcome in (DONE, RELEASE, Outcome("retry", 0.0, 1, 0)):
         # A feed whose connection is gone may say so first; it must not settle.
         with suppress(errors.Internal):
-            assert [s.delivery.id for s in late.settle([Settlement(old, outcome)])] == ["a"]
+            assert [s.delivery.id for s in late.settle([Settlement(old, outcome)]).late] == ["a"]
     feed.renew()
 
-    assert feed.settle([Settlement(new, DONE)]) == []
+    assert feed.settle([Settlement(new, DONE)]) == ([], [])
     assert bench.take(bench.feed(), 1, within=0.3) == []
 
 
@@ -381,3 +395,380 @@ def test_many_threads_publish_at_once(make_bench: Callable[..., Bench]) -> None:
 
     assert errors == []
     assert len({d.id for d in bench.take(bench.feed(prefetch=500), 400)}) == 400
+
+
+def test_a_deleted_dead_letter_queue_holds_up_nobody(bench: Bench) -> None:
+    """A dead letter whose queue somebody deleted gets a new one, and the rest of its batch is settled."""
+    bench.publish(*[bench.message(id) for id in "abc"])
+    feed = bench.feed()
+    first, second, third = bench.take(feed, 3)
+    bench.delete(bench.dead.id)
+
+    settled = feed.settle(
+        [
+            Settlement(first, Outcome("dead", 0.0, 1, 0, "not_retryable")),
+            Settlement(second, Outcome("retry", 0.0, 1, 0)),
+            Settlement(third, DONE),
+        ]
+    )
+
+    assert settled == ([], [])
+    assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == ["a"]
+    (again,) = bench.take(feed, 1)
+    assert (again.id, again.attempts) == ("b", 1)
+    assert feed.settle([Settlement(again, DONE)]) == ([], [])
+    feed.close()
+    assert bench.take(bench.feed(), 1, within=0.3) == []
+
+
+def test_what_cannot_be_settled_is_told_and_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where dead letters find no room, theirs fail one by one, stay ours, and can be settled later."""
+    full = errors.Internal("no room", details={"reason": "full"})
+    letters = bench.dead.id
+    if bench.broker.stores:
+
+        def refuse(*_: Any, **__: Any) -> bool:
+            raise full
+
+        feed = bench.feed()
+        assert isinstance(feed, StoredFeed)
+        monkeypatch.setattr(feed._store, "move", refuse)
+    else:
+        bench.delete(letters)
+        with amqp_channel() as channel:
+            arguments = {"x-queue-type": "quorum", "x-max-length": 0, "x-overflow": "reject-publish"}
+            channel.queue_declare(letters, durable=True, auto_delete=False, arguments=arguments)
+        feed = bench.feed()
+    bench.publish(bench.message("a"), bench.message("b"))
+    first, second = bench.take(feed, 2)
+    # A quorum queue of length 0 takes one message before it knows that it is full.
+    if not bench.broker.stores:
+        while bench.backend.publish([bench.message(queue=bench.dead)], 10.0) == [None]:
+            pass
+    dead = Settlement(first, Outcome("dead", 0.0, 1, 0, "not_retryable"))
+
+    late, failed = feed.settle([dead, Settlement(second, DONE)])
+    assert (late, [settlement for settlement, _ in failed]) == ([], [dead])
+    assert failed[0][1].details["reason"] == "full"
+    feed.renew()
+    assert not first.lost
+
+    monkeypatch.undo()
+    bench.delete(letters)
+    assert feed.settle([dead]) == ([], [])
+    assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == ["a"]
+    feed.close()
+    assert bench.backend.info(bench.queue).message_count == 0
+
+
+def test_a_full_queue_takes_back_what_came_from_it(bench: Bench) -> None:
+    """A retry into a full queue does not wait for room that only its own end would make."""
+    queue = bench.declare("small", max_length=2)
+    bench.publish(bench.message("a", queue=queue))
+    feed = bench.feed(queue, prefetch=1)
+    (delivery,) = bench.take(feed, 1)
+    while bench.backend.publish([bench.message(queue=queue)], 10.0) == [None]:
+        pass
+
+    assert feed.settle([Settlement(delivery, Outcome("retry", 0.0, 1, 0))]) == ([], [])
+
+    seen: list[Delivery] = []
+    while not seen or seen[-1].id != "a":
+        (found,) = bench.take(feed, 1)
+        seen.append(found)
+        assert feed.settle([Settlement(found, DONE)]) == ([], [])
+    assert seen[-1].attempts == 1
+
+
+def test_a_deleted_queue_starves_no_other(bench: Bench) -> None:
+    """A consumer of two queues goes on with one when somebody deletes the other."""
+    other = bench.declare("other")
+    feed = bench.feed(bench.queue, other)
+    assert feed.fetch(5, {}) == []
+    bench.delete(other.id)
+    bench.publish(bench.message("a"))
+
+    found: list[Delivery] = []
+    until = monotonic() + 15
+    while not found and monotonic() < until:
+        with suppress(errors.Error):
+            found += bench.take(feed, 1)
+
+    assert [delivery.id for delivery in found] == ["a"]
+
+
+@ON_RABBITMQ
+@pytest.mark.parametrize("place", ["message_id", "header", "key", "surrogate"])
+def test_text_that_is_none_is_delivered(bench: Bench, place: str) -> None:
+    """A stranger's message with text that is no UTF-8 arrives with that escaped, and can be dead-lettered."""
+    properties: dict[str, Any] = {"message_id": "m"}
+    if place == "surrogate":
+        properties = {"message_id": "\ud800", "application_headers": {"\ud800": "\ud800", "list": ["\ud800"]}}
+    elif place == "message_id":
+        properties = {"message_id": b"\xff\xfe"}
+    else:
+        properties["application_headers"] = {b"\xff": "v"} if place == "key" else {"k": b"\xff"}
+    with amqp_channel() as channel:
+        channel.basic_publish(amqp.Message(b"1", **properties), routing_key=bench.queue.id)
+    bench.publish(bench.message("after"))
+
+    feed = bench.feed()
+    hostile, after = bench.take(feed, 2)
+    text = {"message_id": "\\xff\\xfe", "surrogate": "\\xed\\xa0\\x80"}.get(place, "m")
+    assert (hostile.id, after.id) == (text, "after")
+    assert unpack(hostile.raw).id == text
+    assert feed.settle([Settlement(hostile, Outcome("dead", 0.0, 0, 0, "undecodable")), Settlement(after, DONE)]) == (
+        [],
+        [],
+    )
+
+    assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == [text]
+    assert bench.backend.replay(bench.dead, None, bench.queue) == 1
+
+
+@ON_RABBITMQ
+def test_what_arrives_over_a_closing_link_is_nobodys(bench: Bench) -> None:
+    """Deliveries that come in while a broken link is closed do not mix with those of the next one."""
+    feed = bench.feed(prefetch=500)
+    assert isinstance(feed, RabbitFeed)
+    feed.fetch(500, {})
+    bench.publish(*[bench.message(f"m-{i}") for i in range(300)])
+
+    feed._drop_link()
+    assert (list(feed._outstanding), [len(buffer) for buffer in feed._buffers.values()]) == ([], [0])
+
+    assert len({d.id for d in bench.take(feed, 300)}) == 300
+    assert all(feed._is_ours(delivery) for delivery in feed._outstanding.values())
+
+
+def test_looking_at_dead_letters_charges_nothing(bench: Bench) -> None:
+    """However often somebody looks at a dead letter, it has had no deliveries that went wrong."""
+    bench.publish(bench.message("a"))
+    feed = bench.feed()
+    (delivery,) = bench.take(feed, 1)
+    feed.settle([Settlement(delivery, Outcome("dead", 0.0, 1, 0, "not_retryable"))])
+    for _ in range(3):
+        assert len(bench.backend.browse(bench.dead, 10, 0)) == 1
+
+    (letter,) = bench.take(bench.feed(bench.dead), 1)
+
+    assert letter.deliveries == 0
+
+
+@ON_STORES
+def test_what_is_leased_is_delivered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that fails for the second queue does not keep back what the first one gave."""
+    other = bench.declare("other")
+    bench.publish(bench.message("a"))
+    feed = bench.feed(other, bench.queue)
+    assert isinstance(feed, StoredFeed)
+    take = feed._store.take
+
+    def fail(queue: str, limit: int, lease: int) -> Any:
+        if queue == other.id:
+            raise BrokerAway("gone", details={"reason": "unavailable"})
+        return take(queue, limit, lease)
+
+    monkeypatch.setattr(feed._store, "take", fail)
+
+    assert [d.id for d in feed.fetch(5, {})] == ["a"]
+
+
+@ON_RABBITMQ
+@pytest.mark.parametrize("after", [0, 21, 42, 105])
+def test_no_false_confirmation_when_the_connection_breaks(bench: Bench, after: int) -> None:
+    """Of a batch in whose middle the connection breaks, whatever counts as stored is stored."""
+    with closing(Proxy(AMQP_URL)) as proxy:
+        backend = open_backend(Settings(broker=proxy.url), "test")
+        with closing(backend):
+            assert backend.publish([bench.message("first")], 10.0) == [None]
+            proxy.cut_after(after)
+            results = backend.publish([bench.message(f"m-{i}") for i in range(200)], 10.0)
+
+    stored = {envelope.id for envelope in bench.backend.browse(bench.queue, 1000, 0)}
+    assert {f"m-{i}" for i, result in enumerate(results) if result is None} <= stored
+    assert results == [None] * 200
+
+
+@ON_RABBITMQ
+def test_nothing_is_confirmed_that_was_not_sent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that breaks when all that was sent is confirmed says nothing of the rest of the batch."""
+    backend = bench.backend
+    assert isinstance(backend, RabbitBackend)
+    link, publisher = backend._connected()
+    looks: list[None] = []
+
+    def break_off() -> None:
+        looks.append(None)
+        if len(looks) == 2:
+            while publisher._pending:
+                link.drain(1.0)
+            raise OSError("gone")
+
+    monkeypatch.setattr(link, "drain_all", break_off)
+
+    assert backend.publish([bench.message() for _ in range(200)], 10.0) == [None] * 200
+    assert bench.backend.info(bench.queue).ready == 200
+
+
+@pytest.mark.parametrize("size", [1, 8 * 2**20])
+@ON_RABBITMQ
+def test_a_silent_connection_is_replaced(bench: Bench, size: int) -> None:
+    """A publish to a connection that went silent ends in time, and the next one has a new connection."""
+    with closing(Proxy(AMQP_URL)) as proxy:
+        backend = open_backend(Settings(broker=proxy.url), "test")
+        with closing(backend):
+            assert backend.publish([bench.message("a")], 10.0) == [None]
+            proxy.freeze()
+            started = monotonic()
+            (error,) = backend.publish([bench.message("b", body=b"1" * size)], 0.3)
+            took = monotonic() - started
+
+            assert error is not None
+            assert error.details["reason"] == "timeout"
+            assert took < 1.0
+            assert backend.publish([bench.message("c")], 10.0) == [None]
+
+
+@ON_STORES
+def test_a_store_that_is_away_is_tried_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that stays away is asked twice, not until the time is over."""
+    assert isinstance(bench.backend, StoredBackend)
+    store = bench.backend._store()
+    calls: list[None] = []
+
+    def put(*_: Any) -> int:
+        calls.append(None)
+        raise BrokerAway("gone", details={"reason": "unavailable"})
+
+    monkeypatch.setattr(store, "put", put)
+    (error,) = bench.backend.publish([bench.message()], 10.0)
+
+    assert error is not None
+    assert len(calls) == 2
+
+
+@ON_STORES
+def test_what_a_broken_settle_did_is_not_late(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A settle that broke off is called again, and what it had carried out is not reported as lost."""
+    bench.publish(bench.message("a"), bench.message("b"))
+    feed = bench.feed()
+    assert isinstance(feed, StoredFeed)
+    first, second = bench.take(feed, 2)
+    batch = [Settlement(first, DONE), Settlement(second, Outcome("dead", 0.0, 1, 0, "not_retryable"))]
+
+    def fail(*_: Any, **__: Any) -> bool:
+        raise BrokerAway("gone", details={"reason": "unavailable"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feed._store, "move", fail)
+        with pytest.raises(BrokerAway):
+            feed.settle(batch)
+
+    assert feed.settle(batch) == ([], [])
+    assert [s.delivery.id for s in feed.settle(batch).late] == ["a", "b"]
+
+
+@ON_RABBITMQ
+def test_a_confirmed_copy_is_not_published_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A settlement whose copy was stored, but not acknowledged, is not stored twice when it is tried again."""
+    bench.publish(bench.message("a"))
+    feed = bench.feed()
+    assert isinstance(feed, RabbitFeed)
+    (delivery,) = bench.take(feed, 1)
+    retry = Settlement(delivery, Outcome("retry", 0.0, 1, 0))
+
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(feed, "_ack", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            feed.settle([retry])
+
+    assert feed.settle([retry]) == ([], [])
+    assert [(d.id, d.attempts) for d in bench.take(feed, 2, within=0.5)] == [("a", 1)]
+
+
+@ON_REDIS
+def test_a_full_server_fails_no_wait(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wake-up that cannot be passed on, because the server is full, is dropped without an error."""
+    other = bench.declare("other")
+    feed = bench.feed(bench.queue, other)
+    assert isinstance(feed, StoredFeed)
+    store = feed._store
+    assert isinstance(store, RedisStore)
+    store.wait([bench.queue.id, other.id], 0.0)
+
+    def refuse(*_: Any) -> int:
+        raise OutOfMemoryError("command not allowed")
+
+    monkeypatch.setattr(store._client, "rpush", refuse)
+    bench.publish(bench.message(queue=other))
+
+    assert store.wait([bench.queue.id], 10.0) == []
+
+
+@ON_SQLITE
+def test_a_consumer_that_could_not_register_does_so_later(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consumer that found the file locked when it began to listen hears of arrivals all the same."""
+    other = bench.declare("other")
+    store = sqlite_store(bench, other)
+    queues = [bench.queue.id, other.id]
+    store.wait(queues[:1], 0.0)
+
+    def fail() -> Any:
+        raise BrokerAway("locked", details={"reason": "timeout"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_transaction", fail)
+        with pytest.raises(BrokerAway):
+            store.wait(queues, 0.0)
+    store.wait(queues, 0.0)
+    bench.publish(bench.message(queue=other))
+
+    assert store.wait(queues, 10.0) == queues
+
+
+@ON_SQLITE
+def test_a_consumer_struck_off_by_mistake_comes_back(bench: Bench) -> None:
+    """Whoever could not see a consumer's socket for a moment keeps it from hearing only until it renews."""
+    store = sqlite_store(bench)
+    queues = [bench.queue.id]
+    store.wait(queues, 0.0)
+    assert store._listener is not None
+    path = Path(store._listener.path)
+    hidden = path.rename(path.with_suffix(".hidden"))
+    bench.publish(bench.message())
+    hidden.rename(path)
+    assert store.wait(queues, 0.0) == []
+
+    bench.feeds[-1].renew()
+    bench.publish(bench.message())
+
+    assert store.wait(queues, 10.0) == queues
+
+
+@ON_SQLITE
+def test_an_interrupted_transaction_hinders_nobody(bench: Bench) -> None:
+    """A caller that was interrupted inside a transaction leaves nothing behind that the next one trips over."""
+    assert isinstance(bench.backend, StoredBackend)
+    store = bench.backend._store()
+    assert isinstance(store, SQLiteStore)
+    for begin in ("BEGIN IMMEDIATE", "BEGIN"):
+        assert store._connection is not None
+        store._connection.execute(begin)
+        bench.publish(bench.message())
+        store._connection.execute(begin)
+        bench.backend.info(bench.queue)
+
+    assert bench.backend.info(bench.queue).ready == 2
+
+
+def sqlite_store(bench: Bench, *more: QueueSpec) -> SQLiteStore:
+    """Return the store of a new feed."""
+    feed = bench.feed(bench.queue, *more)
+    assert isinstance(feed, StoredFeed)
+    assert isinstance(feed._store, SQLiteStore)
+    return feed._store

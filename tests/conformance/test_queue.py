@@ -116,7 +116,7 @@ def test_purge_drops_what_waits(bench: Bench) -> None:
 
     assert bench.backend.purge(bench.queue) == 4
     assert bench.backend.info(bench.queue).ready == 0
-    assert feed.settle([Settlement(held, Outcome("retry", 0.0, 1, 0))]) == []
+    assert feed.settle([Settlement(held, Outcome("retry", 0.0, 1, 0))]) == ([], [])
     assert [d.id for d in bench.take(feed, 1)] == ["held"]
 
 

@@ -63,6 +63,14 @@ def handle_limited(payload):
     note("done", payload)
 
 
+@app.consumer(QUEUE + "-once", auto_ack=True)
+def handle_once(payload):
+    """Run at most once."""
+    note("started", payload)
+    time.sleep(payload.get("seconds", 0))
+    note("done", payload)
+
+
 @app.consumer(QUEUE + "-async")
 async def handle_async(payload):
     """Wait without blocking."""

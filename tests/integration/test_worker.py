@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -276,3 +277,90 @@ def test_json_logs_are_json(local_shop: Shop) -> None:
     lines = [json.loads(line) for line in shop.log().splitlines()]
 
     assert [line["message_id"] for line in lines if line.get("action") == "dead"] == [id]
+
+
+def test_term_to_every_process_is_term_to_the_worker(local_shop: Shop) -> None:
+    """A service manager that sends TERM to all processes kills no handler: the supervisor lets it finish."""
+    shop = local_shop
+    worker = shop.worker("-p", "1")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 1})
+    (first,) = shop.until("started")
+
+    os.kill(first["pid"], signal.SIGTERM)
+    assert shop.stop(worker) == 0
+
+    assert [line["attempt"] for line in shop.history("done")] == [1]
+
+
+def test_what_finishes_while_stopping_counts(local_shop: Shop) -> None:
+    """A handler that ends after its grace but before the process is killed is done, not run again."""
+    shop = local_shop
+    worker = shop.worker("-p", "1", "--grace", "0.5s")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 2})
+    shop.until("started")
+
+    assert shop.stop(worker) == 0
+
+    assert len(shop.history("done")) == 1
+    assert shop.app.info(shop.queue).message_count == 0
+
+
+def test_stopping_costs_no_cpu(local_shop: Shop) -> None:
+    """A worker that waits for a handler to finish does not spin."""
+    shop = local_shop
+    worker = shop.worker("-p", "1")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 3})
+    shop.until("started")
+    worker.send_signal(signal.SIGTERM)
+    wait_for(lambda: "stopping" in shop.log(), "the worker to stop")
+    before = cpu_of(worker.pid)
+    shop.until("done")
+
+    assert cpu_of(worker.pid) - before < 0.5
+    assert worker.wait(20) == 0
+
+
+def test_hup_with_broken_code_keeps_the_old(local_shop: Shop) -> None:
+    """Children that cannot load the new code take nobody's place; the old ones work on."""
+    shop = local_shop
+    worker = shop.worker("-p", "1")
+    shop.app.publish(shop.queue, {"n": 1})
+    shop.until("done")
+    source = (shop.folder / "shop.py").read_text()
+    (shop.folder / "shop.py").write_text("1 / 0\n")
+
+    worker.send_signal(signal.SIGHUP)
+    wait_for(lambda: "could not start" in shop.log(), "the failed start")
+    shop.app.publish(shop.queue, {"n": 2})
+    shop.until("done", n=2)
+    (shop.folder / "shop.py").write_text(source.replace("VERSION = 1", "VERSION = 22"))
+    worker.send_signal(signal.SIGHUP)
+    wait_for(lambda: shop.log().count("could not start") and len(shop.children(worker)) == 1, "one child")
+
+    def new_code_runs() -> bool:
+        shop.app.publish(shop.queue, {"n": "probe"})
+        return any(line["version"] == 22 for line in shop.history("done"))
+
+    wait_for(new_code_runs, "the new code")
+    assert worker.poll() is None
+
+
+def test_at_most_once_is_not_never(local_shop: Shop) -> None:
+    """With auto_ack a graceful stop still runs what was acknowledged; nothing runs twice."""
+    shop = local_shop
+    queue = shop.queue + "-once"
+    shop.app.publish_many(queue, [{"n": n, "seconds": 0.01} for n in range(300)])
+    worker = shop.worker("-p", "2", "-c", "2")
+    shop.until("started", 20)
+
+    assert shop.stop(worker) == 0
+
+    ran = [line["n"] for line in shop.history("done")]
+    assert len(ran) == len(set(ran))
+    assert len(ran) + shop.app.info(queue).message_count == 300
+
+
+def cpu_of(pid: int) -> float:
+    """Return the processor seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -17,6 +17,7 @@ from kq.message import Message
 from kq.outcome import DONE, Failure, Outcome
 from kq.retry import Backoff, RetryPolicy
 from kq.router import Consumer, Router
+from kq.worker import frame
 
 POLICY = RetryPolicy(max_attempts=3, backoff=Backoff(initial=2.0, jitter="none"))
 SPEC = QueueSpec("app:a", policy=POLICY)
@@ -73,13 +74,17 @@ def handle(
 ) -> Outcome | None:
     """What comes of one delivery to a sync handler."""
     executor = make(handler, **rules)
-    return executor.run(prepare(executor, job(attempts=attempts), emitted))
+    run = prepare(executor, job(attempts=attempts), emitted)
+    outcome = executor.run(run)
+    return outcome if run.message.claim() else None
 
 
 def handle_async(handler: Callable[[Any], Any], *, emitted: Emitted | None = None, **rules: Any) -> Outcome | None:
     """What comes of one delivery to an async handler."""
     executor = make(handler, **rules)
-    return asyncio.run(executor.run_async(prepare(executor, job(), emitted)))
+    run = prepare(executor, job(), emitted)
+    outcome = asyncio.run(executor.run_async(run))
+    return outcome if run.message.claim() else None
 
 
 def raising(error: BaseException) -> Callable[[Any], Any]:
@@ -342,7 +347,8 @@ def test_settled_beforehand() -> None:
     emitted: Emitted = []
     executor = make(lambda payload: queue.message().ack())
     run = prepare(executor, job(settled=True), emitted)
-    assert executor.run(run) is None
+    executor.run(run)
+    assert not run.message.claim()
     assert emitted == []
 
 
@@ -462,7 +468,6 @@ def test_timeout_is_raised_through_and_charged() -> None:
     assert outcome == Outcome(
         "retry", 2.0, 1, 0, "", Failure("TIMEOUT", "handler handle ran past its timeout of 0.5 s", True)
     )
-    assert executor.timed_out(run) is None
 
 
 def test_timeout_of_a_killed_process_is_no_crash() -> None:
@@ -470,6 +475,41 @@ def test_timeout_of_a_killed_process_is_no_crash() -> None:
     consumer = Consumer("app:a", "handle", print, timeout=3.0)
     outcome = timeout_outcome(consumer, POLICY, attempts=2, crashes=1)
     assert (outcome.action, outcome.reason, outcome.attempts, outcome.crashes) == ("dead", "max_attempts", 3, 1)
+
+
+class Forgetful(errors.Error):
+    """An error whose author forgot to call ours."""
+
+    def __init__(self) -> None:
+        pass
+
+
+class Careless(kq.Retry):
+    """A retry whose author forgot to call ours."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def odd(**attributes: Any) -> errors.Internal:
+    """An error with attributes that are not what they must be."""
+    error = errors.Internal("odd")
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Forgetful(), Careless(), odd(kind=5), odd(kind=[]), odd(retryable=None), odd(message=None), odd(message=b"x")],
+)
+def test_odd_exceptions_are_outcomes_too(error: BaseException) -> None:
+    """Whatever an exception is like, there is an outcome, and it can be sent to another process."""
+    outcome = handle(raising(error))
+    assert outcome is not None
+    assert outcome.action in ("retry", "dead")
+    raw = frame.encode(frame.Results([], [(1, outcome)]))
+    assert isinstance(frame.from_child.decode(raw[4:]), frame.Results)
 
 
 def test_long_errors_are_clipped() -> None:

@@ -181,7 +181,13 @@ def test_backend_is_shared_and_opened_late() -> None:
     """One backend for all, opened at the first call, and a new one after close."""
     registry = make()
     resets: list[int] = []
-    registry.on_reset(lambda: resets.append(1))
+
+    class Listener:
+        def reset(self) -> None:
+            resets.append(1)
+
+    listener = Listener()
+    registry.on_reset(listener.reset)
     registry.override(lease=5.0)
     first = registry.backend()
     assert registry.backend() is first
