@@ -473,7 +473,7 @@ class _LeaseKeeper(Thread):
         super().__init__(name="kq-leases", daemon=True)
         self._transport = weakref.ref(transport)
         self._every = transport.lease / 3000
-        self._name = uuid4().hex
+        self._consumer = uuid4().hex
         self._stopped = Event()
 
     def stop(self) -> None:
@@ -495,7 +495,7 @@ class _LeaseKeeper(Thread):
                 held.setdefault(queue, []).append((lease.id, lease.token))
         for queue, pairs in held.items():
             try:
-                transport.store.renew(queue, pairs, transport.lease, self._name)
+                transport.store.renew(queue, pairs, transport.lease, self._consumer)
             except Error:
                 break  # unreachable for now: there are two more tries before a lease runs out
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from time import monotonic, time
 from typing import Any
 
@@ -62,7 +62,7 @@ class Consumer:
             limit.queue_id(queue_id): self._registry.spec(queue_id) for queue_id in ids
         }
         self._backend = self._registry.open()
-        self._ready: SimpleQueue[Delivery] = SimpleQueue()
+        self._ready: Queue[Delivery] = Queue()
         try:
             for spec in self._specs.values():
                 exact = self._registry.is_exact(spec.id)

@@ -69,7 +69,7 @@ class Fetcher(Thread):
         self._lock = Lock()
         #: Held from the decision how much to fetch until that is handed over.
         self._fetching = Lock()
-        self._target = prefetch
+        self._wanted = prefetch
         self._in_hand: Counter[str] = Counter()
         self._inbox: list[Settlement] = []
         #: What could not be settled, each with the moment of its next try and the wait after that.
@@ -87,9 +87,9 @@ class Fetcher(Thread):
     def hold(self, target: int) -> None:
         """Say how many deliveries to keep in hand from now on; at most the prefetch."""
         target = min(target, self._prefetch)
-        if target != self._target:
+        if target != self._wanted:
             with self._lock:
-                self._target = target
+                self._wanted = target
                 self._news = True
             self._wake()
 
@@ -230,14 +230,14 @@ class Fetcher(Thread):
     def _room(self) -> tuple[int, dict[str, int]]:
         with self._lock:
             self._news = False
-            credit = max(0, self._target - self.in_hand)
+            credit = max(0, self._wanted - self.in_hand)
             caps = {queue: max(0, most - self._in_hand[queue]) for queue, most in self._limits.items()}
         return credit, caps
 
     def _wait(self, feed: Feed) -> None:
         soonest = min([self._renew_at, *(moment for moment, _, _ in self._failed)])
         timeout = max(0.0, soonest - monotonic())
-        if self._on_idle is not None and self._target and self._has_nothing():
+        if self._on_idle is not None and self._wanted and self._has_nothing():
             due = feed.due_in()
             if due is None or monotonic() + due > self._idle_until():
                 self._on_idle()

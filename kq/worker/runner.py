@@ -245,11 +245,11 @@ class _HandlerThread(Thread):
             job = self._runner.next_job()
             if job is None:
                 return
-            outcome = self._handle(job)
+            outcome = self._work_on(job)
             self._runner.ended()
             self._runner.report(job, outcome)
 
-    def _handle(self, job: Job) -> Outcome | None:
+    def _work_on(self, job: Job) -> Outcome | None:
         try:
             prepared = self._executor.prepare(job, self._runner.report_now)
             if isinstance(prepared, Outcome):
@@ -381,7 +381,7 @@ class _LoopThread(Thread):
                 job = self._waiting.popleft()
             except IndexError:
                 return
-            task = self._loop.create_task(self._handle(job, self._free.pop()))
+            task = self._loop.create_task(self._work_on(job, self._free.pop()))
             self._tasks[task] = job
             task.add_done_callback(self._ended)
 
@@ -391,7 +391,7 @@ class _LoopThread(Thread):
         if self._stopping and not self._tasks:
             self._loop.stop()
 
-    async def _handle(self, job: Job, slot: int) -> None:
+    async def _work_on(self, job: Job, slot: int) -> None:
         outcome: Outcome | None
         try:
             prepared = self._executor.prepare(job, self._runner.report_now)

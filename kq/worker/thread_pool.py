@@ -66,7 +66,8 @@ class ThreadPool:
         """See `Pool.poll`."""
         events: list[Event] = []
         try:
-            event = self._events.get(timeout=max(0.0, timeout))
+            # Not get(timeout=0): up to Python 3.11 that can wait for ever, on a remainder below zero.
+            event = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
             while True:
                 if event is not None:
                     tags = event.tags if isinstance(event, Returned) else [tag for tag, _ in _results(event)]
