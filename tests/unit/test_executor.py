@@ -169,15 +169,17 @@ def test_unregistered_task_has_no_handler(task: Any) -> None:
     assert repr(task) in error
 
 
-@pytest.mark.parametrize("at", [0, 1.5, -5, time()])
-def test_expired_messages_do_not_run(at: float) -> None:
+@pytest.mark.parametrize("at", [0, 1.5, -5, "now"])
+def test_expired_messages_do_not_run(at: Any) -> None:
     """A message past its expiry is dead, also where nobody could decode it."""
+    at = time() if at == "now" else at
     assert refused(make(), job(b"{", headers={"x_expires_at": at}))[0] == "expired"
 
 
-@pytest.mark.parametrize("at", [time() + 3600, float("nan"), float("inf"), "0", None, True, [0]])
+@pytest.mark.parametrize("at", ["in an hour", float("nan"), float("inf"), "0", None, True, [0]])
 def test_messages_that_are_not_expired_run(at: Any) -> None:
     """An expiry ahead, or one that is no time, expires nothing."""
+    at = time() + 3600 if at == "in an hour" else at
     assert prepare(make(), job(headers={"x_expires_at": at})).payload == {"n": 1}
 
 
