@@ -96,6 +96,7 @@ class QueueSpec:
         max_priority: Levels of priority, where a broker must know beforehand (RabbitMQ).
         require_signature: Whether unsigned messages are dead-lettered.
         options: What one kind of broker understands, by its name.
+        driver: The name of the driver whose broker it lives on; empty for the app's own.
     """
 
     id: str
@@ -106,6 +107,7 @@ class QueueSpec:
     max_priority: int | None = None
     require_signature: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    driver: str = ""
 
 
 class Publication(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from kq import codec, config, limit
 from kq.backend import Backend, QueueSpec
+from kq.driver import Tls
 from kq.errors import Conflict, Internal, Invalid
 from kq.retry import Backoff, RetryPolicy
 from kq.router import Router
@@ -44,12 +45,16 @@ class BackendOptions:
         heartbeat: How often a silent connection is probed.
         timeout: How long a single call to the broker may take.
         name: Who connects, for the broker's own list of connections.
+        connect_timeout: How long connecting may take.
+        tls: How connections are encrypted; None for the defaults, which verify.
     """
 
     lease: float
     heartbeat: float
     timeout: float
     name: str
+    connect_timeout: float = 5.0
+    tls: Tls | None = None
 
 
 class Registry:
