@@ -9,7 +9,7 @@ from datetime import datetime
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kq import limit, registry
+from kq import config_file, limit, registry
 from kq.backend import QueueInfo, QueueSpec
 from kq.config import hide_password, resolve
 from kq.dead_letter import DeadLetters
@@ -65,6 +65,7 @@ class App:
     ) -> None:
         if not isinstance(name, str) or not name:
             raise Invalid(f"name: expected a name for the app, got {name!r}")
+        document = config_file.load(config)
         settings = resolve(
             {
                 "broker": broker,
@@ -75,7 +76,7 @@ class App:
                 "max_body": max_body,
                 "max_deliveries": max_deliveries,
             },
-            file=config,
+            document=document,
         )
         registry.find_backend(settings.broker)
         self.registry = Registry(name, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -30,16 +30,6 @@ COMMAND_VARIABLES: Final = frozenset(
 )  # fmt: skip
 
 
-#: The least and the most that a setting may be.
-_RANGES: Final[Mapping[str, tuple[float, float]]] = {
-    "publish_timeout": (0.001, 3600),
-    "lease": (0.1, 86400),
-    "heartbeat": (1, 3600),
-    "max_body": (1, limit.MAX_BODY_CEILING),
-    "max_deliveries": (1, 1_000_000),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What an app runs with. Durations are seconds.
@@ -52,6 +42,7 @@ class Settings:
         create_queues: Whether publishing to an undeclared queue makes it.
         max_body: Bytes of the largest body, at most 8 MiB.
         max_deliveries: Deliveries in a row that nobody settles before a message counts as the reason.
+        origins: Where each of them was said, for people; what is not in it is a default.
     """
 
     broker: str = DEFAULT_BROKER
@@ -61,45 +52,58 @@ class Settings:
     create_queues: bool = True
     max_body: int = limit.MAX_BODY
     max_deliveries: int = 20
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in _RANGES:
+        for name in config_file.RANGES:
             _within(name, getattr(self, name), name)
 
     def __repr__(self) -> str:
-        rest = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "broker")
+        rest = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr and f.name != "broker")
         return f"Settings(broker={hide_password(self.broker)!r}, {rest})"
 
 
+#: The settings, and what holds where nobody says anything.
+DEFAULTS: Final[Mapping[str, Any]] = {field.name: field.default for field in fields(Settings) if field.repr}
+#: The origin of what the program itself says.
+ARGUMENT: Final = "argument"
+
+
 def resolve(
-    arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None, *, file: str | None = None
+    arguments: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    document: config_file.Document | None = None,
 ) -> Settings:
     """Return settings from arguments (None: not given), the environment and a configuration file.
 
     Args:
         arguments: By name.
         environment: Instead of the process's own.
-        file: The file's path; None takes ``KQ_CONFIG``, else ``kq.yaml`` if there is one. It is not read where
-            the broker has been named otherwise.
+        document: What the configuration file says.
 
     Raises:
         Invalid: If a value is not of its type or out of range; the message says where it came from.
     """
     environment = os.environ if environment is None else environment
+    document = config_file.empty() if document is None else document
     values: dict[str, Any] = {}
-    for field in fields(Settings):
-        given = arguments.get(field.name)
-        variable = variable_of(field.name)
+    origins: dict[str, str] = {}
+    for setting in DEFAULTS:
+        given = arguments.get(setting)
+        variable = variable_of(setting)
+        kind = type(DEFAULTS[setting])
         if given is not None:
-            values[field.name] = _convert(field.name, given, type(field.default))
+            values[setting], origins[setting] = _convert(setting, given, kind), ARGUMENT
         elif environment.get(variable, "") != "":
-            values[field.name] = _parse(variable, environment[variable], type(field.default))
-            _within(variable, values[field.name], field.name)
-    if "broker" not in values:
-        named = config_file.broker(file, environment)
-        if named is not None:
-            values["broker"] = named
-    return Settings(**values)
+            values[setting], origins[setting] = _parse(variable, environment[variable], kind), variable
+            _within(variable, values[setting], setting)
+        elif setting in document.settings.values:
+            values[setting] = document.settings.values[setting]
+            origins[setting] = str(document.settings.places[setting])
+    if "broker" not in values and document.main is not None:
+        driver = document.drivers[document.main].given
+        values["broker"], origins["broker"] = driver.values["url"], str(driver.places["url"])
+    return Settings(**values, origins=origins)
 
 
 def variable_of(setting: str) -> str:
@@ -110,7 +114,7 @@ def variable_of(setting: str) -> str:
 def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return a warning for each ``KQ_...`` variable that nothing reads, with the nearest known name."""
     environment = os.environ if environment is None else environment
-    known = COMMAND_VARIABLES | {variable_of(field.name) for field in fields(Settings)}
+    known = COMMAND_VARIABLES | {variable_of(setting) for setting in DEFAULTS}
     warnings = []
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known and not name.startswith("KQ_TEST_"):
@@ -159,7 +163,7 @@ def hide_password(url: str) -> str:
 
 
 def _within(source: str, value: Any, setting: str) -> None:
-    low, high = _RANGES.get(setting, (None, None))
+    low, high = config_file.RANGES.get(setting, (None, None))
     if low is not None and high is not None and not low <= value <= high:
         raise Invalid(f"{source}: expected a number from {low:,} to {high:,}, got {value!r}")
 

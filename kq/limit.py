@@ -27,6 +27,10 @@ QUEUE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:[A-Za-z0-9][A-Za-
 #: What comes on top of the length limit for dead-letter queues.
 DEAD_SUFFIX: Final = ".dead"
 
+#: A duration as people write it; seconds where no unit is named.
+DURATION: Final = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h|d)?$", re.ASCII)
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
+
 _MESSAGE_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
 
@@ -45,6 +49,14 @@ def queue_id(value: Any) -> str:
         f'ill-formed queue id {_short(value)}; expected "namespace:name", e.g. "app:emails": letters, '
         "digits, '.', '_' and '-', each part starting with a letter or digit and at most 100 long"
     )
+
+
+def duration(text: str) -> float | None:
+    """Return the seconds that a text such as ``5``, ``250ms``, ``10m`` or ``1d`` means; None if it means none."""
+    found = DURATION.fullmatch(text.strip())
+    seconds = math.inf if found is None else float(found[1]) * _UNITS[found[2]]
+    # A number of hundreds of digits is infinite as a float.
+    return seconds if math.isfinite(seconds) else None
 
 
 def message_id(value: Any) -> str:

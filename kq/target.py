@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import os
-import sys
-import traceback
 from importlib import import_module
 
 from kq.app import App
 from kq.errors import Invalid
+from kq.handler import search_here, where
 
 #: Attributes that are tried when a path names none.
 _USUAL = ("app", "kq_app")
-#: Where kq itself is, whose lines are of no interest to users.
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def load_app(path: str) -> App:
@@ -27,9 +23,7 @@ def load_app(path: str) -> App:
     module_name, _, attribute = path.partition(":")
     if not module_name or module_name.endswith(".py") or "/" in module_name:
         raise Invalid(f"app: expected package.module:attribute, e.g. shop:app, got {path!r}")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    here = search_here()
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
@@ -37,9 +31,9 @@ def load_app(path: str) -> App:
             raise Invalid(
                 f"app: there is no module {error.name!r} (of {path!r}) in {here} or on the Python path"
             ) from None
-        raise Invalid(f"app: importing {module_name!r} failed: {_where(error)}") from error
+        raise Invalid(f"app: importing {module_name!r} failed: {where(error)}") from error
     except (Exception, SystemExit) as error:
-        raise Invalid(f"app: importing {module_name!r} failed: {_where(error)}") from error
+        raise Invalid(f"app: importing {module_name!r} failed: {where(error)}") from error
     names = [attribute] if attribute else list(_USUAL)
     for name in names:
         found = getattr(module, name, None)
@@ -53,13 +47,3 @@ def load_app(path: str) -> App:
     near = difflib.get_close_matches(names[0], list(vars(module)), 1)
     hint = f"; it has {', '.join(apps)}" if apps else f"; did you mean {near[0]!r}?" if near else ""
     raise Invalid(f"app: module {module_name!r} has no {' or '.join(map(repr, names))}{hint}")
-
-
-def _where(error: BaseException) -> str:
-    """Say what went wrong in the user's own code, and in which line."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
-    mine = [f for f in frames if not f.filename.startswith(_HERE) and "importlib" not in f.filename]
-    place = f" ({mine[-1].filename}, line {mine[-1].lineno})" if mine else ""
-    if isinstance(error, SyntaxError):
-        place = f" ({error.filename}, line {error.lineno})"
-    return f"{type(error).__name__}: {error}{place}"

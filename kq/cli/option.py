@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
 
-from kq import errors
+from kq import errors, limit
 
 if TYPE_CHECKING:
     from kq.app import App
@@ -27,9 +25,6 @@ UNREACHABLE: Final = 69
 REFUSED: Final = 77
 CONFIGURATION: Final = 78
 
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
-_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
-
 
 class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Seconds, or a number with ms, s, m, h or d."""
@@ -40,10 +35,8 @@ class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         """Return the duration in seconds."""
         if isinstance(value, (int, float)):
             return float(value)
-        found = _DURATION.fullmatch(str(value).strip())
-        seconds = math.inf if found is None else float(found[1]) * _UNITS[found[2]]
-        # A number of hundreds of digits is infinite as a float.
-        if not math.isfinite(seconds):
+        seconds = limit.duration(str(value))
+        if seconds is None:
             self.fail(f"expected a duration such as 5, 5s, 250ms, 10m, 2h or 1d; got {value!r}", param, ctx)
         return seconds
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kq import config, errors
+from kq import config, config_file, errors
 from kq.config import Settings, hide_password, resolve, scheme, unknown_variables, variable_of
 
 
@@ -35,7 +36,7 @@ def test_environment_wins_over_defaults() -> None:
         "KQ_MAX_BODY": "1024",
         "KQ_MAX_DELIVERIES": "7",
     }
-    assert set(environment) == {variable_of(field.name) for field in fields(Settings)}
+    assert set(environment) == {variable_of(setting) for setting in config.DEFAULTS}
     assert resolve({}, environment) == Settings("redis://localhost", 2.5, 3.0, 5.0, False, 1024, 7)
 
 
@@ -139,7 +140,7 @@ def test_unknown_variables_are_warned_of() -> None:
 
 def test_known_variables_are_not_warned_of() -> None:
     """Variables of settings and of command-line options are known."""
-    known = {variable_of(field.name) for field in fields(Settings)} | config.COMMAND_VARIABLES
+    known = {variable_of(setting) for setting in config.DEFAULTS} | config.COMMAND_VARIABLES
     assert {"KQ_BROKER_URL", "KQ_APP", "KQ_CONFIG", "KQ_GRACE", "KQ_CONNECT_TIMEOUT"} <= known
     assert unknown_variables(dict.fromkeys(known, "1")) == []
 
@@ -204,3 +205,40 @@ def test_no_password_is_ever_shown(salt: str, pattern: str) -> None:
     """Whatever characters a password has, it is in no repr."""
     password = f"SeCrEt{salt}SeCrEt"
     assert "SeCrEt" not in repr(Settings(broker=pattern.format(password)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "argument", "variable", "file"),
+    [
+        ("broker", "memory://argument", "memory://environment", "memory://file"),
+        ("publish_timeout", 1.0, "2", "3s"),
+        ("lease", 1.0, "2", "3s"),
+        ("heartbeat", 1.0, "2", "3s"),
+        ("create_queues", True, "false", "false"),
+        ("max_body", 1, "2", "3"),
+        ("max_deliveries", 1, "2", "3"),
+    ],
+)
+def test_argument_over_environment_over_file_over_default(
+    tmp_path: Path, setting: str, argument: Any, variable: str, file: str
+) -> None:
+    """Each says what a setting is where the ones before it do not, and is named as its origin."""
+    path = tmp_path / "kq.yaml"
+    if setting == "broker":
+        path.write_text(f"entries: [{{kind: queue.driver.memory, url: {file}}}]\n")
+    else:
+        path.write_text(f"settings: {{{setting}: {file}}}\n")
+    document = config_file.load(str(path), {})
+    environment = {variable_of(setting): variable}
+
+    def found(arguments: dict[str, Any], environment: dict[str, str], document: Any) -> tuple[Any, str]:
+        settings = resolve(arguments, environment, document)
+        return getattr(settings, setting), settings.origins.get(setting, "default")
+
+    kind = type(argument)
+    parsed = variable == "true" if kind is bool else kind(variable)
+    in_file = file == "true" if kind is bool else kind(file.removesuffix("s")) if kind is float else kind(file)
+    assert found({setting: argument}, environment, document) == (argument, "argument")
+    assert found({}, environment, document) == (parsed, variable_of(setting))
+    assert found({}, {}, document) == (in_file, f"{path}:1")
+    assert found({}, {}, None) == (getattr(Settings(), setting), "default")

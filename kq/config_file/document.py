@@ -1,0 +1,82 @@
+"""What a set of configuration files says, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kq.config_file.reader import Place
+from kq.config_file.value import Given
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A driver, queue, consumer or policy.
+
+    Attributes:
+        kind: Which of them.
+        id: Its whole name.
+        given: Its fields.
+        folder: The folder of its file, from which paths in it count.
+        source: Where bare method names of its file are found, or None.
+    """
+
+    kind: str
+    id: str
+    given: Given
+    folder: str
+    source: str | None
+
+    @property
+    def place(self) -> Place:
+        """Where it stands."""
+        return self.given.place
+
+    def __str__(self) -> str:
+        return f"{self.place} ({self.id})"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What a file and those it includes say.
+
+    Attributes:
+        paths: The files, the first one first.
+        namespace: The first file's.
+        drivers: By id.
+        main: The id of the driver that is the app's own, or None.
+        queues: By queue id; a queue's ``driver`` is a driver's id.
+        consumers: By id; a consumer's ``queue`` is a queue id.
+        policies: By id.
+        settings: What the app runs with.
+        worker: What ``kq worker`` runs with.
+        security: Actor, groups, strict mode.
+        signing: Keys.
+    """
+
+    paths: tuple[str, ...]
+    namespace: str | None
+    drivers: Mapping[str, Entry]
+    main: str | None
+    queues: Mapping[str, Entry]
+    consumers: Mapping[str, Entry]
+    policies: Mapping[str, Entry]
+    settings: Given
+    worker: Given
+    security: Given
+    signing: Given
+
+
+def empty() -> Document:
+    """Return what no file at all says."""
+    nowhere = Given(Place("", 0))
+    return Document((), None, {}, None, {}, {}, {}, nowhere, nowhere, nowhere, nowhere)
+
+
+@dataclass
+class Draft:
+    """A document in the making."""
+
+    paths: list[str] = field(default_factory=list)
+    entries: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    sections: dict[str, Given] = field(default_factory=dict)

@@ -1,0 +1,196 @@
+"""The text of a configuration file as a tree of nodes that know their place.
+
+PyYAML's parser under rules of our own: no aliases, anchors, merge keys or tags, no duplicate keys, at most
+32 levels and 1 MiB. Each of these lets a small file become a large one, or say two things at once. What a
+plain word means is YAML 1.2's core schema: ``true`` and ``false`` are booleans, and ``no``, ``on`` or
+``12:30`` are texts and stay so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from kq.errors import Invalid
+
+#: Bytes of a file.
+MAX_SIZE: Final = 2**20
+#: Levels of lists and mappings.
+MAX_DEPTH: Final = 32
+
+#: What stands for a variable of the environment in a text.
+VARIABLE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something stands.
+
+    Attributes:
+        path: The file, as it was named.
+        line: From 1.
+    """
+
+    path: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A single value.
+
+    Attributes:
+        place: Where it stands.
+        text: As written.
+        plain: Whether it stands without quotes.
+    """
+
+    place: Place
+    text: str
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A list of nodes."""
+
+    place: Place
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """Nodes by name, each with the place of its name."""
+
+    place: Place
+    items: dict[str, tuple[Place, Node]]
+
+
+Node = Scalar | Sequence | Mapping
+
+
+@dataclass
+class Problems:
+    """What is wrong in a set of files; all of it is told at once."""
+
+    found: list[str] = field(default_factory=list)
+
+    def add(self, place: Place | str, what: str) -> None:
+        """Note a mistake and its place."""
+        text = f"{place}: {what}"
+        if text not in self.found:
+            self.found.append(text)
+
+    def check(self) -> None:
+        """Raise `Invalid` with every mistake, a line each, if there is one."""
+        if self.found:
+            raise Invalid("\n".join(self.found))
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A scalar with its variables looked up.
+
+    Attributes:
+        value: The text.
+        shown: What may be shown of it: as written, for a variable may hold a secret.
+        looked_up: Whether a variable stood in it.
+    """
+
+    value: str
+    shown: str
+    looked_up: bool
+
+
+def read(path: str, problems: Problems) -> Node | None:
+    """Return the tree of a file; None for an empty one.
+
+    Raises:
+        Invalid: If it cannot be read, is no YAML, or holds what is refused.
+    """
+    import yaml
+
+    text = _contents(path)
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                _refuse(path, event, "anchors and aliases are not allowed; write the value out")
+            tag = getattr(event, "tag", None)
+            if tag:
+                _refuse(path, event, f"tags are not allowed, got {tag!r}")
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if depth > MAX_DEPTH:
+                    _refuse(path, event, f"nested deeper than {MAX_DEPTH} levels")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+        root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise Invalid(f"{path}{line}: not YAML: {error.problem or error}") from None
+    except yaml.YAMLError as error:
+        raise Invalid(f"{path}: not YAML: {error}") from None
+    return None if root is None else _node(path, root, problems)
+
+
+def look_up(scalar: Scalar, environment: MappingOf[str, str], problems: Problems, label: str) -> Text:
+    """Return a scalar's text with each ``${env:NAME}`` and ``${env:NAME:-default}`` replaced."""
+
+    def value_of(found: re.Match[str]) -> str:
+        value = environment.get(found[1], found[2])
+        if value is None:
+            hint = f"set it, or write ${{env:{found[1]}:-default}}"
+            problems.add(scalar.place, f"{label}: the environment has no {found[1]}; {hint}")
+            return ""
+        return value
+
+    value = VARIABLE.sub(value_of, scalar.text)
+    return Text(value, scalar.text, VARIABLE.search(scalar.text) is not None)
+
+
+def _contents(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_SIZE + 1)
+    except OSError as error:
+        raise Invalid(f"{path}: cannot be read: {os.strerror(error.errno) if error.errno else error}") from None
+    if len(data) > MAX_SIZE:
+        raise Invalid(f"{path}: larger than {MAX_SIZE:,} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise Invalid(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _refuse(path: str, event: Any, what: str) -> NoReturn:
+    raise Invalid(f"{path}:{event.start_mark.line + 1}: {what}")
+
+
+def _node(path: str, node: Any, problems: Problems) -> Node:
+    import yaml
+
+    place = Place(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        return Sequence(place, tuple(_node(path, item, problems) for item in node.value))
+    if not isinstance(node, yaml.MappingNode):
+        return Scalar(place, node.value, node.style is None)
+    items: dict[str, tuple[Place, Node]] = {}
+    for key, value in node.value:
+        key_place = Place(path, key.start_mark.line + 1)
+        if not isinstance(key, yaml.ScalarNode):
+            problems.add(key_place, "expected a name as key, got a list or mapping")
+        elif key.value == "<<" and key.style is None:
+            problems.add(key_place, "merge keys are not allowed; write the fields out")
+        elif key.value in items:
+            problems.add(key_place, f"{key.value!r} is given twice, first in line {items[key.value][0].line}")
+        else:
+            items[key.value] = (key_place, _node(path, value, problems))
+    return Mapping(place, items)
