@@ -152,21 +152,24 @@ class App:
         max_attempts: int | None = None,
         retry: Backoff | None = None,
     ) -> Callable[[_Handler], _Handler]:
-        """Make a function, sync or async, the handler of a queue. It stays a plain function.
+        """Make a function, sync or async, a handler of a queue. It stays a plain function.
+
+        Several consumers of one queue compete for its messages: each message goes to one of them, in turn, that
+        has room. A retry may go to another one.
 
         Args:
             queue_id: The queue; declared with default values unless `queue` says otherwise.
-            name: For logs; default the function's own.
+            name: For logs, and to tell the consumers of one queue apart; default the function's own.
             concurrency: Runs at once in one worker; default no limit of its own.
             prefetch: Messages that one worker holds for it; default as many as fit.
             timeout: Seconds or ``timedelta`` that one run may take; default no limit.
-            auto_ack: Settle before the handler runs: at most once.
+            auto_ack: Settle before the handler runs: at most once. The same for all consumers of a queue.
             max_attempts: Wins over the queue's.
             retry: Wins over the queue's.
 
         Raises:
             Invalid: If a value is not what it must be.
-            Conflict: If the queue has a consumer already.
+            Conflict: If the queue has a consumer of that name already, or one with another ``auto_ack``.
         """
         limit.queue_id(queue_id)
         seconds = None if timeout is None else limit.seconds("timeout", timeout)

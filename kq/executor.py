@@ -52,6 +52,7 @@ class Job(msgspec.Struct, array_like=True):
         attempts: Charged before this run.
         crashes: Charged before this run.
         settled: Whether it was acknowledged beforehand (``auto_ack``).
+        consumer: Which of the queue's consumers runs it, by the order of their declaration.
     """
 
     tag: int
@@ -61,6 +62,7 @@ class Job(msgspec.Struct, array_like=True):
     attempts: int = 0
     crashes: int = 0
     settled: bool = False
+    consumer: int = 0
 
 
 class Run:
@@ -101,7 +103,17 @@ class Executor:
         self._max_body = max_body
         self._activate = activate
         self._middleware = tuple(middleware)
-        self._calls: dict[str, Callable[[Message, Any], Any]] = {}
+        #: By queue and by the consumer's name.
+        self._calls: dict[tuple[str, str], Callable[[Message, Any], Any]] = {}
+        self._are_async: dict[str, tuple[bool, ...]] = {}
+
+    def is_async(self, job: Job) -> bool:
+        """Tell whether the handler of a job is async."""
+        kinds = self._are_async.get(job.queue)
+        if kinds is None:
+            kinds = tuple(consumer.is_async for consumer in self._router.of(job.queue)) or (False,)
+            self._are_async[job.queue] = kinds
+        return kinds[job.consumer % len(kinds)]
 
     def prepare(self, job: Job, emit: Callable[[Job, Outcome], None]) -> Run | Outcome:
         """Return the run for a job, or its outcome if it must not run.
@@ -121,7 +133,7 @@ class Executor:
             size = f"the body has {len(envelope.body):,} bytes, the limit is {self._max_body:,}"
             return _dead(job, UNDECODABLE, size)
         task = envelope.headers.get("task")
-        consumer = self._router.resolve(job.queue, task)
+        consumer = self._router.resolve(job.queue, task, job.consumer)
         if consumer is None:
             what = f"the task {task!r}" if task is not None else "its messages"
             return _dead(job, NO_HANDLER, f"no handler for {what} on queue {job.queue} in this worker")
@@ -205,13 +217,13 @@ class Executor:
 
     def _call(self, consumer: Consumer) -> Callable[[Message, Any], Any]:
         """Return a consumer's handler inside the middleware onion."""
-        call = self._calls.get(consumer.queue)
+        call = self._calls.get((consumer.queue, consumer.name))
         if call is None:
             handler = consumer.handler
             call = lambda message, payload: handler(payload)  # noqa: E731 - the innermost layer
             for middleware in reversed(self._middleware):
                 call = _wrap(middleware, call)
-            self._calls[consumer.queue] = call
+            self._calls[consumer.queue, consumer.name] = call
         return call
 
 

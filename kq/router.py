@@ -53,37 +53,56 @@ class Consumer:
 
 
 class Router:
-    """The consumers of an app, by queue id."""
+    """The consumers of an app, by queue id. Those of one queue compete for its messages."""
 
     def __init__(self) -> None:
-        self._consumers: dict[str, Consumer] = {}
+        self._consumers: list[Consumer] = []
+        self._by_queue: dict[str, tuple[Consumer, ...]] = {}
 
     def add(self, consumer: Consumer) -> None:
         """Register a consumer.
 
         Raises:
-            Conflict: If the queue has one already.
+            Conflict: If the queue has one of that name already, or one with another ``auto_ack``; the message
+                names both.
         """
-        other = self._consumers.get(consumer.queue)
-        if other is not None:
-            raise Conflict(
-                f"queue {consumer.queue} has the consumer {other.name!r} already; "
-                f"expected one consumer a queue, got {consumer.name!r} as well"
-            )
-        self._consumers[consumer.queue] = consumer
+        others = self.of(consumer.queue)
+        for other in others:
+            if other.name == consumer.name:
+                raise Conflict(
+                    f"queue {consumer.queue} has the consumer {other.name!r} already; "
+                    f"expected another name for each consumer of a queue, got {consumer.name!r} as well"
+                )
+            if other.auto_ack != consumer.auto_ack:
+                raise Conflict(
+                    f"queue {consumer.queue} has the consumer {other.name!r} with auto_ack={other.auto_ack}; "
+                    f"expected the same for all consumers of a queue, got {consumer.name!r} with "
+                    f"auto_ack={consumer.auto_ack}"
+                )
+        self._consumers.append(consumer)
+        self._by_queue[consumer.queue] = (*others, consumer)
 
-    def resolve(self, queue: str, task: object = None) -> Consumer | None:
+    def of(self, queue: str) -> tuple[Consumer, ...]:
+        """Return the consumers of a queue, in the order of their registration."""
+        return self._by_queue.get(queue, ())
+
+    def resolve(self, queue: str, task: object = None, index: int = 0) -> Consumer | None:
         """Return the consumer for a message, or None if nobody can handle it.
 
         Args:
             queue: The queue that delivered it.
             task: Its ``task`` header; a message that names a task type is no plain message, so a plain
                 consumer does not get it.
+            index: Which of the queue's consumers it was given to. Whoever gave it may know more of them than
+                there are here, where the code is another: then one of these gets it.
         """
-        return None if task is not None else self._consumers.get(queue)
+        consumers = self._by_queue.get(queue)
+        if consumers is None or task is not None:
+            return None
+        return consumers[index % len(consumers)]
 
     def __iter__(self) -> Iterator[Consumer]:
-        return iter(self._consumers.values())
+        return iter(self._consumers)
 
     def __len__(self) -> int:
         return len(self._consumers)

@@ -90,11 +90,9 @@ class Child:
             return False
         self._app = app
         timeouts = [c.timeout for c in app.registry.router if c.queue in hello.queues and c.timeout is not None]
-        kinds = {consumer.queue: consumer.is_async for consumer in app.registry.router}
         self._runner = Runner(
             app.executor(),
             concurrency=hello.concurrency,
-            is_async=lambda queue: kinds.get(queue, False),
             shortest_timeout=min(timeouts, default=None),
             slots=self._slots,
             emit=self._emit,

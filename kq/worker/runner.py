@@ -43,7 +43,6 @@ class Runner:
     Args:
         executor: Turns a job into an outcome.
         concurrency: Handlers of each kind at once.
-        is_async: Tells whether a queue's handler is async.
         shortest_timeout: Seconds of the shortest time limit of any handler, or None.
         slots: Where to note what runs; twice ``concurrency`` of them.
         emit: Takes results, in any thread, one call at a time; with True for those of handlers that
@@ -55,14 +54,12 @@ class Runner:
         executor: Executor,
         *,
         concurrency: int,
-        is_async: Callable[[str], bool],
         shortest_timeout: float | None,
         slots: SlotTable,
         emit: Callable[[list[Result], bool], None],
     ) -> None:
         self._executor = executor
         self._concurrency = concurrency
-        self._is_async = is_async
         self._slots = slots
         self._emit = emit
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
@@ -83,7 +80,7 @@ class Runner:
         """Queue jobs; never blocks."""
         waiting = 0
         for job in jobs:
-            if self._is_async(job.queue):
+            if self._executor.is_async(job):
                 self._event_loop().submit(job)
             else:
                 self._jobs.put(job)

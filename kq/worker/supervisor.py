@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kq import errors
@@ -20,6 +20,7 @@ from kq.outcome import CRASH_LOOP, RELEASE, Failure, Outcome
 from kq.retry import RetryPolicy, after_crash
 from kq.router import Consumer
 from kq.worker.pool import Died, Event, Finished, Place, Pool, Returned
+from kq.worker.round_robin import RoundRobin
 
 logger = logging.getLogger("kq.worker")
 
@@ -40,12 +41,14 @@ class Flight:
         delivery: What arrived.
         suspected: Crashes in which it may have been the guilty one: several ran when a process died.
         settled: Whether it is settled already, while its handler still runs.
+        consumer: Which of its queue's consumers it was given to last.
     """
 
     tag: int
     delivery: Delivery
     suspected: int = 0
     settled: bool = False
+    consumer: int = 0
 
     @property
     def alone(self) -> bool:
@@ -71,7 +74,7 @@ class Supervisor:
 
     Args:
         pool: Where handlers run.
-        consumers: The handlers, by queue id.
+        consumers: The consumers of each queue, by its id.
         specs: The queues, by id.
         max_deliveries: Deliveries in a row that nobody settles before a message is dead-lettered.
         prefetch: Deliveries in hand at most.
@@ -81,20 +84,21 @@ class Supervisor:
         self,
         pool: Pool,
         *,
-        consumers: Mapping[str, Consumer],
+        consumers: Mapping[str, Sequence[Consumer]],
         specs: Mapping[str, QueueSpec],
         max_deliveries: int,
         prefetch: int,
     ) -> None:
         self._pool = pool
-        self._consumers = consumers
+        self._turns = {queue: RoundRobin(competing) for queue, competing in consumers.items()}
+        #: Queues whose deliveries the fetcher acknowledges beforehand; the same for all consumers of one.
+        self._auto_ack = {queue for queue, competing in consumers.items() if competing[0].auto_ack}
         self._specs = specs
         self._max_deliveries = max_deliveries
         self._prefetch = prefetch
         self._flights: dict[int, Flight] = {}
         self._backlog: deque[Flight] = deque()
         self._alone: deque[Flight] = deque()
-        self._running_of: Counter[str] = Counter()
         self._reserved: Place | None = None
         self._next_tag = 1
         self._arrivals: deque[list[Delivery]] = deque()
@@ -115,8 +119,7 @@ class Supervisor:
     def timeout_of(self, tag: int) -> float | None:
         """Return the time limit of a job."""
         flight = self._flights.get(tag)
-        consumer = self._consumers.get(flight.delivery.queue) if flight is not None else None
-        return None if consumer is None else consumer.timeout
+        return None if flight is None else self._consumer(flight).timeout
 
     @property
     def in_hand(self) -> int:
@@ -181,12 +184,13 @@ class Supervisor:
                 flight.settled = True
             if not event.early:
                 del self._flights[tag]
-                freed[flight.delivery.queue] += 1
+                queue = flight.delivery.queue
+                self._turns[queue].leave(flight.consumer)
+                freed[queue] += 1
         assert self._fetcher is not None
         if settlements:
             self._fetcher.settle(settlements)
         for queue, count in freed.items():
-            self._running_of[queue] -= count
             self._fetcher.finished(queue, count)
         if self._reserved is event.place and not event.place.tags:
             self._free_reserved()
@@ -194,7 +198,7 @@ class Supervisor:
     def _give_back(self, tag: int) -> None:
         flight = self._flights.get(tag)
         if flight is not None:
-            self._running_of[flight.delivery.queue] -= 1
+            self._turns[flight.delivery.queue].leave(flight.consumer)
             self._put_back(flight)
 
     def _examine(self, death: Died) -> None:
@@ -204,7 +208,7 @@ class Supervisor:
         for tag in (*death.running, *death.queued):
             flight = self._flights.get(tag)
             if flight is not None:
-                self._running_of[flight.delivery.queue] -= 1
+                self._turns[flight.delivery.queue].leave(flight.consumer)
         running = [self._flights[tag] for tag in death.running if tag in self._flights]
         for tag in reversed(death.queued):
             if tag in self._flights:
@@ -252,10 +256,12 @@ class Supervisor:
         failure = Failure(errors.INTERNAL, f"the process that ran the handler {how}", True)
         self._settle(flight, after_crash(failure, policy, attempts=attempts, crashes=crashes))
 
+    def _consumer(self, flight: Flight) -> Consumer:
+        return self._turns[flight.delivery.queue].consumers[flight.consumer]
+
     def _rules(self, flight: Flight) -> tuple[Consumer, RetryPolicy]:
-        queue = flight.delivery.queue
-        consumer = self._consumers[queue]
-        return consumer, consumer.policy(self._specs[queue].policy)
+        consumer = self._consumer(flight)
+        return consumer, consumer.policy(self._specs[consumer.queue].policy)
 
     # Arrivals and jobs.
 
@@ -266,7 +272,7 @@ class Supervisor:
                 self._next_tag += 1
                 self._flights[flight.tag] = flight
                 self._size += (len(delivery.raw) - self._size) / 64
-                auto_ack = self._consumers[delivery.queue].auto_ack
+                auto_ack = delivery.queue in self._auto_ack
                 if delivery.deliveries >= self._max_deliveries and not auto_ack:
                     self._settle(flight, self._given_up(delivery))
                     continue
@@ -297,12 +303,13 @@ class Supervisor:
         passed: list[Flight] = []
         while self._backlog and places:
             flight = self._backlog.popleft()
-            if not self._may_run(flight):
+            consumer = self._turns[flight.delivery.queue].take()
+            if consumer is None:
                 passed.append(flight)
                 continue
             # The emptiest first, so that no process idles while another one hoards.
             place = min(places, key=lambda p: len(p.tags) + len(shares[p]))
-            shares[place].append(self._job(flight))
+            shares[place].append(self._job(flight, consumer))
             if len(place.tags) + len(shares[place]) >= place.window:
                 places.remove(place)
         self._backlog.extendleft(reversed(passed))
@@ -321,25 +328,23 @@ class Supervisor:
         place = self._reserved
         if place is None or not place.ready or place.tags:
             return
-        flight = next((flight for flight in self._alone if self._may_run(flight)), None)
-        if flight is None:
-            # Its consumer runs as many as it may; nobody need wait for it.
-            self._reserved = None
-            return
-        self._alone.remove(flight)
-        self._pool.submit(place, [self._job(flight)])
+        for flight in self._alone:
+            consumer = self._turns[flight.delivery.queue].take()
+            if consumer is not None:
+                self._alone.remove(flight)
+                self._pool.submit(place, [self._job(flight, consumer)])
+                return
+        # Their consumers run as many as they may; nobody need wait for them.
+        self._reserved = None
 
     def _free_reserved(self) -> None:
         if not self._alone:
             self._reserved = None
 
-    def _may_run(self, flight: Flight) -> bool:
-        most = self._consumers[flight.delivery.queue].concurrency
-        return most is None or self._running_of[flight.delivery.queue] < most
-
-    def _job(self, flight: Flight) -> Job:
+    @staticmethod
+    def _job(flight: Flight, consumer: int) -> Job:
         delivery = flight.delivery
-        self._running_of[delivery.queue] += 1
+        flight.consumer = consumer
         return Job(
             flight.tag,
             delivery.queue,
@@ -348,6 +353,7 @@ class Supervisor:
             delivery.attempts,
             delivery.crashes,
             flight.settled,
+            consumer,
         )
 
     def _ask(self) -> None:
@@ -366,7 +372,8 @@ class Supervisor:
         settled = [flight for flight in self._backlog if flight.settled]
         for number, flight in enumerate(settled if places else []):
             self._backlog.remove(flight)
-            self._pool.submit(places[number % len(places)], [self._job(flight)])
+            consumer = self._turns[flight.delivery.queue].take_anyway()
+            self._pool.submit(places[number % len(places)], [self._job(flight, consumer)])
 
     def _release_waiting(self) -> None:
         waiting = [*self._backlog, *self._alone]

@@ -8,7 +8,7 @@ cannot be killed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from time import monotonic
 
@@ -29,7 +29,6 @@ class ThreadPool:
     Args:
         executor: Turns a job into an outcome.
         concurrency: Handlers at once.
-        is_async: Tells whether a queue's handler is async.
         shortest_timeout: Seconds of the shortest time limit of any handler, or None.
     """
 
@@ -38,7 +37,6 @@ class ThreadPool:
         executor: Executor,
         *,
         concurrency: int,
-        is_async: Callable[[str], bool],
         shortest_timeout: float | None,
     ) -> None:
         self._place = Place(1, concurrency * _AHEAD, ready=True)
@@ -48,7 +46,6 @@ class ThreadPool:
         self._runner = Runner(
             executor,
             concurrency=concurrency,
-            is_async=is_async,
             shortest_timeout=shortest_timeout,
             slots=self._slots,
             emit=self._emit,

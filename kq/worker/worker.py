@@ -12,8 +12,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from threading import Event, Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any, Protocol
@@ -216,8 +217,9 @@ class Worker:
         finally:
             self._ready.set()
 
-    def _choose(self) -> dict[str, Consumer]:
-        consumers = {consumer.queue: consumer for consumer in self._registry.router}
+    def _choose(self) -> dict[str, tuple[Consumer, ...]]:
+        router = self._registry.router
+        consumers = {consumer.queue: router.of(consumer.queue) for consumer in router}
         if self.options.queues is not None:
             for queue in self.options.queues:
                 limit.queue_id(queue)
@@ -228,12 +230,15 @@ class Worker:
                     )  # fmt: skip
             consumers = {queue: consumers[queue] for queue in self.options.queues if queue in consumers}
         if not consumers:
-            known = ", ".join(consumer.queue for consumer in self._registry.router) or "none"
+            known = ", ".join(dict.fromkeys(consumer.queue for consumer in router)) or "none"
             raise Invalid(
                 f"nothing to consume: app {self._registry.name!r} has handlers for {known}; "
                 "declare one with @app.consumer(queue_id)"
             )
         return consumers
+
+    def _each_consumer(self) -> Iterator[Consumer]:
+        return chain.from_iterable(self._consumers.values())
 
     def _pool_kind(self) -> str:
         memory = config.scheme(self._registry.settings.broker) == "memory"
@@ -250,7 +255,7 @@ class Worker:
         until = monotonic() + self.options.connect_timeout
         while True:
             try:
-                longest = max((c.timeout for c in self._consumers.values() if c.timeout), default=None)
+                longest = max((c.timeout for c in self._each_consumer() if c.timeout), default=None)
                 warnings = backend.check(longest)
                 for spec in self._specs.values():
                     backend.declare(spec, create=True, exact=self._registry.is_exact(spec.id))
@@ -268,7 +273,7 @@ class Worker:
         options = self.options
         where = "threads" if self._threads else "processes"
         queues = "".join(
-            f"\n    {consumer.queue}  ->  {consumer.name}{_rules(consumer)}" for consumer in self._consumers.values()
+            f"\n    {consumer.queue}  ->  {consumer.name}{_rules(consumer)}" for consumer in self._each_consumer()
         )
         logger.info(
             "kq worker of %s\n  broker  %s\n  pool    %s\n  queues%s",
@@ -285,13 +290,11 @@ class Worker:
 
     def _make_pool(self) -> Pool:
         options = self.options
-        timeouts = [consumer.timeout for consumer in self._consumers.values() if consumer.timeout is not None]
+        timeouts = [consumer.timeout for consumer in self._each_consumer() if consumer.timeout is not None]
         if self._threads:
-            kinds = {consumer.queue: consumer.is_async for consumer in self._consumers.values()}
             return ThreadPool(
                 self._app.executor(),
                 concurrency=options.concurrency,
-                is_async=lambda queue: kinds[queue],
                 shortest_timeout=min(timeouts, default=None),
             )
         assert self._app_path is not None
@@ -329,7 +332,7 @@ class Worker:
             prefetch=prefetch,
             lease=self._registry.settings.lease,
             limits=_limits(self._consumers),
-            auto_ack={queue for queue, consumer in self._consumers.items() if consumer.auto_ack},
+            auto_ack={queue for queue, competing in self._consumers.items() if competing[0].auto_ack},
             on_deliveries=supervisor.arrived,
             on_idle=self._idle if idle else None,
             idle_until=lambda: self._idle_until or monotonic() + _BURST_HORIZON,
@@ -424,14 +427,20 @@ class Worker:
         )  # fmt: skip
 
 
-def _limits(consumers: dict[str, Consumer]) -> dict[str, int]:
+def _limits(consumers: Mapping[str, Sequence[Consumer]]) -> dict[str, int]:
     """Return how many messages of single queues to hold: no more than may run, unless asked for."""
     limits = {}
-    for queue, consumer in consumers.items():
-        wanted = [n for n in (consumer.concurrency, consumer.prefetch) if n is not None]
-        if wanted:
-            limits[queue] = max(wanted)
+    for queue, competing in consumers.items():
+        needs = [_need(consumer) for consumer in competing]
+        bounded = [need for need in needs if need is not None]
+        # One consumer without bounds takes whatever comes.
+        if len(bounded) == len(needs):
+            limits[queue] = sum(bounded)
     return limits
+
+
+def _need(consumer: Consumer) -> int | None:
+    return max((n for n in (consumer.concurrency, consumer.prefetch) if n is not None), default=None)
 
 
 def _rules(consumer: Consumer) -> str:

@@ -534,6 +534,45 @@ def test_concurrency_of_a_consumer_is_a_cap(app: kq.App, queue_id: str) -> None:
     assert most == 2
 
 
+def test_consumers_of_a_queue_take_turns(app: kq.App, queue_id: str) -> None:
+    """Several consumers of one queue, sync and async, get its messages in turn, each message once."""
+    seen: dict[str, list[int]] = {"first": [], "second": [], "third": []}
+
+    def consume(name: str) -> Callable[[Any], None]:
+        return lambda payload: seen[name].append(payload["n"])
+
+    async def second(payload: Any) -> None:
+        seen["second"].append(payload["n"])
+
+    app.consumer(queue_id, name="first")(consume("first"))
+    app.consumer(queue_id)(second)
+    app.consumer(queue_id, name="third", concurrency=1)(consume("third"))
+    app.publish_many(queue_id, [{"n": n} for n in range(12)])
+
+    assert drain(app) == 12
+    assert sorted(n for each in seen.values() for n in each) == list(range(12))
+    assert all(seen.values())
+
+
+def test_a_retry_may_go_to_another_consumer(app: kq.App, queue_id: str) -> None:
+    """What one consumer of a queue failed to handle the other one can; attempts are the message's."""
+    attempts: list[tuple[str, int]] = []
+
+    @app.consumer(queue_id, retry=NOW)
+    def failing(payload: Any) -> None:
+        attempts.append(("failing", queue.message().attempt()))
+        raise errors.Internal("not I")
+
+    @app.consumer(queue_id)
+    def working(payload: Any) -> None:
+        attempts.append(("working", queue.message().attempt()))
+
+    app.publish(queue_id, {"n": 1})
+
+    assert drain(app) == 1
+    assert attempts == [("failing", 1), ("working", 2)]
+
+
 def test_middleware_wraps_both_sides(make_app: Callable[..., kq.App], queue_id: str) -> None:
     """Middleware sees every publish and every run, outermost first, and can change what passes."""
     trace: list[str] = []

@@ -103,6 +103,52 @@ def failure_of(outcome: Outcome | None) -> Failure:
     return outcome.failure
 
 
+# Which consumer runs it.
+
+
+async def _later(payload: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("index", "expected", "is_async"), [(0, "first", False), (1, "second", True), (2, "first", False)]
+)
+def test_a_job_runs_on_the_consumer_it_was_given_to(index: int, expected: str, is_async: bool) -> None:
+    """The number in a job chooses among the queue's consumers, and one beyond them chooses one all the same."""
+    router = Router()
+    router.add(Consumer("app:a", "first", lambda payload: None, max_attempts=1))
+    router.add(Consumer("app:a", "second", _later, max_attempts=2))
+    executor = Executor(router, lambda id: SPEC, max_body=100, activate=nullcontext)
+    what = job()
+    what.consumer = index
+    run = prepare(executor, what)
+    assert run.consumer.name == expected
+    assert run.policy.max_attempts == (2 if is_async else 1)
+    assert executor.is_async(what) is is_async
+
+
+def test_each_consumer_of_a_queue_has_its_own_handler() -> None:
+    """What is kept of one consumer's handler is not used for another's."""
+    ran: list[str] = []
+
+    def noting(name: str) -> Callable[[Any], None]:
+        return lambda payload: ran.append(name)
+
+    router = Router()
+    for name in ("first", "second"):
+        router.add(Consumer("app:a", name, noting(name)))
+    executor = Executor(router, lambda id: SPEC, max_body=100, activate=nullcontext)
+    for index in (0, 1, 0):
+        what = job()
+        what.consumer = index
+        assert executor.run(prepare(executor, what)) == DONE
+    assert ran == ["first", "second", "first"]
+
+
+def test_a_job_without_a_consumer_is_not_async() -> None:
+    """A job of a queue that nobody consumes here can be asked about, and is refused later."""
+    assert not make().is_async(job(queue="app:z"))
+
+
 # What must not run.
 
 

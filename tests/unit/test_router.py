@@ -39,13 +39,50 @@ def test_a_task_header_is_not_for_plain_consumers(task: object) -> None:
     assert router.resolve("app:a", task) is None
 
 
-def test_one_consumer_a_queue() -> None:
-    """A second consumer of a queue is a conflict that names the queue and both."""
+def test_consumers_of_one_queue_are_told_apart_by_number() -> None:
+    """A queue may have several consumers, numbered in the order of their registration."""
+    router = Router()
+    first, second = Consumer("app:a", "first", handle), Consumer("app:a", "second", handle_async)
+    router.add(first)
+    router.add(Consumer("app:b", "first", handle))
+    router.add(second)
+    assert router.of("app:a") == (first, second)
+    assert router.of("app:z") == ()
+    assert [router.resolve("app:a", None, index) for index in (0, 1)] == [first, second]
+    assert [(consumer.queue, consumer.name) for consumer in router] == [
+        ("app:a", "first"), ("app:b", "first"), ("app:a", "second"),
+    ]  # fmt: skip
+    assert len(router) == 3
+
+
+def test_a_number_from_other_code_finds_a_consumer_too() -> None:
+    """A child that has loaded code with fewer consumers gives the message to one that it has."""
     router = Router()
     router.add(Consumer("app:a", "first", handle))
-    with pytest.raises(errors.Conflict, match=r"queue app:a has the consumer 'first' already; .*got 'second'"):
-        router.add(Consumer("app:a", "second", handle))
-    assert [consumer.name for consumer in router] == ["first"]
+    router.add(Consumer("app:a", "second", handle))
+    found = router.resolve("app:a", None, 5)
+    assert found is not None
+    assert found.name == "second"
+
+
+def test_consumers_of_one_queue_have_different_names() -> None:
+    """A second consumer of the same name on a queue is a conflict that names the queue and both."""
+    router = Router()
+    router.add(Consumer("app:a", "first", handle))
+    with pytest.raises(errors.Conflict, match=r"queue app:a has the consumer 'first' already; .*got 'first' as well"):
+        router.add(Consumer("app:a", "first", handle_async))
+    assert [consumer.handler for consumer in router.of("app:a")] == [handle]
+
+
+def test_consumers_of_one_queue_acknowledge_alike() -> None:
+    """Consumers of one queue that disagree on auto_ack are a conflict that names both and what each said."""
+    router = Router()
+    router.add(Consumer("app:a", "first", handle))
+    with pytest.raises(
+        errors.Conflict, match=r"consumer 'first' with auto_ack=False; .*got 'second' with auto_ack=True"
+    ):
+        router.add(Consumer("app:a", "second", handle, auto_ack=True))
+    assert len(router) == 1
 
 
 def test_router_can_be_counted_and_walked() -> None:
