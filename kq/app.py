@@ -13,6 +13,7 @@ from kq import config_file, limit, registry
 from kq.backend import QueueInfo, QueueSpec
 from kq.config import hide_password, resolve
 from kq.dead_letter import DeadLetters
+from kq.declaration import Declarations, caller
 from kq.errors import Invalid
 from kq.executor import Executor, HandleMiddleware
 from kq.producer import Producer, PublishMiddleware
@@ -80,9 +81,24 @@ class App:
         )
         registry.find_backend(settings.broker)
         self.registry = Registry(name, settings)
+        self.document = document
+        self.declarations = Declarations(document, self.registry, caller().module)
         self._on_handle = list(on_handle)
         self._producer = Producer(self, middleware=list(on_publish))
         _remember(self)
+
+    @classmethod
+    def from_file(cls, config: str | None = None, *, broker: str | None = None) -> App:
+        """Return the app that a configuration file describes, named after the file's namespace.
+
+        Args:
+            config: The file; else ``KQ_CONFIG``, else ``kq.yaml`` if there is one.
+            broker: The broker's URL; wins over the file's.
+
+        Raises:
+            Invalid: If the file, or a setting in the environment, is not what it must be.
+        """
+        return cls(config_file.load(config).namespace or "kq", broker=broker, config=config)
 
     @property
     def name(self) -> str:
@@ -98,47 +114,48 @@ class App:
         self,
         queue_id: str,
         *,
-        codec: str = "json/plain",
+        codec: str | None = None,
         dead_letter: str | None = None,
-        max_attempts: int = 5,
-        max_crashes: int = 3,
-        retry: Backoff = Backoff(),  # noqa: B008 - a frozen value
+        max_attempts: int | None = None,
+        max_crashes: int | None = None,
+        retry: Backoff | None = None,
         max_length: int | None = None,
         max_priority: int | None = None,
-        require_signature: bool = False,
+        require_signature: bool | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> QueueSpec:
         """Declare a queue; the broker hears of it at its first use. Idempotent.
 
+        What a configuration file says of the queue holds as well; both must agree where both speak.
+
         Args:
             queue_id: ``namespace:name``.
-            codec: ``json/plain`` or ``application/msgpack``.
+            codec: ``json/plain`` (the default) or ``application/msgpack``.
             dead_letter: The queue for messages that cannot be handled; default ``<queue id>.dead``.
-            max_attempts: Runs of a message before it is dead-lettered, the first included.
-            max_crashes: Runs under which its process may die.
-            retry: The wait between attempts.
-            max_length: Messages that may wait before publishing is refused with reason ``full``.
+            max_attempts: Runs of a message before it is dead-lettered, the first included; default 5.
+            max_crashes: Runs under which its process may die; default 3.
+            retry: The wait between attempts; default ``kq.Backoff()``: from 1 s, doubled, at most 10 minutes.
+            max_length: Messages that may wait before publishing is refused with reason ``full``; default no limit.
             max_priority: Levels of priority; only RabbitMQ needs to know.
             require_signature: Not available in this version.
             options: What one kind of broker understands, e.g. ``{"amqp": {"queue_type": "classic"}}``.
 
         Raises:
             Invalid: If a value is not what it must be.
-            Conflict: If the queue was declared with other values.
+            Conflict: If the queue was declared with other values, here or in a file.
         """
-        spec = registry.queue_spec(
-            queue_id,
-            codec_name=codec,
-            dead_letter=dead_letter,
-            max_attempts=max_attempts,
-            max_crashes=max_crashes,
-            retry=retry,
-            max_length=max_length,
-            max_priority=max_priority,
-            require_signature=require_signature,
-            options=options,
-        )
-        return self.registry.declare(spec)
+        said = {
+            "codec": codec,
+            "dead_letter": dead_letter,
+            "max_attempts": max_attempts,
+            "max_crashes": max_crashes,
+            "retry": retry,
+            "max_length": max_length,
+            "max_priority": max_priority,
+            "require_signature": require_signature,
+            "options": options,
+        }
+        return self.declarations.queue(queue_id, {name: value for name, value in said.items() if value is not None})
 
     def consumer(
         self,
@@ -178,6 +195,8 @@ class App:
         if retry is not None and not isinstance(retry, Backoff):
             raise Invalid(f"retry: expected a kq.Backoff, got {type(retry).__name__}")
 
+        place = caller().place
+
         def register(handler: _Handler) -> _Handler:
             if not callable(handler):
                 raise Invalid(f"expected a function to handle {queue_id}, got {type(handler).__name__}")
@@ -192,6 +211,7 @@ class App:
                     prefetch=None if prefetch is None else count("prefetch", prefetch, 1, 100_000),
                     timeout=seconds,
                     auto_ack=auto_ack,
+                    place=place,
                 )
             )
             self.registry.imply(queue_id)
@@ -297,6 +317,7 @@ class App:
         """
         from kq.worker.worker import Worker, WorkerOptions
 
+        self.declarations.load_handlers()
         app_path = options.pop("app_path", None)
         try:
             return Worker(self, app_path=app_path, options=WorkerOptions(**options))
@@ -317,6 +338,7 @@ class App:
         """
         from kq.worker.worker import Worker, WorkerOptions
 
+        self.declarations.load_handlers()
         if not len(self.registry.router):
             return 0
         deadline = monotonic() + limit.seconds("timeout", timeout)
@@ -327,6 +349,7 @@ class App:
 
     def executor(self) -> Executor:
         """Return what runs this app's handlers. For workers."""
+        self.declarations.load_handlers()
         return Executor(
             self.registry.router,
             self.registry.spec,

@@ -25,7 +25,7 @@ COMMAND_VARIABLES: Final = frozenset(
     for name in (
         "APP", "ACTOR", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG", "DELAY", "EXPIRES", "GRACE",
         "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL", "MAX_TASKS_PER_CHILD", "MESSAGE_ID",
-        "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES", "QUEUES", "YES",
+        "OFFLINE", "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES", "QUEUES", "YES",
     )
 )  # fmt: skip
 

@@ -15,7 +15,8 @@ from importlib.metadata import entry_points
 from threading import RLock
 from typing import Any, Final, Protocol
 
-from kq import codec, config, limit
+from kq import codec as codecs
+from kq import config, limit
 from kq.backend import Backend, QueueSpec
 from kq.driver import Tls
 from kq.errors import Conflict, Internal, Invalid
@@ -90,15 +91,19 @@ class Registry:
             find_backend(changed.broker)
             self.settings = changed
 
-    def declare(self, spec: QueueSpec) -> QueueSpec:
+    def declare(self, spec: QueueSpec, *, instead_of: QueueSpec | None = None) -> QueueSpec:
         """Register a queue; the same declaration again is fine.
+
+        Args:
+            spec: The queue.
+            instead_of: An earlier declaration, whose place it takes.
 
         Raises:
             Conflict: If it was declared with other values; the message names the argument.
         """
         with self._lock:
             known = self._declared.get(spec.id)
-            if known is None:
+            if known is None or known == instead_of:
                 self._declared[spec.id] = spec
                 self._implied.pop(spec.id, None)
                 self._confirmed.discard(spec.id)
@@ -232,15 +237,15 @@ def default_spec(queue_id: str) -> QueueSpec:
 def queue_spec(
     queue_id: str,
     *,
-    codec_name: Any,
-    dead_letter: Any,
-    max_attempts: Any,
-    max_crashes: Any,
-    retry: Any,
-    max_length: Any,
-    max_priority: Any,
-    require_signature: Any,
-    options: Any,
+    codec: Any = "json/plain",
+    dead_letter: Any = None,
+    max_attempts: Any = 5,
+    max_crashes: Any = 3,
+    retry: Any = Backoff(),  # noqa: B008 - a frozen value
+    max_length: Any = None,
+    max_priority: Any = None,
+    require_signature: Any = False,
+    options: Any = None,
 ) -> QueueSpec:
     """Return a checked queue declaration.
 
@@ -248,7 +253,7 @@ def queue_spec(
         Invalid: If a value is not what it must be; the message names it.
     """
     limit.queue_id(queue_id)
-    codec.named(codec_name)
+    codecs.named(codec)
     if dead_letter is None:
         dead_letter = default_spec(queue_id).dead_letter
     else:
@@ -261,7 +266,7 @@ def queue_spec(
         raise Invalid("require_signature: signing is not available in this version; leave it out")
     return QueueSpec(
         queue_id,
-        codec=codec_name,
+        codec=codec,
         dead_letter=dead_letter,
         policy=RetryPolicy(
             count("max_attempts", max_attempts, 1, 1_000_000), count("max_crashes", max_crashes, 1, 1_000_000), retry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kq.errors import Conflict
@@ -25,6 +25,7 @@ class Consumer:
         prefetch: Messages that one worker holds for it; None for the worker's.
         timeout: Seconds that one run may take, or None.
         auto_ack: Whether messages are settled before the handler runs (at most once).
+        place: Where it was declared, for people.
     """
 
     queue: str
@@ -36,6 +37,7 @@ class Consumer:
     prefetch: int | None = None
     timeout: float | None = None
     auto_ack: bool = False
+    place: str = field(default="", compare=False)
 
     def policy(self, queue: RetryPolicy) -> RetryPolicy:
         """Return when a message has had enough: the queue's word, with the consumer's own on top."""
@@ -70,17 +72,22 @@ class Router:
         for other in others:
             if other.name == consumer.name:
                 raise Conflict(
-                    f"queue {consumer.queue} has the consumer {other.name!r} already; "
-                    f"expected another name for each consumer of a queue, got {consumer.name!r} as well"
+                    f"queue {consumer.queue} has the consumer {other.name!r} already{_at(other)}; expected another "
+                    f"name for each consumer of a queue, got {consumer.name!r} as well{_at(consumer)}"
                 )
             if other.auto_ack != consumer.auto_ack:
                 raise Conflict(
-                    f"queue {consumer.queue} has the consumer {other.name!r} with auto_ack={other.auto_ack}; "
-                    f"expected the same for all consumers of a queue, got {consumer.name!r} with "
-                    f"auto_ack={consumer.auto_ack}"
+                    f"queue {consumer.queue} has the consumer {other.name!r}{_at(other)} with "
+                    f"auto_ack={other.auto_ack}; expected the same for all consumers of a queue, got "
+                    f"{consumer.name!r}{_at(consumer)} with auto_ack={consumer.auto_ack}"
                 )
         self._consumers.append(consumer)
         self._by_queue[consumer.queue] = (*others, consumer)
+
+    def replace(self, old: Consumer, new: Consumer) -> None:
+        """Put a consumer in the place of another one of the same queue."""
+        self._consumers[self._consumers.index(old)] = new
+        self._by_queue[old.queue] = tuple(new if other is old else other for other in self.of(old.queue))
 
     def of(self, queue: str) -> tuple[Consumer, ...]:
         """Return the consumers of a queue, in the order of their registration."""
@@ -106,3 +113,7 @@ class Router:
 
     def __len__(self) -> int:
         return len(self._consumers)
+
+
+def _at(consumer: Consumer) -> str:
+    return f" ({consumer.place})" if consumer.place else ""

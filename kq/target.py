@@ -16,10 +16,14 @@ _USUAL = ("app", "kq_app")
 def load_app(path: str) -> App:
     """Return the app that ``path`` names; the current directory is searched first.
 
+    An empty path stands for the app that the configuration file describes.
+
     Raises:
         Invalid: If the module or the attribute does not exist, or importing fails; the message says
             which, and where in the user's code.
     """
+    if not path:
+        return App.from_file()
     module_name, _, attribute = path.partition(":")
     if not module_name or module_name.endswith(".py") or "/" in module_name:
         raise Invalid(f"app: expected package.module:attribute, e.g. shop:app, got {path!r}")

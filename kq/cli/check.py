@@ -2,33 +2,103 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kq.cli.option import common, find_app
+from kq.cli.option import ConfigurationError, common, find_app, table
+from kq.errors import Conflict, Invalid
+
+if TYPE_CHECKING:
+    from kq.app import App
 
 
 @click.command()
+@click.option("--offline", is_flag=True, envvar="KQ_OFFLINE", show_envvar=True,
+              help="Connect to nothing; print what is in force, and who says so.")  # fmt: skip
+@click.option("--schema", is_flag=True, help="Print a JSON Schema of the configuration file, for editors.")
 @common
-def check(app_path: str | None, broker: str | None) -> None:
+def check(app_path: str | None, broker: str | None, offline: bool, schema: bool) -> None:
     """Reach the broker, and say what it can do and which of its settings endanger messages."""
     from kq import config
 
+    if schema:
+        from kq.config_file.schema import json_schema
+
+        click.echo(json.dumps(json_schema(), indent=2))
+        return
     with find_app(app_path, broker) as app:
-        backend = app.registry.backend()
-        longest = max((c.timeout for c in app.registry.router if c.timeout is not None), default=None)
-        warnings = [*config.unknown_variables(), *backend.check(longest)]
-        click.echo(f"broker         {config.hide_password(app.registry.settings.broker)}: reached")
-        for name, value in asdict(backend.capabilities).items():
-            shown = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
-            click.echo(f"{name.replace('_', ' '):22}{shown}")
-        for spec in app.registry.queues():
-            note = ""
-            if backend.capabilities.priorities == "declared" and not spec.max_priority:
-                note = "  (priorities are carried, not acted on: no max_priority)"
-            click.echo(f"queue          {spec.id}{note}")
+        try:
+            app.declarations.load_handlers()
+        except (Invalid, Conflict) as error:
+            raise ConfigurationError(error.message) from error
+        warnings = config.unknown_variables()
+        if offline:
+            _print_configuration(app)
+        else:
+            warnings += _reach(app)
     for warning in warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     if not warnings:
-        click.echo("no unsafe settings found")
+        click.echo("the configuration is fine" if offline else "no unsafe settings found")
+
+
+def _reach(app: App) -> list[str]:
+    """Ask the broker what it can do, print it, and return what endangers messages."""
+    from kq import config
+
+    backend = app.registry.backend()
+    longest = max((c.timeout for c in app.registry.router if c.timeout is not None), default=None)
+    warnings = backend.check(longest)
+    click.echo(f"broker         {config.hide_password(app.registry.settings.broker)}: reached")
+    for name, value in asdict(backend.capabilities).items():
+        shown = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+        click.echo(f"{name.replace('_', ' '):22}{shown}")
+    for spec in app.registry.queues():
+        note = ""
+        if backend.capabilities.priorities == "declared" and not spec.max_priority:
+            note = "  (priorities are carried, not acted on: no max_priority)"
+        click.echo(f"queue          {spec.id}{note}")
+    return warnings
+
+
+def _print_configuration(app: App) -> None:
+    """Print every value that is in force, with the place where it was said."""
+    from kq import config
+
+    settings = app.registry.settings
+    click.echo(f"app      {app.name}")
+    click.echo(f"files    {', '.join(app.document.paths) or 'none'}\n")
+    rows: list[list[Any]] = []
+    for name in config.DEFAULTS:
+        value = getattr(settings, name)
+        shown = config.hide_password(value) if name == "broker" else _show(value)
+        rows.append([name, shown, settings.origins.get(name, "default")])
+    for name, value in app.document.worker.values.items():
+        rows.append([f"worker.{name}", _show(value), str(app.document.worker.places[name])])
+    table(["setting", "value", "from"], rows)
+    for spec in app.registry.queues():
+        click.echo()
+        fields = {
+            "codec": spec.codec, "dead_letter": spec.dead_letter, "max_attempts": spec.policy.max_attempts,
+            "max_crashes": spec.policy.max_crashes, "retry": spec.policy.backoff, "max_length": spec.max_length,
+            "max_priority": spec.max_priority, "require_signature": spec.require_signature,
+            "driver": spec.driver or "the app's own", "options": spec.options,
+        }  # fmt: skip
+        rows = [[name, _show(value), app.declarations.origin(spec.id, name)] for name, value in fields.items()]
+        table([f"queue {spec.id}", "value", "from"], rows)
+        for consumer in app.registry.router.of(spec.id):
+            click.echo(f"consumer {consumer.name}  ({consumer.place})")
+    click.echo()
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g} s"
+    if value is None or value == {}:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

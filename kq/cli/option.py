@@ -63,14 +63,14 @@ def common(command: _F) -> _F:
         metavar="FILE",
         envvar="KQ_CONFIG",
         show_envvar=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_use_file,
         help="The configuration file; default: kq.yaml.",
     )
     @click.option("--debug", is_flag=True, envvar="KQ_DEBUG", show_envvar=True, help="Show tracebacks.")
     @functools.wraps(command)
-    def run(*args: Any, debug: bool, config: str | None, **kwargs: Any) -> Any:
-        if config is not None:
-            # Where apps look for it, here and in children.
-            os.environ["KQ_CONFIG"] = os.path.abspath(config)
+    def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except errors.Error as error:
@@ -93,8 +93,22 @@ def common(command: _F) -> _F:
     return run  # type: ignore[return-value]
 
 
+def _use_file(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    """Have apps find the file, here and in children, and options take their defaults from it."""
+    if path is not None:
+        os.environ["KQ_CONFIG"] = os.path.abspath(path)
+    if ctx.info_name == "worker":
+        from kq import config_file
+
+        try:
+            values = config_file.load().worker.values
+        except errors.Invalid as error:
+            raise ConfigurationError(error.message) from None
+        ctx.default_map = {**values, **({"queues": ",".join(values["queues"])} if "queues" in values else {})}
+
+
 def find_app(app_path: str | None, broker: str | None) -> App:
-    """Return the app that the options name, or a bare one.
+    """Return the app that the options name, else the one that the configuration file describes.
 
     Raises:
         ConfigurationError: If it does not load, or its settings are wrong.
@@ -103,7 +117,7 @@ def find_app(app_path: str | None, broker: str | None) -> App:
 
     try:
         if app_path is None:
-            return App("kq", broker=broker)
+            return App.from_file(broker=broker)
         from kq.target import load_app
 
         app = load_app(app_path)

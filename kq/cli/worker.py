@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from kq.cli.option import CONFIGURATION, DURATION, ConfigurationError, common, end, exit_code, fail, find_app
@@ -49,20 +51,26 @@ def worker(
 ) -> None:
     """Consume queues and run their handlers.
 
-    APP is package.module:attribute. TERM or INT stop the worker: what runs is finished within --grace,
-    the rest goes back to its queue; a second signal gives it back at once. HUP replaces the children and
-    so reloads the code; USR1 logs what runs where.
+    APP is package.module:attribute; without it the configuration file says what to consume.
+
+    TERM or INT stop the worker: what runs is finished within --grace, the rest goes back to its queue; a second
+    signal gives it back at once. HUP reloads code and configuration; USR1 logs what runs where.
     """
+    from kq import config_file
     from kq.worker.log import configure
     from kq.worker.pool import StartFailed
     from kq.worker.worker import Worker, WorkerOptions
 
     path = app or app_path
-    if path is None:
-        raise click.UsageError("name the app, as package.module:attribute, e.g. kq worker shop:app")
+    if path is None and config_file.find(None, os.environ) is None:
+        raise click.UsageError(
+            "name the app, as package.module:attribute, e.g. kq worker shop:app; "
+            "or a configuration file that declares consumers, e.g. kq worker --config kq.yaml"
+        )
     configure(log_level, log_format)
     found = find_app(path, broker)
     try:
+        found.declarations.load_handlers()
         options = WorkerOptions(
             queues=None if queues is None else [queue.strip() for queue in queues.split(",") if queue.strip()],
             processes=processes,
@@ -75,7 +83,7 @@ def worker(
             log_level=log_level,
             log_format=log_format,
         )
-        Worker(found, app_path=path, options=options).run()
+        Worker(found, app_path=path or "", options=options).run()
     except Invalid as error:
         raise ConfigurationError(error.message) from error
     except StartFailed as error:

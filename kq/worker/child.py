@@ -85,6 +85,7 @@ class Child:
             app = load_app(hello.app)
             if hello.settings:
                 app.registry.override(**hello.settings)
+            app.declarations.load_handlers()
         except BaseException as error:
             self._send(frame.Failed(str(error) or repr(error)))
             return False

@@ -12,7 +12,7 @@ from kq.registry import Registry, default_spec, difference, open_backend, queue_
 from kq.retry import Backoff, RetryPolicy
 
 DEFAULTS: dict[str, Any] = {
-    "codec_name": "json/plain",
+    "codec": "json/plain",
     "dead_letter": None,
     "max_attempts": 5,
     "max_crashes": 3,
@@ -42,7 +42,7 @@ def test_queue_defaults() -> None:
 def test_queue_values_are_kept() -> None:
     """Every argument ends up where it belongs."""
     spec = declared(
-        codec_name="application/msgpack",
+        codec="application/msgpack",
         dead_letter="app:d",
         max_attempts=1,
         max_crashes=2,
@@ -65,7 +65,7 @@ def test_dead_letter_queues_have_none_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"codec_name": "pickle"}, "codec: expected one of json/plain, application/msgpack; got 'pickle'"),
+        ({"codec": "pickle"}, "codec: expected one of json/plain, application/msgpack; got 'pickle'"),
         ({"dead_letter": "nope"}, "ill-formed queue id 'nope'"),
         ({"dead_letter": ""}, "queue id is empty"),
         ({"dead_letter": "app:a"}, "dead_letter: expected another queue than app:a itself"),
@@ -107,7 +107,7 @@ def test_declaring_is_idempotent() -> None:
 @pytest.mark.parametrize(
     ("values", "name"),
     [
-        ({"codec_name": "application/msgpack"}, "codec"),
+        ({"codec": "application/msgpack"}, "codec"),
         ({"dead_letter": "app:d"}, "dead_letter"),
         ({"max_attempts": 6}, "max_attempts"),
         ({"max_crashes": 4}, "max_crashes"),

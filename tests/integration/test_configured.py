@@ -1,0 +1,208 @@
+"""Workers that run from kq.yaml alone, with no application object."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.broker import Broker
+from tests.integration.conftest import PATIENCE, children_of, wait_for
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "configured"
+
+
+class Project:
+    """A folder with a configuration file and handlers, and commands that run there."""
+
+    def __init__(self, broker: Broker, folder: Path) -> None:
+        self.folder = folder
+        self.broker = broker
+        self.environment = {**os.environ, "KQ_BROKER_URL": broker.url, "KQ_LEASE": "2"}
+        self.workers: list[subprocess.Popen[str]] = []
+        self.log_file = folder / "worker.log"
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file as a whole: whoever reads it sees the old one or the new one."""
+        new = self.folder / (name + ".new")
+        new.write_text(text)
+        new.replace(self.folder / name)
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a ``kq`` command to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "kq", *arguments], cwd=self.folder, env={**self.environment, **environment},
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+
+    def worker(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a worker and wait until it says so."""
+        with self.log_file.open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "kq", "worker", *arguments],
+                cwd=self.folder, env=self.environment, stdout=log, stderr=log, text=True,
+            )  # fmt: skip
+        self.workers.append(process)
+        self.until("kq worker of")
+        return process
+
+    def log(self) -> str:
+        """Return what the worker has logged so far."""
+        return self.log_file.read_text()
+
+    def until(self, text: str, count: int = 1) -> None:
+        """Wait until the log says something."""
+        wait_for(lambda: self.log().count(text) >= count, f"{count} x {text!r} in the log:\n{self.log()}")
+
+    def close(self) -> None:
+        """End what is left."""
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
+
+
+@pytest.fixture
+def project(shared_broker: Broker, tmp_path: Path) -> Iterator[Project]:
+    """An empty project on every broker that processes can share, in turn."""
+    made = Project(shared_broker, tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Project]:
+    """An empty project on SQLite, for what does not depend on the broker."""
+    made = Project(Broker("sqlite", f"sqlite:///{tmp_path / 'kq.db'}"), tmp_path)
+    yield made
+    made.close()
+
+
+def test_the_example_runs(project: Project) -> None:
+    """The entry as it stands: payload directly, id and headers by queue.message(), a bad one dead-lettered."""
+    queue = project.broker.queue_id("emails")
+    entry = (EXAMPLE / "kq.yaml").read_text()
+    assert "queue: app:emails" in entry
+    project.write("kq.yaml", entry.replace("app:emails", queue))
+    shutil.copy(EXAMPLE / "handlers.py", project.folder)
+    good = project.run("publish", queue, '{"to": "ann@example.com"}', "-H", "priority=high").stdout.strip()
+    bad = project.run("publish", queue, '{"to": "nobody"}').stdout.strip()
+
+    done = project.run("worker", "--burst")
+
+    assert done.returncode == 0, done.stderr
+    assert f"to ann@example.com, id {good}, priority high" in done.stderr
+    (dead,) = json.loads(project.run("dead", "list", queue, "--json").stdout)
+    assert (dead["id"], dead["reason"], dead["error_message"]) == (bad, "not_retryable", "'nobody' is no address")
+
+
+def test_options_of_a_worker_come_from_the_file(local: Project) -> None:
+    """Command line over environment over file: processes and concurrency, as the start says them."""
+    local.write("handlers.py", "def f(payload): pass\n")
+    local.write(
+        "kq.yaml",
+        "namespace: shop\nworker: {processes: 3, concurrency: 5, log_format: text}\n"
+        "entries: [{id: w, kind: queue.consumer, queue: q, method: f}]\n",
+    )
+    assert "3 processes x 5 handlers" in local.run("worker", "--burst").stderr
+    assert "1 processes x 5 handlers" in local.run("worker", "--burst", KQ_PROCESSES="1").stderr
+    assert "2 processes x 5 handlers" in local.run("worker", "--burst", "-p", "2", KQ_PROCESSES="1").stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            "entries: [{id: w, kind: queue.consumer, queue: 'a:q', method: nope}]\n",
+            "handlers.py has no function 'nope'",
+        ),
+        ("entries: [{id: w, kind: queue.consumr}]\n", "did you mean queue.consumer?"),
+        ("worker: {processes: 0}\n", "processes: expected an integer from 1 to 512, got '0'"),
+        ("entries: []\n", "nothing to consume"),
+    ],
+)
+def test_a_wrong_file_ends_with_78(local: Project, text: str, why: str) -> None:
+    """A worker does not start from a file that is wrong; the error is on stderr, with its place, and no traceback."""
+    local.write("handlers.py", "def f(payload): pass\n")
+    local.write("kq.yaml", text)
+    for command in (("worker",), ("check", "--offline")):
+        done = local.run(*command)
+        if command[0] == "check" and "nothing to consume" in why:
+            continue
+        assert done.returncode == 78
+        assert why in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_without_app_and_file_the_usage_is_told(local: Project) -> None:
+    """A worker that has nothing to go by says what it expects."""
+    done = local.run("worker")
+    assert done.returncode == 2
+    assert "--config kq.yaml" in done.stderr
+
+
+def test_check_prints_what_is_in_force(local: Project) -> None:
+    """Every value with its origin, without connecting anywhere."""
+    local.write("handlers.py", "def f(payload): pass\n")
+    local.write(
+        "kq.yaml",
+        "namespace: shop\nsettings: {lease: 7s}\nentries:\n  - {name: q, kind: queue.queue, max_length: 10}\n"
+        "  - {id: w, kind: queue.consumer, queue: q, method: f}\n",
+    )
+    done = local.run("check", "--offline", KQ_BROKER_URL="redis://user:c4nary@127.0.0.1:1", KQ_LEASE="")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["lease", "7", "s", "kq.yaml:2"] in rows
+    assert ["broker", "redis://user:**@127.0.0.1:1", "KQ_BROKER_URL"] in rows
+    assert ["max_length", "10", "kq.yaml:4"] in rows
+    assert ["max_attempts", "5", "default"] in rows
+    assert "c4nary" not in done.stdout + done.stderr
+    schema = json.loads(local.run("check", "--schema").stdout)
+    assert schema["properties"]["entries"]
+
+
+def test_reload_is_all_or_nothing(local: Project) -> None:
+    """HUP: new code and configuration take effect; a file that is wrong leaves the old in force and says so."""
+    local.write("handlers.py", "import logging\ndef f(payload): logging.getLogger().info('first %s', payload)\n")
+    file = "namespace: shop\nentries:\n  - {id: w, kind: queue.consumer, queue: q, method: f, concurrency: 1}\n"
+    local.write("kq.yaml", file)
+    worker = local.worker("-p", "1")
+    local.run("publish", "shop:q", "1")
+    local.until("first 1")
+    children = children_of(worker.pid)
+
+    local.write("kq.yaml", file + "  - {id: v, kind: queue.consumr}\n")
+    worker.send_signal(signal.SIGHUP)
+    local.until("nothing is reloaded")
+    assert "did you mean queue.consumer?" in local.log()
+    local.write("kq.yaml", file + "  - {id: v, kind: queue.consumer, queue: other, method: missing}\n")
+    worker.send_signal(signal.SIGHUP)
+    local.until("nothing is reloaded", 2)
+    local.run("publish", "shop:q", "2")
+    local.until("first 2")
+    assert children_of(worker.pid) == children
+
+    # New code, the same configuration: children are replaced, one by one.
+    local.write("kq.yaml", file)
+    local.write("handlers.py", "import logging\ndef f(payload): logging.getLogger().info('second %s', payload)\n")
+    worker.send_signal(signal.SIGHUP)
+    wait_for(lambda: children_of(worker.pid) and not set(children_of(worker.pid)) & set(children), "new children")
+    local.run("publish", "shop:q", "3")
+    local.until("second 3")
+    assert local.log().count("kq worker of") == 1
+
+    # A new configuration: the worker starts anew, under the same process id.
+    local.write("kq.yaml", file + "  - {id: v, kind: queue.consumer, queue: other, method: f, timeout: 5s}\n")
+    worker.send_signal(signal.SIGHUP)
+    local.until("kq worker of", 2)
+    local.run("publish", "shop:other", "4")
+    local.until("second 4")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(PATIENCE) == 0
