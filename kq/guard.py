@@ -1,0 +1,119 @@
+"""What an app asks its policies, and under whom it acts where nobody else does.
+
+Publishing asks twice: whether the actor may publish at all, then whether to this queue. Consuming asks when a
+worker or a puller starts, under the worker's own actor or the program's; looking after queues asks each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+from kq.errors import Conflict
+from kq.security import Actor, Policy, Scope, context, current_actor, decide, require
+
+PUBLISH: Final = "queue.publish"
+PUBLISH_QUEUE: Final = "queue.publish.queue"
+CONSUME_QUEUE: Final = "queue.consume.queue"
+ADMIN_QUEUE: Final = "queue.admin.queue"
+
+#: Scopes that are kept: signed messages name groups, and whoever forges one names many.
+_SCOPES: Final = 256
+
+
+class Guard:
+    """Asks the policies of one app. Thread-safe.
+
+    Args:
+        policies: All of them, of whatever group.
+        strict: Whether whoever acts without an actor or a scope is denied.
+        actor: Under whom workers consume and handlers run; None for nobody.
+        groups: The groups of that actor.
+
+    Raises:
+        Conflict: If two policies have one name.
+    """
+
+    def __init__(
+        self,
+        policies: Iterable[Policy] = (),
+        *,
+        strict: bool = False,
+        actor: Actor | None = None,
+        groups: Iterable[str] = (),
+    ) -> None:
+        self.policies = tuple(policies)
+        self.strict = strict
+        self.actor = actor
+        self.groups = frozenset(groups)
+        names: set[str] = set()
+        for policy in self.policies:
+            if policy.name in names:
+                raise Conflict(f"two policies are called {policy.name!r}; rename one, or say it in one place")
+            names.add(policy.name)
+        self._scopes: dict[frozenset[str], Scope] = {}
+
+    def scope(self, groups: Iterable[str] = ()) -> Scope:
+        """Return the app's policies as they are for members of some groups."""
+        key = frozenset(groups)
+        found = self._scopes.get(key)
+        if found is None:
+            if len(self._scopes) >= _SCOPES:
+                self._scopes = {}
+            found = self._scopes[key] = Scope(self.policies, groups=key)
+        return found
+
+    def acting(self, actor: Actor | None, groups: Iterable[str] = ()) -> AbstractContextManager[None]:
+        """Return a context in which ``actor`` acts under the app's policies for some groups."""
+        return context(actor, self.scope(groups))
+
+    def serving(self) -> AbstractContextManager[None]:
+        """Return the context in which workers consume and handlers run."""
+        return self.acting(self.actor, self.groups)
+
+    def publish(self, queue_id: str, headers: Mapping[str, Any]) -> None:
+        """Ask whether the current actor may publish, and may publish here.
+
+        Raises:
+            PermissionDenied: If not; ``details["action"]`` says which of the two it was.
+        """
+        if not self.strict and current_actor() is None:
+            return
+        require(PUBLISH, "", headers, strict=self.strict)
+        require(PUBLISH_QUEUE, queue_id, headers, strict=self.strict)
+
+    def consume(self, queue_id: str) -> None:
+        """Ask whether the current actor may consume a queue.
+
+        Raises:
+            PermissionDenied: If not.
+        """
+        require(CONSUME_QUEUE, queue_id, strict=self.strict)
+
+    def administer(self, queue_id: str) -> None:
+        """Ask whether the current actor may look into a queue, empty it, and deal with its dead letters.
+
+        Raises:
+            PermissionDenied: If not.
+        """
+        require(ADMIN_QUEUE, queue_id, strict=self.strict)
+
+    def objection(
+        self, actor: Actor | None, groups: Iterable[str], queue_id: str, headers: Mapping[str, Any]
+    ) -> str:
+        """Say why somebody else may not publish a message to a queue, or nothing if they may.
+
+        Args:
+            actor: Who published it.
+            groups: The groups they acted in.
+            queue_id: Where to.
+            headers: The message's.
+        """
+        with self.acting(actor, groups):
+            for action, resource in ((PUBLISH, ""), (PUBLISH_QUEUE, queue_id)):
+                decision = decide(action, resource, headers, strict=self.strict)
+                if not decision.allowed:
+                    who = "nobody" if actor is None else repr(actor.id)
+                    return f"signed by {who}, who may not do {action} here: {decision.reason}"
+        return ""
