@@ -27,6 +27,7 @@ QUEUE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:[A-Za-z0-9][A-Za-
 #: What comes on top of the length limit for dead-letter queues.
 DEAD_SUFFIX: Final = ".dead"
 
+_DRIVER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,99}")
 _MESSAGE_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
 
@@ -44,6 +45,20 @@ def queue_id(value: Any) -> str:
     raise Invalid(
         f'ill-formed queue id {_short(value)}; expected "namespace:name", e.g. "app:emails": letters, '
         "digits, '.', '_' and '-', each part starting with a letter or digit and at most 100 long"
+    )
+
+
+def driver_name(value: Any) -> str:
+    """Return ``value`` if it can be the name of a driver.
+
+    Raises:
+        Invalid: If it cannot.
+    """
+    if isinstance(value, str) and _DRIVER.fullmatch(value):
+        return value
+    raise Invalid(
+        f"ill-formed driver name {_short(value)}; expected letters, digits, '.', '_', ':' and '-', starting with a "
+        "letter or digit, at most 100"
     )
 
 
