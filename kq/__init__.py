@@ -9,6 +9,7 @@ from kq.app import App
 from kq.backend import Capabilities, QueueInfo
 from kq.consumer import Consumer
 from kq.dead_letter import DeadLetter, DeadLetters
+from kq.driver import Driver, Tls
 from kq.message import Message
 from kq.producer import Producer
 from kq.retry import Backoff, Retry
@@ -21,10 +22,12 @@ __all__ = [
     "Consumer",
     "DeadLetter",
     "DeadLetters",
+    "Driver",
     "Message",
     "Producer",
     "QueueInfo",
     "Retry",
+    "Tls",
     "__version__",
     "errors",
     "queue",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
+from dataclasses import replace
 from datetime import datetime
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,7 @@ from kq.backend import QueueInfo, QueueSpec
 from kq.config import hide_password, resolve
 from kq.dead_letter import DeadLetters
 from kq.declaration import Declarations, caller
+from kq.driver import Driver
 from kq.errors import Invalid
 from kq.executor import Executor, HandleMiddleware
 from kq.producer import Producer, PublishMiddleware
@@ -34,7 +36,7 @@ class App:
 
     Args:
         name: For logs and for the broker's list of connections.
-        broker: The broker's URL; else ``KQ_BROKER_URL``, else the configuration file's, else ``sqlite:///kq.db``.
+        broker: The URL of the app's own broker; else ``KQ_BROKER_URL``, else the configuration file's, else ``sqlite:///kq.db``.
         config: The configuration file; else ``KQ_CONFIG``, else ``kq.yaml`` if there is one.
         publish_timeout: Seconds that one publish may take; default 10.
         lease: Seconds that a delivery stays with a worker that has died; default 30.
@@ -42,11 +44,13 @@ class App:
         create_queues: Whether publishing to an undeclared queue makes it; default true.
         max_body: Bytes of the largest body, at most 8 MiB; default 1 MiB.
         max_deliveries: Deliveries in a row that nobody settles before a message is dead-lettered; default 20.
+        drivers: More brokers, by the name that `queue` knows them by: URLs, or `kq.Driver` for all that can be
+            said of one.
         on_publish: Middleware around publishing, outermost first: ``(draft, call_next) -> ids``.
         on_handle: Middleware around handlers, outermost first: ``(message, payload, call_next) -> result``.
 
     Raises:
-        Invalid: If a setting, here or in the environment, is not what it must be.
+        Invalid: If a setting, here or in the environment, is not what it must be, or no backend serves a URL.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class App:
         create_queues: bool | None = None,
         max_body: int | None = None,
         max_deliveries: int | None = None,
+        drivers: Mapping[str, str | Driver] | None = None,
         on_publish: Sequence[PublishMiddleware] = (),
         on_handle: Sequence[HandleMiddleware] = (),
     ) -> None:
@@ -82,6 +87,10 @@ class App:
         registry.find_backend(settings.broker)
         self.registry = Registry(name, settings)
         self.document = document
+        for driver_name, driver in (drivers or {}).items():
+            self.registry.add_driver(
+                replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)
+            )
         self.declarations = Declarations(document, self.registry, caller().module)
         self._on_handle = list(on_handle)
         self._producer = Producer(self, middleware=list(on_publish))
@@ -123,6 +132,7 @@ class App:
         max_priority: int | None = None,
         require_signature: bool | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        driver: str | None = None,
     ) -> QueueSpec:
         """Declare a queue; the broker hears of it at its first use. Idempotent.
 
@@ -139,10 +149,12 @@ class App:
             max_priority: Levels of priority; only RabbitMQ needs to know.
             require_signature: Not available in this version.
             options: What one kind of broker understands, e.g. ``{"amqp": {"queue_type": "classic"}}``.
+            driver: The name of the driver whose broker it lives on, with its dead letters; default the app's own.
 
         Raises:
             Invalid: If a value is not what it must be.
-            Conflict: If the queue was declared with other values, here or in a file.
+            Conflict: If the queue was declared with other values, here or in a file, or its dead
+                letters live on another driver.
         """
         said = {
             "codec": codec,
@@ -154,6 +166,7 @@ class App:
             "max_priority": max_priority,
             "require_signature": require_signature,
             "options": options,
+            "driver": driver,
         }
         return self.declarations.queue(queue_id, {name: value for name, value in said.items() if value is not None})
 
@@ -289,7 +302,8 @@ class App:
             NotFound: If there is no such queue.
             Internal: If the broker cannot be reached.
         """
-        return self.registry.backend().info(self.registry.spec(limit.queue_id(queue_id)))
+        spec = self.registry.spec(limit.queue_id(queue_id))
+        return self.registry.backend(spec.driver).info(spec)
 
     def purge(self, queue_id: str) -> int:
         """Drop what waits in a queue, and return how many messages that were; raises as `info`.
@@ -297,7 +311,7 @@ class App:
         Messages that a worker holds are not touched; delayed ones are, where the broker can.
         """
         spec = self.registry.spec(limit.queue_id(queue_id))
-        backend = self.registry.backend()
+        backend = self.registry.backend(spec.driver)
         backend.info(spec)
         return backend.purge(spec)
 

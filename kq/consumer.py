@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from queue import Empty, Queue
 from time import monotonic, time
 from typing import Any
 
 from kq import codec, config, errors, limit
-from kq.backend import Delivery, Envelope, QueueSpec, Settlement, unpack
+from kq.backend import Backend, Delivery, Envelope, QueueSpec, Settlement, unpack
+from kq.driver import naming
 from kq.errors import Invalid
 from kq.fetcher import Fetcher
+from kq.intake import Intake
 from kq.message import Message, Settled
 from kq.outcome import DONE, EXPIRED, UNDECODABLE, Failure, Outcome
 from kq.registry import HasRegistry, Registry
@@ -42,7 +45,7 @@ class Consumer:
     Args:
         source: An app, or a broker URL.
         queue_ids: One queue id, or several.
-        prefetch: Messages to hold beforehand.
+        prefetch: Messages to hold beforehand; where the queues live on several brokers, these share them.
 
     Raises:
         Invalid: If a queue id is ill-formed or ``prefetch`` is no positive number.
@@ -61,23 +64,32 @@ class Consumer:
         self._specs: dict[str, QueueSpec] = {
             limit.queue_id(queue_id): self._registry.spec(queue_id) for queue_id in ids
         }
-        self._backend = self._registry.open()
+        self._prefetch = prefetch
         self._ready: Queue[Delivery] = Queue()
-        try:
+        with ExitStack() as stack:
+            backends: dict[str, Backend] = {}
             for spec in self._specs.values():
+                if spec.driver not in backends:
+                    backends[spec.driver] = self._registry.open(spec.driver)
+                    stack.callback(backends[spec.driver].close)
                 exact = self._registry.is_exact(spec.id)
-                self._backend.declare(spec, create=self._registry.create_queues or exact, exact=exact)
-        except BaseException:
-            self._backend.close()
-            raise
-        self._fetcher = Fetcher(
-            self._backend,
-            list(self._specs.values()),
-            prefetch=prefetch,
+                with naming(spec.driver):
+                    backends[spec.driver].declare(spec, create=self._registry.create_queues or exact, exact=exact)
+            self._backends = stack.pop_all()
+        fetchers = {name: self._fetcher(name, backend) for name, backend in backends.items()}
+        self._intake = Intake({spec.id: fetchers[spec.driver] for spec in self._specs.values()})
+        self._intake.hold(prefetch)
+        self._intake.start()
+
+    def _fetcher(self, driver: str, backend: Backend) -> Fetcher:
+        return Fetcher(
+            backend,
+            [spec for spec in self._specs.values() if spec.driver == driver],
+            driver=self._registry.driver(driver),
+            prefetch=self._prefetch,
             lease=self._registry.settings.lease,
             on_deliveries=self._arrived,
         )
-        self._fetcher.start()
 
     def receive(self, timeout: float | None = None) -> PulledMessage | None:
         """Return the next message, or None after ``timeout`` seconds (None: wait for ever).
@@ -104,8 +116,8 @@ class Consumer:
 
     def close(self) -> None:
         """Settle what was settled, release the rest, and disconnect. Idempotent."""
-        self._fetcher.stop(_CLOSE_TIMEOUT)
-        self._backend.close()
+        self._intake.stop(_CLOSE_TIMEOUT)
+        self._backends.close()
 
     def __enter__(self) -> Consumer:
         return self
@@ -116,6 +128,7 @@ class Consumer:
     def _arrived(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
             self._ready.put(delivery)
+        self._intake.hold(self._prefetch)
 
     def _open(self, delivery: Delivery) -> PulledMessage | None:
         spec = self._specs[delivery.queue]
@@ -162,8 +175,9 @@ class Consumer:
         self._settle(delivery, Outcome("dead", 0.0, delivery.attempts, delivery.crashes, reason, failure))
 
     def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
-        self._fetcher.settle([Settlement(delivery, outcome)])
-        self._fetcher.finished(delivery.queue)
+        self._intake.settle([Settlement(delivery, outcome)])
+        self._intake.finished(delivery.queue)
+        self._intake.hold(self._prefetch)
 
 
 def _is_expired(envelope: Envelope) -> bool:

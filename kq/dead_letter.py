@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from kq import codec
-from kq.backend import Envelope
+from kq.backend import Backend, Envelope
 from kq.errors import NotFound
 from kq.registry import Registry, count
 
@@ -68,7 +68,7 @@ class DeadLetters:
         count("limit", limit, 1, 1_000_000)
         count("offset", offset, 0, 2**31 - 1)
         self._exists()
-        return [self._open(envelope) for envelope in self._registry.backend().browse(self._queue, limit, offset)]
+        return [self._open(envelope) for envelope in self._backend().browse(self._queue, limit, offset)]
 
     def get(self, message_id: str) -> DeadLetter:
         """Return one dead letter.
@@ -79,7 +79,7 @@ class DeadLetters:
         self._exists()
         offset = 0
         while True:
-            page = self._registry.backend().browse(self._queue, _PAGE, offset)
+            page = self._backend().browse(self._queue, _PAGE, offset)
             for envelope in page:
                 if envelope.id == message_id:
                     return self._open(envelope)
@@ -98,7 +98,7 @@ class DeadLetters:
         """
         self._exists()
         self._registry.ensure(self._origin)
-        return self._registry.backend().replay(self._queue, _ids(ids), self._origin)
+        return self._backend().replay(self._queue, _ids(ids), self._origin)
 
     def purge(self, ids: Iterable[str] | None = None) -> int:
         """Drop dead letters for good, and return how many there were.
@@ -107,10 +107,14 @@ class DeadLetters:
             ids: Which; None for all.
         """
         self._exists()
-        return self._registry.backend().remove(self._queue, _ids(ids))
+        return self._backend().remove(self._queue, _ids(ids))
 
     def _exists(self) -> None:
-        self._registry.backend().info(self._queue)
+        self._backend().info(self._queue)
+
+    def _backend(self) -> Backend:
+        # A queue and its dead letters live on one broker.
+        return self._registry.backend(self._queue.driver)
 
     def _open(self, envelope: Envelope) -> DeadLetter:
         headers = envelope.headers

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import quote
+
+from kq.errors import Error, Invalid
 
 #: The name of the driver that is the app's own: that of ``broker=``, ``KQ_BROKER_URL`` or ``-b``.
 MAIN: Final = ""
+
+#: The least and the most seconds that a driver's durations may be.
+_DURATIONS: Final[Mapping[str, tuple[float, float]]] = {
+    "heartbeat": (1, 3600),
+    "timeout": (0.001, 3600),
+    "connect_timeout": (0.001, 3600),
+    "reconnect_initial": (0.001, 3600),
+    "reconnect_max": (0.001, 3600),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,3 +73,53 @@ class Driver:
     reconnect_initial: float = 0.1
     reconnect_max: float = 2.0
     tls: Tls | None = None
+
+
+def check(driver: Driver) -> None:
+    """See to it that a driver's values are what they must be.
+
+    Raises:
+        Invalid: If one is not; the message names driver and value.
+    """
+    with naming(driver.name):
+        if not isinstance(driver.url, str):
+            raise Invalid(f"url: expected a broker's URL, got {type(driver.url).__name__}")
+        address(driver)
+        for name, (low, high) in _DURATIONS.items():
+            value = getattr(driver, name)
+            if value is None and not name.startswith("reconnect"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise Invalid(f"{name}: expected seconds from {low:g} to {high:,}, got {value!r}")
+        if driver.reconnect_max < driver.reconnect_initial:
+            raise Invalid(
+                f"reconnect_max: expected at least reconnect_initial ({driver.reconnect_initial:g}), "
+                f"got {driver.reconnect_max:g}"
+            )
+
+
+def address(driver: Driver) -> str:
+    """Return a driver's URL, with its virtual host or database number in the place of the URL's own.
+
+    Raises:
+        Invalid: If it has a virtual host, and its kind of broker does not.
+    """
+    if driver.virtual_host is None:
+        return driver.url
+    scheme, _, rest = driver.url.partition("://")
+    if scheme.lower() in ("memory", "sqlite"):
+        raise Invalid(f"virtual_host: {scheme}:// has none; expected amqp:// or redis://")
+    place, mark, query = rest.partition("?")
+    return f"{scheme}://{place.partition('/')[0]}/{quote(driver.virtual_host, safe='')}{mark}{query}"
+
+
+@contextmanager
+def naming(driver: str) -> Iterator[None]:
+    """Have errors say which driver they are about, unless it is the app's own."""
+    try:
+        yield
+    except Error as error:
+        if driver == MAIN:
+            raise
+        text = f"driver {driver}: {error.message}"
+        raise type(error)(text, kind=error.kind, retryable=error.retryable, details=error.details) from error

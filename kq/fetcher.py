@@ -15,13 +15,13 @@ from threading import Event, Lock, Thread
 from time import monotonic
 
 from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement, Settling
+from kq.driver import Driver
 from kq.errors import Error, PermissionDenied
+from kq.idleness import Idleness
 from kq.outcome import DONE
 
 logger = logging.getLogger("kq.worker")
 
-#: Seconds between tries to reach a broker that is away: from the first to the last, with jitter.
-_BACKOFF = (0.1, 2.0)
 #: Seconds between tries of a settlement that cannot be carried out: the first and the longest.
 _SETTLE_AGAIN = (1.0, 30.0)
 #: Seconds between tries against a broker that refuses us: it will not change its mind soon.
@@ -34,12 +34,13 @@ class Fetcher(Thread):
     Args:
         backend: The broker; the fetcher opens a feed of its own.
         queues: What to consume, declared already.
+        driver: How long to wait before trying again to reach a broker that is away, and its name for the log.
         prefetch: Deliveries in hand at most, ever.
         lease: Seconds that a delivery stays ours without renewal.
         limits: Deliveries in hand at most of single queues, by id.
         auto_ack: Queues whose deliveries are settled as done before anybody sees them.
         on_deliveries: Called in this thread with what was fetched.
-        on_idle: Called in this thread when nothing is in hand, ready or due before ``idle_until()``.
+        idleness: Told when nothing is in hand, ready or due before ``idle_until()``.
         idle_until: Returns the moment, on the monotonic clock, until which to wait for what is due.
     """
 
@@ -48,23 +49,28 @@ class Fetcher(Thread):
         backend: Backend,
         queues: Sequence[QueueSpec],
         *,
+        driver: Driver,
         prefetch: int,
         lease: float,
         limits: Mapping[str, int] | None = None,
         auto_ack: Container[str] = (),
         on_deliveries: Callable[[list[Delivery]], None],
-        on_idle: Callable[[], None] | None = None,
+        idleness: Idleness | None = None,
         idle_until: Callable[[], float] = monotonic,
     ) -> None:
-        super().__init__(name="kq-fetcher", daemon=True)
+        super().__init__(name=f"kq-fetcher {driver.name}".rstrip(), daemon=True)
         self._backend = backend
         self._queues = list(queues)
+        self._driver = driver
+        self._broker = f"the broker of driver {driver.name}" if driver.name else "the broker"
         self._prefetch = prefetch
         self._renew_every = lease / 3
         self._limits = dict(limits or {})
         self._auto_ack = auto_ack
         self._on_deliveries = on_deliveries
-        self._on_idle = on_idle
+        self._idleness = idleness
+        if idleness is not None:
+            idleness.add(self)
         self._idle_until = idle_until
         self._lock = Lock()
         #: Held from the decision how much to fetch until that is handed over.
@@ -84,14 +90,31 @@ class Fetcher(Thread):
         self.in_hand = 0
         self.error: Error | None = None
 
+    @property
+    def target(self) -> int:
+        """How many deliveries to keep in hand."""
+        return self._wanted
+
     def hold(self, target: int) -> None:
         """Say how many deliveries to keep in hand from now on; at most the prefetch."""
         target = min(target, self._prefetch)
-        if target != self._wanted:
-            with self._lock:
-                self._wanted = target
-                self._news = True
-            self._wake()
+        if target == self._wanted:
+            return
+        with self._lock:
+            before, self._wanted = self._wanted, target
+            # Whoever waits with room waits for messages, not for more room: a window that is shared with other
+            # fetchers changes with each message of theirs, and each time would cost a call to this broker.
+            opened = before <= self.in_hand < target
+            if not (opened or 2 * target < before):
+                return
+            self._news = True
+        self._wake()
+
+    def look(self) -> None:
+        """Look into the queues once more; see `Idleness`."""
+        with self._lock:
+            self._news = True
+        self._wake()
 
     def pause(self, timeout: float) -> None:
         """Hold nothing new from now on; what was being fetched has been handed over when this returns.
@@ -112,6 +135,8 @@ class Fetcher(Thread):
 
     def finished(self, queue: str, count: int = 1) -> None:
         """Say that ``count`` deliveries of a queue are out of our hands, and leave room for others."""
+        if self._idleness is not None:
+            self._idleness.changed()
         with self._lock:
             self._in_hand[queue] -= count
             self.in_hand -= count
@@ -132,7 +157,7 @@ class Fetcher(Thread):
             try:
                 self._step()
                 if self._failures:
-                    logger.info("the broker is back", extra={"action": "broker_back"})
+                    logger.info("%s is back", self._broker, extra={"action": "broker_back"})
                 self._failures, self.error = 0, None
             except Error as error:
                 self._back_off(error)
@@ -164,6 +189,8 @@ class Fetcher(Thread):
         with self._lock:
             self._in_hand.update(Counter(delivery.queue for delivery in deliveries))
             self.in_hand += len(deliveries)
+        if self._idleness is not None:
+            self._idleness.changed()
         self._on_deliveries(deliveries)
         return True
 
@@ -237,10 +264,11 @@ class Fetcher(Thread):
     def _wait(self, feed: Feed) -> None:
         soonest = min([self._renew_at, *(moment for moment, _, _ in self._failed)])
         timeout = max(0.0, soonest - monotonic())
-        if self._on_idle is not None and self._wanted and self._has_nothing():
+        if self._idleness is not None and self._wanted and self._has_nothing():
+            began = self._idleness.begin(self)
             due = feed.due_in()
             if due is None or monotonic() + due > self._idle_until():
-                self._on_idle()
+                self._idleness.found_nothing(self, began)
             elif due == 0:
                 return
             else:
@@ -266,13 +294,13 @@ class Fetcher(Thread):
     def _back_off(self, error: Error) -> None:
         self._failures += 1
         self.error = error
-        first, last = _BACKOFF
         if isinstance(error, PermissionDenied):
             delay = _BACKOFF_REFUSED
         else:
-            delay = min(last, first * 2 ** min(self._failures - 1, 10))
+            driver = self._driver
+            delay = min(driver.reconnect_max, driver.reconnect_initial * 2.0 ** min(self._failures - 1, 100))
         if self._failures == 1:
-            logger.warning("the broker is away: %s; trying again", error, extra={"action": "broker_away"})
+            logger.warning("%s is away: %s; trying again", self._broker, error, extra={"action": "broker_away"})
         self._stopping.wait(delay * random.uniform(0.5, 1.0))
 
     def _end(self) -> None:
@@ -283,6 +311,8 @@ class Fetcher(Thread):
         try:
             self._settle(feed)
         except Error as error:
-            logger.warning("could not settle at the end: %s", error, extra={"action": "settle_failed"})
+            logger.warning(
+                "%s did not take the last settlements: %s", self._broker, error, extra={"action": "settle_failed"}
+            )
         finally:
             feed.close()

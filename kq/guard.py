@@ -99,9 +99,7 @@ class Guard:
         """
         require(ADMIN_QUEUE, queue_id, strict=self.strict)
 
-    def objection(
-        self, actor: Actor | None, groups: Iterable[str], queue_id: str, headers: Mapping[str, Any]
-    ) -> str:
+    def objection(self, actor: Actor | None, groups: Iterable[str], queue_id: str, headers: Mapping[str, Any]) -> str:
         """Say why somebody else may not publish a message to a queue, or nothing if they may.
 
         Args:

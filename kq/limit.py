@@ -31,6 +31,7 @@ DEAD_SUFFIX: Final = ".dead"
 DURATION: Final = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h|d)?$", re.ASCII)
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 
+_DRIVER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,99}")
 _MESSAGE_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
 
@@ -57,6 +58,20 @@ def duration(text: str) -> float | None:
     seconds = math.inf if found is None else float(found[1]) * _UNITS[found[2]]
     # A number of hundreds of digits is infinite as a float.
     return seconds if math.isfinite(seconds) else None
+
+
+def driver_name(value: Any) -> str:
+    """Return ``value`` if it can be the name of a driver.
+
+    Raises:
+        Invalid: If it cannot.
+    """
+    if isinstance(value, str) and _DRIVER.fullmatch(value):
+        return value
+    raise Invalid(
+        f"ill-formed driver name {_short(value)}; expected letters, digits, '.', '_', ':' and '-', starting with a "
+        "letter or digit, at most 100"
+    )
 
 
 def message_id(value: Any) -> str:

@@ -70,7 +70,8 @@ class Producer:
         self._registry.on_reset(self._reset)
 
     def _reset(self) -> None:
-        self._commit = GroupCommit(self._declare_and_publish)
+        #: By driver: a broker that is slow or away keeps nobody from publishing to another.
+        self._commits: dict[str, GroupCommit] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._threads_lock = Lock()
 
@@ -179,7 +180,8 @@ class Producer:
         publications = self._prepare(draft)
         if not publications:
             return []
-        results = self._commit.publish(publications, self._registry.settings.publish_timeout)
+        commit = self._commit(publications[0].queue.driver)
+        results = commit.publish(publications, self._registry.settings.publish_timeout)
         ids = [publication.envelope.id for publication in publications]
         failed = [error for error in results if error is not None]
         if not failed:
@@ -227,8 +229,15 @@ class Producer:
             wire["x_expires_at"] = now + expires
         return [Publication(spec, Envelope(id or uuid4().hex, wire, properties, body), delay) for body in bodies]
 
-    def _declare_and_publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
-        backend = self._registry.backend()
+    def _commit(self, driver: str) -> GroupCommit:
+        """Return what publishes to a driver's broker, for all threads the same."""
+        commit = self._commits.get(driver)
+        if commit is None:
+            commit = self._commits.setdefault(driver, GroupCommit(partial(self._declare_and_publish, driver)))
+        return commit
+
+    def _declare_and_publish(self, driver: str, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
+        backend = self._registry.backend(driver)
         refused: dict[str, Error] = {}
         specs: dict[str, QueueSpec] = {publication.queue.id: publication.queue for publication in batch}
         for spec in specs.values():

@@ -1,6 +1,6 @@
-"""What an app has declared, and the one backend it shares between its threads.
+"""What an app has declared, and the backends it shares between its threads, one for each driver.
 
-Producer, consumer, worker and app all start from a `Registry`. The backend is opened at its first
+Producer, consumer, worker and app all start from a `Registry`. A backend is opened at its first
 use and never crosses a fork: a forked child finds none and opens its own.
 """
 
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from threading import RLock
@@ -18,7 +20,7 @@ from typing import Any, Final, Protocol
 from kq import codec as codecs
 from kq import config, limit
 from kq.backend import Backend, QueueSpec
-from kq.driver import Tls
+from kq.driver import MAIN, Driver, Tls, address, check, naming
 from kq.errors import Conflict, Internal, Invalid
 from kq.retry import Backoff, RetryPolicy
 from kq.router import Router
@@ -59,17 +61,26 @@ class BackendOptions:
 
 
 class Registry:
-    """Settings, queues, consumers and the backend of one app. Thread-safe."""
+    """Settings, drivers, queues, consumers and the backends of one app. Thread-safe.
+
+    Attributes:
+        name: The app's name.
+        settings: What it runs with.
+        router: Its consumers.
+        drivers: Its brokers by name; `MAIN` is always there, and speaks to ``settings.broker``.
+    """
 
     def __init__(self, name: str, settings: config.Settings) -> None:
         self.name = name
         self.settings = settings
         self.router = Router()
+        self.drivers: dict[str, Driver] = {MAIN: Driver(settings.broker)}
         self._declared: dict[str, QueueSpec] = {}
         self._implied: dict[str, QueueSpec] = {}
         self._lock = RLock()
-        self._backend: Backend | None = None
-        self._confirmed: set[str] = set()
+        self._backends: dict[str, Backend] = {}
+        #: By driver, the queues that its shared backend has declared.
+        self._confirmed: defaultdict[str, set[str]] = defaultdict(set)
         self._on_reset: list[weakref.WeakMethod[Callable[[], None]]] = []
         _registries.add(self)
 
@@ -81,15 +92,53 @@ class Registry:
     def override(self, **settings: Any) -> None:
         """Change settings before the first connection; what the command line says wins over code.
 
+        Another broker is spoken to as by default: what was said of the app's own was said of the other one.
+
         Raises:
             Conflict: If the app is connected already.
         """
         with self._lock:
-            if self._backend is not None:
+            if self._backends:
                 raise Conflict("the app is connected already; settings can only be changed before its first use")
             changed = replace(self.settings, **settings)
             find_backend(changed.broker)
+            if changed.broker != self.settings.broker:
+                self.drivers[MAIN] = Driver(changed.broker)
             self.settings = changed
+
+    def add_driver(self, driver: Driver) -> Driver:
+        """Register one more broker, for queues to name; the same again is fine.
+
+        One of the name `MAIN` says how the app's own broker is spoken to; its URL must be that broker's.
+
+        Raises:
+            Invalid: If its name or a value is not what it must be, or no backend serves its URL.
+            Conflict: If there is another one of that name, or the app is connected already to the one it replaces.
+        """
+        _check_driver(driver)
+        with self._lock:
+            known = self.drivers.get(driver.name)
+            if known == driver:
+                return driver
+            if driver.name == MAIN and known == Driver(driver.url):
+                if MAIN in self._backends:
+                    raise Conflict("the app is connected already; its driver can only be changed before its first use")
+            elif known is not None:
+                raise Conflict(_driver_difference(known, driver))
+            self.drivers[driver.name] = driver
+            return driver
+
+    def driver(self, name: str) -> Driver:
+        """Return a driver by name.
+
+        Raises:
+            Invalid: If there is none of that name; the message names those that there are.
+        """
+        found = self.drivers.get(name)
+        if found is None:
+            known = ", ".join(repr(other) for other in self.drivers if other) or "none"
+            raise Invalid(f"driver: expected one that the app declares ({known}), got {name!r}")
+        return found
 
     def declare(self, spec: QueueSpec, *, instead_of: QueueSpec | None = None) -> QueueSpec:
         """Register a queue; the same declaration again is fine.
@@ -99,14 +148,23 @@ class Registry:
             instead_of: An earlier declaration, whose place it takes.
 
         Raises:
-            Conflict: If it was declared with other values; the message names the argument.
+            Invalid: If its driver is unknown.
+            Conflict: If it was declared with other values, or its dead letters are on another driver; the message
+                names the argument.
         """
         with self._lock:
+            self.driver(spec.driver)
             known = self._declared.get(spec.id)
             if known is None or known == instead_of:
+                for other in self._declared.values():
+                    if other.id != spec.id:
+                        _check_together(other, spec)
                 self._declared[spec.id] = spec
                 self._implied.pop(spec.id, None)
-                self._confirmed.discard(spec.id)
+                dead = self._implied.get(spec.dead_letter or "")
+                if dead is not None:
+                    self._implied[dead.id] = replace(dead, driver=spec.driver)
+                self.forget(spec.id)
             elif known != spec:
                 raise Conflict(difference(known, spec))
             return spec
@@ -115,27 +173,28 @@ class Registry:
         """Note that a queue is wanted, by a consumer, without saying how it is declared."""
         with self._lock:
             if queue_id not in self._declared:
-                self._implied[queue_id] = default_spec(queue_id)
+                self._implied[queue_id] = replace(default_spec(queue_id), driver=self._driver_of_dead(queue_id) or MAIN)
 
     def is_declared(self, queue_id: str) -> bool:
         """Tell whether the app declared this queue, or a queue that this one holds the dead letters of."""
         with self._lock:
             if queue_id in self._declared or queue_id in self._implied:
                 return True
-            return any(spec.dead_letter == queue_id for spec in self._queues())
+            return self._driver_of_dead(queue_id) is not None
 
     def is_exact(self, queue_id: str) -> bool:
         """Tell whether the app said how this queue is declared."""
         return queue_id in self._declared
 
     def spec(self, queue_id: str) -> QueueSpec:
-        """Return a queue as declared, or with default values."""
+        """Return a queue as declared, or with default values; dead letters live where their queue does."""
         found = self._declared.get(queue_id) or self._implied.get(queue_id)
         if found is not None:
             return found
         with self._lock:
-            if any(spec.dead_letter == queue_id for spec in self._queues()):
-                return replace(default_spec(queue_id), dead_letter=None)
+            driver = self._driver_of_dead(queue_id)
+        if driver is not None:
+            return replace(default_spec(queue_id), dead_letter=None, driver=driver)
         return default_spec(queue_id)
 
     def dead_letters_of(self, queue_id: str) -> QueueSpec:
@@ -144,10 +203,10 @@ class Registry:
         Raises:
             Invalid: If it has none, being one itself.
         """
-        target = self.spec(queue_id).dead_letter
-        if target is None:
+        spec = self.spec(queue_id)
+        if spec.dead_letter is None:
             raise Invalid(f"queue {queue_id} is a dead-letter queue; it has none of its own. Name the queue itself")
-        return replace(self.spec(target), dead_letter=None)
+        return replace(self.spec(spec.dead_letter), dead_letter=None, driver=spec.driver)
 
     def queues(self) -> list[QueueSpec]:
         """Return every queue that the app declared or consumes, in that order."""
@@ -158,37 +217,43 @@ class Registry:
         yield from self._declared.values()
         yield from self._implied.values()
 
-    def backend(self) -> Backend:
-        """Return the app's backend, opened at the first call; connecting is left to its first use.
+    def _driver_of_dead(self, queue_id: str) -> str | None:
+        """Return the driver of the first queue whose dead letters go there; None if there is no such queue."""
+        return next((spec.driver for spec in self._queues() if spec.dead_letter == queue_id), None)
+
+    def backend(self, driver: str = MAIN) -> Backend:
+        """Return the backend of a driver, opened at the first call; connecting is left to its first use.
 
         Raises:
-            Invalid: If the broker's URL has an unknown scheme or is ill-formed.
+            Invalid: If the driver is unknown, or its URL has an unknown scheme or is ill-formed.
         """
         with self._lock:
-            if self._backend is None:
-                self._backend = open_backend(self.settings, self.name)
-                self._confirmed.clear()
-            return self._backend
+            found = self._backends.get(driver)
+            if found is None:
+                found = self._backends[driver] = self.open(driver)
+                self._confirmed[driver].clear()
+            return found
 
-    def open(self) -> Backend:
-        """Return a backend of the caller's own, which the caller closes."""
-        return open_backend(self.settings, self.name)
+    def open(self, driver: str = MAIN) -> Backend:
+        """Return a backend of the caller's own, which the caller closes; raises as `backend`."""
+        return open_backend(self.settings, self.name, self.driver(driver))
 
     def ensure(self, spec: QueueSpec) -> None:
-        """Have the shared backend declare a queue, once."""
-        if spec.id in self._confirmed:
+        """Have the shared backend of its driver declare a queue, once."""
+        if spec.id in self._confirmed[spec.driver]:
             return
-        self.backend().declare(
+        self.backend(spec.driver).declare(
             spec, create=self.create_queues or self.is_declared(spec.id), exact=self.is_exact(spec.id)
         )
-        self._confirmed.add(spec.id)
+        self._confirmed[spec.driver].add(spec.id)
 
     def forget(self, queue_id: str) -> None:
         """Declare a queue anew at its next use: somebody may have deleted it."""
-        self._confirmed.discard(queue_id)
+        for confirmed in list(self._confirmed.values()):
+            confirmed.discard(queue_id)
 
     def on_reset(self, callback: Callable[[], None]) -> None:
-        """Have a method called when the backend is gone: closed, or left behind by a fork.
+        """Have a method called when the backends are gone: closed, or left behind by a fork.
 
         Its object is not kept alive for it.
         """
@@ -202,20 +267,21 @@ class Registry:
                 callback()
 
     def close(self) -> None:
-        """Close the backend; the next use opens a new one. Idempotent."""
+        """Close the backends; the next use opens new ones. Idempotent."""
         with self._lock:
-            backend, self._backend = self._backend, None
+            backends, self._backends = self._backends, {}
             self._reset()
-        if backend is not None:
-            backend.close()
+        with ExitStack() as stack:
+            # Each is closed, whatever becomes of the others.
+            for backend in backends.values():
+                stack.callback(backend.close)
 
     def after_fork(self) -> None:
-        """Leave the parent's connection to the parent: drop it unclosed, with locks that may be held."""
+        """Leave the parent's connections to the parent: drop them unclosed, with locks that may be held."""
         self._lock = RLock()
-        if self._backend is not None:
-            # Kept from the garbage collector, whose clean-up would speak on the parent's sockets.
-            _left_behind.append(self._backend)
-            self._backend = None
+        # Kept from the garbage collector, whose clean-up would speak on the parent's sockets.
+        _left_behind.extend(self._backends.values())
+        self._backends = {}
         self._reset()
 
 
@@ -246,6 +312,7 @@ def queue_spec(
     max_priority: Any = None,
     require_signature: Any = False,
     options: Any = None,
+    driver: Any = None,
 ) -> QueueSpec:
     """Return a checked queue declaration.
 
@@ -264,6 +331,8 @@ def queue_spec(
         raise Invalid(f"retry: expected a kq.Backoff, got {type(retry).__name__}")
     if require_signature:
         raise Invalid("require_signature: signing is not available in this version; leave it out")
+    if driver is not None and driver != MAIN:
+        limit.driver_name(driver)
     return QueueSpec(
         queue_id,
         codec=codec,
@@ -275,6 +344,7 @@ def queue_spec(
         max_priority=None if max_priority is None else count("max_priority", max_priority, 1, 255),
         require_signature=False,
         options=_options(options),
+        driver=driver or MAIN,
     )
 
 
@@ -297,6 +367,7 @@ def difference(known: QueueSpec, other: QueueSpec) -> str:
         ("max_priority", known.max_priority, other.max_priority),
         ("require_signature", known.require_signature, other.require_signature),
         ("options", known.options, other.options),
+        ("driver", known.driver, other.driver),
     ]
     name, old, new = next(pair for pair in pairs if pair[1] != pair[2])
     return f"queue {known.id} is declared already, with {name}={old!r}; got {name}={new!r}"
@@ -318,21 +389,74 @@ def find_backend(broker: str) -> str:
     raise Invalid(f"broker: no backend for {scheme}://; expected one of {known}")
 
 
-def open_backend(settings: config.Settings, name: str) -> Backend:
-    """Return a new backend for a broker URL, unconnected.
+def open_backend(settings: config.Settings, name: str, driver: Driver | None = None) -> Backend:
+    """Return a new backend for a broker, unconnected.
+
+    Args:
+        settings: What the driver does not say itself.
+        name: Who connects, likewise.
+        driver: The broker; None for that of the settings.
 
     Raises:
         Invalid: If no backend is registered for its scheme, or the URL is ill-formed.
     """
-    target = find_backend(settings.broker)
-    scheme = config.scheme(settings.broker)
+    driver = Driver(settings.broker) if driver is None else driver
+    target = find_backend(driver.url)
+    scheme = config.scheme(driver.url)
     module, _, attribute = target.partition(":")
     try:
         factory: Callable[[str, BackendOptions], Backend] = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise Internal(f"broker: the backend for {scheme}:// does not load: {error}", retryable=False) from error
-    options = BackendOptions(settings.lease, settings.heartbeat, settings.publish_timeout, name)
-    return factory(settings.broker, options)
+    options = BackendOptions(
+        lease=settings.lease,
+        heartbeat=settings.heartbeat if driver.heartbeat is None else driver.heartbeat,
+        timeout=settings.publish_timeout if driver.timeout is None else driver.timeout,
+        name=driver.connection_name or name,
+        tls=driver.tls,
+    )
+    if driver.connect_timeout is not None:
+        options = replace(options, connect_timeout=driver.connect_timeout)
+    return factory(address(driver), options)
+
+
+def _check_driver(driver: Driver) -> None:
+    if driver.name != MAIN:
+        limit.driver_name(driver.name)
+    check(driver)
+    with naming(driver.name):
+        find_backend(driver.url)
+
+
+def _driver_difference(known: Driver, other: Driver) -> str:
+    """Say what two drivers of one name disagree on, but no secret."""
+    field = next(f.name for f in fields(Driver) if getattr(known, f.name) != getattr(other, f.name))
+    old, new = getattr(known, field), getattr(other, field)
+    if field == "url":
+        old, new = config.hide_password(old), config.hide_password(new)
+    which = f"driver {known.name}" if known.name else "the app's own driver"
+    return f"{which} is declared already, with {field}={old!r}; got {field}={new!r}"
+
+
+def _check_together(first: QueueSpec, second: QueueSpec) -> None:
+    """See to it that a queue and its dead letters live on one driver.
+
+    Raises:
+        Conflict: If they do not; the message names both queues.
+    """
+    if first.driver == second.driver:
+        return
+    for queue, other in ((first, second), (second, first)):
+        if queue.dead_letter == other.id:
+            raise Conflict(
+                f"queue {other.id} holds the dead letters of {queue.id}, which lives on another driver; "
+                f"expected driver={queue.driver!r} for both, got driver={other.driver!r}"
+            )
+    if first.dead_letter is not None and first.dead_letter == second.dead_letter:
+        raise Conflict(
+            f"dead_letter: {first.dead_letter} holds the dead letters of {first.id} on driver {first.driver!r}; "
+            f"expected another queue for those of {second.id} on driver {second.driver!r}"
+        )
 
 
 def _options(options: Any) -> dict[str, dict[str, Any]]:

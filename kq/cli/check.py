@@ -13,6 +13,8 @@ from kq.errors import Conflict, Invalid
 
 if TYPE_CHECKING:
     from kq.app import App
+    from kq.driver import Driver
+    from kq.registry import Registry
 
 
 @click.command()
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--schema", is_flag=True, help="Print a JSON Schema of the configuration file, for editors.")
 @common
 def check(app_path: str | None, broker: str | None, offline: bool, schema: bool) -> None:
-    """Reach the broker, and say what it can do and which of its settings endanger messages."""
+    """Reach the brokers, and say what they can do and which of their settings endanger messages."""
     from kq import config
 
     if schema:
@@ -38,30 +40,36 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool)
         if offline:
             _print_configuration(app)
         else:
-            warnings += _reach(app)
+            for driver in app.registry.drivers.values():
+                warnings += _check_driver(app.registry, driver)
     for warning in warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     if not warnings:
         click.echo("the configuration is fine" if offline else "no unsafe settings found")
 
 
-def _reach(app: App) -> list[str]:
-    """Ask the broker what it can do, print it, and return what endangers messages."""
+def _check_driver(registry: Registry, driver: Driver) -> list[str]:
+    """Reach a driver's broker, print what it can do and which queues live there, and return its warnings."""
     from kq import config
+    from kq.driver import naming
 
-    backend = app.registry.backend()
-    longest = max((c.timeout for c in app.registry.router if c.timeout is not None), default=None)
-    warnings = backend.check(longest)
-    click.echo(f"broker         {config.hide_password(app.registry.settings.broker)}: reached")
+    specs = [spec for spec in registry.queues() if spec.driver == driver.name]
+    timeouts = [c.timeout for spec in specs for c in registry.router.of(spec.id) if c.timeout is not None]
+    with naming(driver.name):
+        backend = registry.backend(driver.name)
+        warnings = backend.check(max(timeouts, default=None))
+    if driver.name:
+        click.echo(f"driver         {driver.name}")
+    click.echo(f"broker         {config.hide_password(driver.url)}: reached")
     for name, value in asdict(backend.capabilities).items():
         shown = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
         click.echo(f"{name.replace('_', ' '):22}{shown}")
-    for spec in app.registry.queues():
+    for spec in specs:
         note = ""
         if backend.capabilities.priorities == "declared" and not spec.max_priority:
             note = "  (priorities are carried, not acted on: no max_priority)"
         click.echo(f"queue          {spec.id}{note}")
-    return warnings
+    return [f"driver {driver.name}: {warning}" if driver.name else warning for warning in warnings]
 
 
 def _print_configuration(app: App) -> None:

@@ -1,7 +1,7 @@
 """The loop that hands deliveries to handlers and settles what comes of them.
 
-One thread. Deliveries come in from the fetcher, go to the pool's places as jobs, and end as outcomes,
-which go back to the fetcher as settlements. A delivery that must run alone waits until a place is
+One thread. Deliveries come in from the fetchers, go to the pool's places as jobs, and end as outcomes,
+which go back to them as settlements. A delivery that must run alone waits until a place is
 empty; everything else goes to whoever has room.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from kq import errors
 from kq.backend import Delivery, QueueSpec, Settlement
 from kq.executor import Job, timeout_outcome
-from kq.fetcher import Fetcher
+from kq.intake import Intake
 from kq.outcome import CRASH_LOOP, RELEASE, Failure, Outcome
 from kq.retry import RetryPolicy, after_crash
 from kq.router import Consumer
@@ -70,7 +70,7 @@ class Tally:
 
 
 class Supervisor:
-    """Moves deliveries from the fetcher through the pool and back.
+    """Moves deliveries from the fetchers through the pool and back.
 
     Args:
         pool: Where handlers run.
@@ -91,7 +91,7 @@ class Supervisor:
     ) -> None:
         self._pool = pool
         self._turns = {queue: RoundRobin(competing) for queue, competing in consumers.items()}
-        #: Queues whose deliveries the fetcher acknowledges beforehand; the same for all consumers of one.
+        #: Queues whose deliveries their fetcher acknowledges beforehand; the same for all consumers of one.
         self._auto_ack = {queue for queue, competing in consumers.items() if competing[0].auto_ack}
         self._specs = specs
         self._max_deliveries = max_deliveries
@@ -104,15 +104,15 @@ class Supervisor:
         self._arrivals: deque[list[Delivery]] = deque()
         self._size = 0.0
         self._stopping = False
-        self._fetcher: Fetcher | None = None
+        self._intake: Intake | None = None
         self.tally = Tally()
 
-    def attach(self, fetcher: Fetcher) -> None:
+    def attach(self, intake: Intake) -> None:
         """Say where deliveries come from and settlements go."""
-        self._fetcher = fetcher
+        self._intake = intake
 
     def arrived(self, deliveries: list[Delivery]) -> None:
-        """Take deliveries; called in the fetcher's thread."""
+        """Take deliveries; called in a fetcher's thread."""
         self._arrivals.append(deliveries)
         self._pool.wake()
 
@@ -138,9 +138,9 @@ class Supervisor:
 
     def stop_fetching(self) -> None:
         """Take nothing more, and give back what has not started."""
-        assert self._fetcher is not None
+        assert self._intake is not None
         self._stopping = True
-        self._fetcher.pause(_PAUSE_PATIENCE)
+        self._intake.pause(_PAUSE_PATIENCE)
         self._admit()
         self._start_acknowledged()
         self._release_waiting()
@@ -187,11 +187,11 @@ class Supervisor:
                 queue = flight.delivery.queue
                 self._turns[queue].leave(flight.consumer)
                 freed[queue] += 1
-        assert self._fetcher is not None
+        assert self._intake is not None
         if settlements:
-            self._fetcher.settle(settlements)
+            self._intake.settle(settlements)
         for queue, count in freed.items():
-            self._fetcher.finished(queue, count)
+            self._intake.finished(queue, count)
         if self._reserved is event.place and not event.place.tags:
             self._free_reserved()
 
@@ -357,12 +357,12 @@ class Supervisor:
         )
 
     def _ask(self) -> None:
-        """Tell the fetcher how much to hold: what the places take, bounded by count and by bytes."""
-        assert self._fetcher is not None
+        """Tell the fetchers how much to hold: what the places take, bounded by count and by bytes."""
+        assert self._intake is not None
         wanted = sum(place.window for place in self._pool.places if place.ready and place.accepting)
         if self._size:
             wanted = min(wanted, max(len(self._pool.places), int(_HOLD_BYTES / self._size)))
-        self._fetcher.hold(min(wanted, self._prefetch))
+        self._intake.hold(min(wanted, self._prefetch))
 
     # Ends.
 
@@ -383,16 +383,16 @@ class Supervisor:
             self._settle(flight, RELEASE)
 
     def _settle(self, flight: Flight, outcome: Outcome) -> None:
-        assert self._fetcher is not None
+        assert self._intake is not None
         if not flight.settled:
             self._note(flight, outcome)
-            self._fetcher.settle([Settlement(flight.delivery, outcome)])
+            self._intake.settle([Settlement(flight.delivery, outcome)])
         self._drop(flight)
 
     def _drop(self, flight: Flight) -> None:
-        assert self._fetcher is not None
+        assert self._intake is not None
         if self._flights.pop(flight.tag, None) is not None:
-            self._fetcher.finished(flight.delivery.queue)
+            self._intake.finished(flight.delivery.queue)
 
     def _note(self, flight: Flight, outcome: Outcome) -> None:
         """Count an outcome, and log one that a person may want to know of."""

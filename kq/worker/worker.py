@@ -1,7 +1,7 @@
 """The worker from the outside: options, start, signals, stop.
 
-1. Reach the broker and declare the queues.
-2. Start the pool and the fetcher.
+1. Reach the brokers and declare the queues.
+2. Start the pool and the fetchers, one for each broker.
 3. Let the supervisor turn until told to stop.
 4. Stop fetching, let handlers finish for a while, release the rest, disconnect.
 """
@@ -13,17 +13,20 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from threading import Event, Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any, Protocol
 
 from kq import config, limit
-from kq.backend import Backend
+from kq.backend import Backend, QueueSpec
+from kq.driver import Driver, naming
 from kq.errors import Internal, Invalid
 from kq.executor import Executor
 from kq.fetcher import Fetcher
+from kq.idleness import Idleness
+from kq.intake import Intake
 from kq.message import is_handling
 from kq.registry import HasRegistry
 from kq.router import Consumer
@@ -60,10 +63,11 @@ class WorkerOptions:
         processes: Child processes; None for one for each CPU.
         concurrency: Handlers at once in each.
         pool: ``processes`` or ``threads``; None for what fits.
-        prefetch: Messages in hand at most; None for a number that fits.
+        prefetch: Messages in hand at most; None for a number that fits. Brokers share it, and each may always
+            have its equal share of it, so with several there may be more for a moment.
         grace: How long handlers may go on after a stop.
         burst: Whether to stop when the queues are empty.
-        connect_timeout: How long to try to reach the broker at the start.
+        connect_timeout: How long to try to reach the brokers at the start.
         log_level: For the children's logs.
         log_format: ``text`` or ``json``, likewise.
     """
@@ -134,6 +138,8 @@ class Worker:
         self._registry = app.registry
         self._consumers = self._choose()
         self._specs = {queue: self._registry.spec(queue) for queue in self._consumers}
+        #: Those whose queues are consumed, by name.
+        self._drivers = {spec.driver: self._registry.driver(spec.driver) for spec in self._specs.values()}
         self._threads = self._pool_kind() == "threads"
         self.processes = 1 if self._threads else (self.options.processes or os.cpu_count() or 1)
         self._pool: Pool | None = None
@@ -155,20 +161,20 @@ class Worker:
         """Work until stopped, or, in burst mode, until the queues are empty.
 
         Raises:
-            Internal: If the broker cannot be reached within ``connect_timeout``.
-            PermissionDenied: If the broker refuses us.
+            Internal: If a broker cannot be reached within ``connect_timeout``.
+            PermissionDenied: If a broker refuses us.
             Conflict: If a queue exists with other values than declared.
             StartFailed: If the children cannot load the app.
         """
-        backend = self._registry.open()
-        previous = self._install_signals()
-        try:
-            self._connect(backend)
-            self._work(backend)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            backend.close()
+        with ExitStack() as stack:
+            backends: dict[str, Backend] = {}
+            for driver in self._drivers:
+                backends[driver] = self._registry.open(driver)
+                stack.callback(backends[driver].close)
+            for number, handler in self._install_signals().items():
+                stack.callback(signal.signal, number, handler)
+            self._connect(backends)
+            self._work(backends)
 
     def start(self) -> None:
         """Run in a thread of its own, and return once it fetches.
@@ -237,11 +243,17 @@ class Worker:
             )
         return consumers
 
-    def _each_consumer(self) -> Iterator[Consumer]:
-        return chain.from_iterable(self._consumers.values())
+    def _each_consumer(self, driver: str | None = None) -> Iterator[Consumer]:
+        for queue, competing in self._consumers.items():
+            if driver is None or self._specs[queue].driver == driver:
+                yield from competing
+
+    def _specs_on(self, driver: str) -> list[QueueSpec]:
+        return [spec for spec in self._specs.values() if spec.driver == driver]
 
     def _pool_kind(self) -> str:
-        memory = config.scheme(self._registry.settings.broker) == "memory"
+        urls = (self._registry.settings.broker, *(driver.url for driver in self._drivers.values()))
+        memory = any(config.scheme(url) == "memory" for url in urls)
         kind = self.options.pool
         if kind == "processes" and memory:
             raise Invalid("pool: memory:// lives in one process; use --pool threads, or another broker")
@@ -251,34 +263,47 @@ class Worker:
             kind = "threads" if memory or self._app_path is None or sys.platform == "win32" else "processes"
         return kind
 
-    def _connect(self, backend: Backend) -> None:
+    def _connect(self, backends: Mapping[str, Backend]) -> None:
         until = monotonic() + self.options.connect_timeout
+        warnings = []
+        for driver, backend in backends.items():
+            found = self._reach(driver, backend, until)
+            warnings += [f"driver {driver}: {warning}" if driver else warning for warning in found]
+        if not self._quiet:
+            self._announce(warnings)
+
+    def _reach(self, driver: str, backend: Backend, until: float) -> list[str]:
+        """Reach a broker and declare its queues, and return its warnings."""
+        longest = max((c.timeout for c in self._each_consumer(driver) if c.timeout), default=None)
         while True:
             try:
-                longest = max((c.timeout for c in self._each_consumer() if c.timeout), default=None)
-                warnings = backend.check(longest)
-                for spec in self._specs.values():
-                    backend.declare(spec, create=True, exact=self._registry.is_exact(spec.id))
-                break
+                with naming(driver):
+                    warnings = backend.check(longest)
+                    for spec in self._specs_on(driver):
+                        backend.declare(spec, create=True, exact=self._registry.is_exact(spec.id))
+                return warnings
             except Internal as error:
                 if not error.retryable or monotonic() + _CONNECT_PAUSE > until or self._stop.is_set():
                     raise
                 if not self._quiet:
                     logger.warning("cannot reach the broker yet: %s", error, extra={"action": "connect"})
                 self._stop.wait(_CONNECT_PAUSE)
-        if not self._quiet:
-            self._announce(warnings)
 
     def _announce(self, warnings: list[str]) -> None:
         options = self.options
         where = "threads" if self._threads else "processes"
         queues = "".join(
-            f"\n    {consumer.queue}  ->  {consumer.name}{_rules(consumer)}" for consumer in self._each_consumer()
+            f"\n    {consumer.queue}  ->  {consumer.name}{_rules(consumer, self._specs[consumer.queue].driver)}"
+            for consumer in self._each_consumer()
+        )
+        brokers = "".join(
+            "\n  broker  " + config.hide_password(driver.url) + (f"  ({driver.name})" if driver.name else "")
+            for driver in self._drivers.values()
         )
         logger.info(
-            "kq worker of %s\n  broker  %s\n  pool    %s\n  queues%s",
+            "kq worker of %s%s\n  pool    %s\n  queues%s",
             self._registry.name,
-            config.hide_password(self._registry.settings.broker),
+            brokers,
             f"{self.processes} {where} x {options.concurrency} handlers"
             if not self._threads
             else f"{options.concurrency} threads in this process",
@@ -315,7 +340,7 @@ class Worker:
         assert self._supervisor is not None
         return self._supervisor.timeout_of(tag)
 
-    def _work(self, backend: Backend) -> None:
+    def _work(self, backends: Mapping[str, Backend]) -> None:
         pool = self._pool = self._make_pool()
         prefetch = self.options.prefetch or self.processes * _PREFETCH_PER_CHILD
         supervisor = self._supervisor = Supervisor(
@@ -325,23 +350,17 @@ class Worker:
             max_deliveries=self._registry.settings.max_deliveries,
             prefetch=prefetch,
         )
-        idle = self.options.burst or self._idle_until is not None
-        fetcher = Fetcher(
-            backend,
-            list(self._specs.values()),
-            prefetch=prefetch,
-            lease=self._registry.settings.lease,
-            limits=_limits(self._consumers),
-            auto_ack={queue for queue, competing in self._consumers.items() if competing[0].auto_ack},
-            on_deliveries=supervisor.arrived,
-            on_idle=self._idle if idle else None,
-            idle_until=lambda: self._idle_until or monotonic() + _BURST_HORIZON,
-        )
-        fetcher.hold(0)
-        supervisor.attach(fetcher)
+        idleness = Idleness(self._idle) if self.options.burst or self._idle_until is not None else None
+        fetchers = {
+            driver: self._fetcher(self._drivers[driver], backend, supervisor, prefetch, idleness)
+            for driver, backend in backends.items()
+        }
+        intake = Intake({spec.id: fetchers[spec.driver] for spec in self._specs.values()})
+        intake.hold(0)
+        supervisor.attach(intake)
         try:
             pool.start()
-            fetcher.start()
+            intake.start()
             supervisor.turn(0.0)
             self._ready.set()
             while not self._stop.is_set():
@@ -351,13 +370,31 @@ class Worker:
         finally:
             supervisor.take_last(pool.close(0.0 if self._hurry else _END_PATIENCE))
             supervisor.release_all()
-            if fetcher.is_alive() and not fetcher.stop(_SETTLE_PATIENCE):
+            if not intake.stop(_SETTLE_PATIENCE):
                 logger.warning(
-                    "the broker did not take the last settlements in time; those messages run again",
+                    "a broker did not take the last settlements in time; those messages run again",
                     extra={"action": "settle_failed"},
                 )
             if not self._quiet:
                 self._say_goodbye(supervisor.tally)
+
+    def _fetcher(
+        self, driver: Driver, backend: Backend, supervisor: Supervisor, prefetch: int, idleness: Idleness | None
+    ) -> Fetcher:
+        specs = self._specs_on(driver.name)
+        consumers = {spec.id: self._consumers[spec.id] for spec in specs}
+        return Fetcher(
+            backend,
+            specs,
+            driver=driver,
+            prefetch=prefetch,
+            lease=self._registry.settings.lease,
+            limits=_limits(consumers),
+            auto_ack={queue for queue, competing in consumers.items() if competing[0].auto_ack},
+            on_deliveries=supervisor.arrived,
+            idleness=idleness,
+            idle_until=lambda: self._idle_until or monotonic() + _BURST_HORIZON,
+        )
 
     def _wind_down(self, pool: Pool, supervisor: Supervisor) -> None:
         supervisor.stop_fetching()
@@ -443,8 +480,8 @@ def _need(consumer: Consumer) -> int | None:
     return max((n for n in (consumer.concurrency, consumer.prefetch) if n is not None), default=None)
 
 
-def _rules(consumer: Consumer) -> str:
-    rules = []
+def _rules(consumer: Consumer, driver: str) -> str:
+    rules = [f"on {driver}"] if driver else []
     if consumer.is_async:
         rules.append("async")
     if consumer.timeout is not None:

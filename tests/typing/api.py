@@ -10,6 +10,10 @@ from kq import errors, queue
 
 app: kq.App = kq.App("typed", broker="memory://", lease=30.0)
 app.queue("typed:q", retry=kq.Backoff(initial=1.0, jitter=0.2), max_length=10)
+other: kq.App = kq.App(
+    "typed", drivers={"events": "redis://localhost", "orders": kq.Driver("amqps://host", tls=kq.Tls(ca="ca.pem"))}
+)
+other.queue("typed:events", driver="events")
 
 
 @app.consumer("typed:q", timeout=timedelta(seconds=5), max_attempts=3)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from kq import errors
 from kq.backend import QueueSpec
 from kq.config import Settings
-from kq.registry import Registry, default_spec, difference, open_backend, queue_spec
+from kq.driver import MAIN, Driver, Tls
+from kq.registry import BackendOptions, Registry, default_spec, difference, open_backend, queue_spec
 from kq.retry import Backoff, RetryPolicy
 
 DEFAULTS: dict[str, Any] = {
@@ -22,6 +25,8 @@ DEFAULTS: dict[str, Any] = {
     "require_signature": False,
     "options": None,
 }
+
+EVENTS = Driver("memory://unit-registry-events", "events")
 
 
 def make(**settings: Any) -> Registry:
@@ -50,10 +55,11 @@ def test_queue_values_are_kept() -> None:
         max_length=10,
         max_priority=9,
         options={"amqp": {"queue_type": "classic"}},
+        driver="events",
     )
     assert spec == QueueSpec(
         "app:a", "application/msgpack", "app:d", RetryPolicy(1, 2, Backoff(3)), 10, 9, False,
-        {"amqp": {"queue_type": "classic"}},
+        {"amqp": {"queue_type": "classic"}}, "events",
     )  # fmt: skip
 
 
@@ -83,6 +89,8 @@ def test_dead_letter_queues_have_none_of_their_own() -> None:
         ({"options": []}, "options: expected a mapping .*, got list"),
         ({"options": {"kafka": {}}}, "options: unknown backend 'kafka'; expected one of .*amqp.*sqlite"),
         ({"options": {"amqp": 5}}, "options: amqp: expected a mapping, got int"),
+        ({"driver": "a b"}, "ill-formed driver name 'a b'"),
+        ({"driver": 5}, "ill-formed driver name 5"),
     ],
 )
 def test_bad_declarations_are_refused(values: dict[str, Any], expected: str) -> None:
@@ -115,11 +123,13 @@ def test_declaring_is_idempotent() -> None:
         ({"max_length": 5}, "max_length"),
         ({"max_priority": 5}, "max_priority"),
         ({"options": {"amqp": {}}}, "options"),
+        ({"driver": "events"}, "driver"),
     ],
 )
 def test_another_declaration_is_a_conflict(values: dict[str, Any], name: str) -> None:
     """Other values for the same id are a conflict that names queue and argument; the first one stays."""
     registry = make()
+    registry.add_driver(EVENTS)
     registry.declare(declared())
     with pytest.raises(errors.Conflict, match=f"queue app:a is declared already, with {name}=.*; got {name}="):
         registry.declare(declared(**values))
@@ -231,3 +241,188 @@ def test_unknown_scheme_is_refused() -> None:
     """A scheme without a backend is Invalid, with those that exist."""
     with pytest.raises(errors.Invalid, match=r"no backend for kafka://; expected one of amqp://, .*sqlite://"):
         open_backend(Settings(broker="kafka://localhost"), "test")
+
+
+# Drivers.
+
+
+def with_events() -> Registry:
+    """A registry with a second driver."""
+    registry = make()
+    registry.add_driver(EVENTS)
+    return registry
+
+
+def test_the_apps_own_driver_is_always_there() -> None:
+    """Without a word about drivers there is one: the app's own broker, spoken to as by default."""
+    registry = make()
+    assert registry.drivers == {MAIN: Driver("memory://unit-registry")}
+    assert registry.driver(MAIN) is registry.drivers[MAIN]
+
+
+def test_adding_a_driver_is_idempotent() -> None:
+    """The same driver twice is one, and it is found by its name."""
+    registry = with_events()
+    registry.add_driver(EVENTS)
+    assert registry.driver("events") == EVENTS
+    assert list(registry.drivers) == [MAIN, "events"]
+
+
+def test_another_driver_of_one_name_is_a_conflict() -> None:
+    """Other values for the same name are a conflict that names driver and argument, without a password."""
+    registry = with_events()
+    with pytest.raises(errors.Conflict, match="driver events is declared already, with timeout=None; got timeout=5"):
+        registry.add_driver(replace(EVENTS, timeout=5))
+    registry.add_driver(Driver("amqp://a:canary@host", "rabbit"))
+    with pytest.raises(errors.Conflict, match="driver rabbit is declared already, with url=") as caught:
+        registry.add_driver(Driver("amqp://a:canary2@host", "rabbit"))
+    assert "canary" not in str(caught.value)
+    assert registry.driver("events") == EVENTS
+
+
+def test_an_unknown_driver_is_named_with_those_there_are() -> None:
+    """A queue on a driver that nobody declared is Invalid, and the message names those that were."""
+    registry = with_events()
+    with pytest.raises(errors.Invalid, match=r"driver: expected one that the app declares \('events'\), got 'other'"):
+        registry.declare(declared(driver="other"))
+    assert registry.queues() == []
+    with pytest.raises(errors.Invalid, match=r"the app declares \(none\), got 'other'"):
+        make().driver("other")
+
+
+@pytest.mark.parametrize(
+    ("driver", "expected"),
+    [
+        (Driver("memory://", "a b"), "ill-formed driver name 'a b'"),
+        (Driver("memory://", "-a"), "ill-formed driver name '-a'"),
+        (Driver("memory://", "a" * 101), "ill-formed driver name"),
+        (Driver("kafka://host", "a"), "driver a: broker: no backend for kafka://"),
+        (Driver("nowhere", "a"), "driver a: broker: expected a URL such as"),
+        (Driver(5, "a"), "driver a: url: expected a broker's URL, got int"),  # type: ignore[arg-type]
+        (Driver("memory://", "a", virtual_host="v"), "driver a: virtual_host: memory:// has none"),
+        (Driver("memory://", "a", timeout=0), "driver a: timeout: expected seconds from 0.001 to 3,600, got 0"),
+        (Driver("memory://", "a", heartbeat=True), "driver a: heartbeat: expected seconds .*, got True"),
+        (Driver("memory://", "a", connect_timeout=-1), "driver a: connect_timeout: expected seconds .*, got -1"),
+        (Driver("memory://", "a", reconnect_max=0.05), "driver a: reconnect_max: expected at least reconnect_initial"),
+    ],
+)
+def test_bad_drivers_are_refused(driver: Driver, expected: str) -> None:
+    """A bad value of a driver is Invalid where it is declared; the message names driver and value."""
+    registry = make()
+    with pytest.raises(errors.Invalid, match=expected):
+        registry.add_driver(driver)
+    assert list(registry.drivers) == [MAIN]
+
+
+def test_the_apps_own_broker_can_be_described() -> None:
+    """A driver of the app's own name says how its own broker is spoken to, if it is that broker."""
+    registry = make()
+    described = Driver("memory://unit-registry", timeout=3)
+    assert registry.add_driver(described) == described
+    assert registry.driver(MAIN) == described
+    with pytest.raises(errors.Conflict, match="the app's own driver is declared already, with url="):
+        registry.add_driver(Driver("memory://other"))
+    with pytest.raises(errors.Conflict, match="own driver is declared already, with timeout=3; got timeout=4"):
+        registry.add_driver(replace(described, timeout=4))
+
+
+def test_a_connected_driver_stays_as_it_is() -> None:
+    """How the app's own broker is spoken to cannot change once it is connected."""
+    registry = make()
+    registry.backend()
+    try:
+        with pytest.raises(errors.Conflict, match="connected already"):
+            registry.add_driver(Driver("memory://unit-registry", timeout=3))
+    finally:
+        registry.close()
+
+
+def test_another_broker_is_spoken_to_as_by_default() -> None:
+    """Overriding the broker drops what was said of the old one; naming the same again does not."""
+    registry = make()
+    described = Driver("memory://unit-registry", timeout=3)
+    registry.add_driver(described)
+    registry.override(broker="memory://unit-registry", lease=5.0)
+    assert registry.driver(MAIN) == described
+    registry.override(broker="memory://other")
+    assert registry.driver(MAIN) == Driver("memory://other")
+
+
+def test_each_driver_has_a_backend() -> None:
+    """Backends are opened by driver, each once, and closed and left behind together."""
+    registry = with_events()
+    main, events = registry.backend(), registry.backend("events")
+    assert main is not events
+    assert registry.backend("events") is events
+    with pytest.raises(errors.Conflict, match="connected already"):
+        registry.override(lease=6.0)
+    registry.close()
+    assert registry.backend("events") is not events
+    parents = registry.backend(), registry.backend("events")
+    registry.after_fork()
+    assert registry.backend("events") is not parents[1]
+    registry.close()
+    for backend in parents:
+        backend.close()
+
+
+def test_queues_are_declared_where_they_live() -> None:
+    """A queue is made on its driver's broker, and on no other."""
+    registry = with_events()
+    spec = registry.declare(declared("app:declared", driver="events"))
+    registry.ensure(spec)
+    try:
+        assert registry.backend("events").info(spec).message_count == 0
+        with pytest.raises(errors.NotFound):
+            registry.backend().info(spec)
+    finally:
+        registry.close()
+
+
+def test_a_driver_without_words_takes_the_apps_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a driver does not say is the app's setting, or the default; what it says wins."""
+    monkeypatch.setitem(sys.modules, "recording", SimpleNamespace(connect=lambda url, options: (url, options)))
+    monkeypatch.setattr("kq.registry.BUILT_IN", {"recording": "recording:connect"})
+    settings = Settings(broker="recording://a", lease=5.0, heartbeat=7.0, publish_timeout=9.0)
+    silent = Driver("recording://b", "b")
+    wordy = Driver(
+        "recording://c", "c", heartbeat=2, timeout=3, connect_timeout=4, connection_name="me", tls=Tls(verify=False)
+    )
+    seen: list[Any] = [open_backend(settings, "test", driver) for driver in (None, silent, wordy)]
+    plain = BackendOptions(5.0, 7.0, 9.0, "test")
+    said = BackendOptions(5.0, 2, 3, "me", 4, Tls(verify=False))
+    assert seen == [("recording://a", plain), ("recording://b", plain), ("recording://c", said)]
+
+
+@pytest.mark.parametrize("dead_letter", [None, "app:d"])
+def test_dead_letters_live_with_their_queue(dead_letter: str | None) -> None:
+    """A dead-letter queue that nobody declared, or that is only consumed, is on the driver of its queue."""
+    name = dead_letter or "app:a.dead"
+    for consumed in ("", "before", "after"):
+        registry = with_events()
+        if consumed == "before":
+            registry.imply(name)
+        registry.declare(declared(driver="events", dead_letter=dead_letter))
+        if consumed == "after":
+            registry.imply(name)
+        assert registry.spec(name).driver == "events"
+        assert registry.dead_letters_of("app:a") == QueueSpec(name, driver="events")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_dead_letters_on_another_driver_are_a_conflict(order: int) -> None:
+    """A queue and its dead-letter queue on different drivers are a conflict that names both, whichever came first."""
+    registry = with_events()
+    first, second = [declared(driver="events", dead_letter="app:d"), declared("app:d")][::order]
+    registry.declare(first)
+    with pytest.raises(errors.Conflict, match=r"queue app:d holds the dead letters of app:a, .* driver='events'.*''"):
+        registry.declare(second)
+    assert registry.queues() == [first]
+
+
+def test_queues_of_two_drivers_share_no_dead_letters() -> None:
+    """Queues on different drivers cannot name one dead-letter queue: it would be two."""
+    registry = with_events()
+    registry.declare(declared(dead_letter="app:d"))
+    with pytest.raises(errors.Conflict, match=r"app:d holds the dead letters of app:a .* another queue .* of app:b"):
+        registry.declare(declared("app:b", driver="events", dead_letter="app:d"))
