@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from kq.security.decision import UNDEFINED, Decision, Verdict, by
 from kq.security.field import Field, Request
+from kq.security.index import Group
 from kq.security.policy import Policy
 from kq.security.value import MISSING, Uncacheable, cache_key
 
@@ -17,35 +18,33 @@ _Part = Callable[[Request], Hashable]
 
 
 class Plan:
-    """The policies that cover one action and resource, without those that cannot matter.
+    """The groups of policies that cover one action and resource, without what cannot matter.
 
     Immutable and safe to use from several threads.
 
     Args:
-        policies: The policies that cover them, in any order.
+        groups: The groups that cover them, in any order.
     """
 
-    __slots__ = ("_parts", "_policies", "constant", "weight")
+    __slots__ = ("_allow", "_allows", "_denies", "_parts", "constant", "weight")
 
-    def __init__(self, policies: Iterable[Policy]) -> None:
-        ordered = sorted(policies, key=_rank)
-        denies = [policy for policy in ordered if policy.effect == "deny"]
-        allows = [policy for policy in ordered if policy.effect == "allow"]
-        if allows and not allows[0].tests:
-            # It always applies, so that no other allow policy can change anything.
-            allows = allows[:1]
+    def __init__(self, groups: Sequence[Group]) -> None:
+        deny = min((group.deny for group in groups if group.deny is not None), default=None)
+        allow = min((group.allow for group in groups if group.allow is not None), default=None)
+        self._denies = [group.denies for group in groups if group.denies]
+        # Where one always applies, no other allow policy can change anything.
+        self._allows = [group.allows for group in groups if group.allows] if allow is None else []
+        self._allow = UNDEFINED if allow is None else by("allow", allow)
         #: The decision, where it is the same for every actor and every message.
         self.constant: Decision | None = None
-        if denies and not denies[0].tests:
-            self.constant = by("deny", denies[0].name)
-        elif not denies and not allows:
-            self.constant = UNDEFINED
-        elif not denies and not allows[0].tests:
-            self.constant = by("allow", allows[0].name)
-        self._policies = () if self.constant else (*denies, *allows)
-        self._parts = _parts(frozenset().union(*(policy.fields for policy in self._policies)))
+        if deny is not None:
+            self.constant = by("deny", deny)
+        elif not self._denies and not self._allows:
+            self.constant = self._allow
+        fields = frozenset().union(*(partition.fields for partition in (*self._denies, *self._allows)))
+        self._parts = _parts(fields)
         #: What the plan counts for in a cache.
-        self.weight = 1 + len(self._policies)
+        self.weight = 1 + len(groups) + len(fields)
 
     def key(self, request: Request) -> Hashable:
         """Return a key that two requests share only if the plan decides them alike, or None for no key."""
@@ -59,10 +58,11 @@ class Plan:
         """Return the decision: any deny denies; else any allow allows; else it is undefined."""
         if self.constant is not None:
             return self.constant
-        for policy in self._policies:
-            if policy.applies(request):
-                return by(policy.effect, policy.name)
-        return UNDEFINED
+        for effect, partitions in (("deny", self._denies), ("allow", self._allows)):
+            names = [name for partition in partitions if (name := partition.first(request)) is not None]
+            if names:
+                return by(effect, min(names))
+        return self._allow
 
 
 def explain(policies: Iterable[Policy], groups: frozenset[str], request: Request) -> Decision:

@@ -17,8 +17,8 @@ from kq.security.near_miss import did_you_mean
 from kq.security.plan import Plan, explain
 from kq.security.policy import Policy, group_names
 
-#: What a scope's caches hold at most twice of: policies in plans, and decisions.
-MAX_PLAN_WEIGHT: Final = 500_000
+#: What a scope's caches hold at most twice of: groups and fields in plans, and decisions.
+MAX_PLAN_WEIGHT: Final = 200_000
 MAX_DECISIONS: Final = 4_096
 #: Characters of an action or a resource that a cache remembers.
 MAX_CACHED_NAME: Final = 512
@@ -62,7 +62,7 @@ class Scope(Frozen):
             if policy.name in names:
                 raise Invalid(f"scope: two policies are called {policy.name!r}; rename one")
             names.add(policy.name)
-        self._put(_index=Index(self.policies))
+        self._put(_index=Index(policy for policy in self.policies if policy.is_for(self.groups)))
         self._put(_plans=Cache(MAX_PLAN_WEIGHT))
         self._put(_decisions=Cache(MAX_DECISIONS))
 
@@ -108,7 +108,7 @@ class Scope(Frozen):
             raise Invalid(f"meta: expected a mapping, got {type(meta).__name__}")
         plan = self._plans.get((action, resource))
         if plan is None:
-            plan = Plan(policy for policy in self._index.find(action, resource) if policy.is_for(self.groups))
+            plan = Plan(self._index.find(action, resource))
             if len(action) + len(resource) <= MAX_CACHED_NAME:
                 self._plans.put((action, resource), plan, plan.weight)
         if plan.constant is not None:
@@ -135,7 +135,8 @@ class Scope(Frozen):
         if meta is not None and not isinstance(meta, Mapping):
             raise Invalid(f"meta: expected a mapping, got {type(meta).__name__}")
         request = Request(actor, action, resource, _NOTHING if meta is None else meta)
-        return explain(self._index.find(action, resource), self.groups, request)
+        covering = [policy for policy in self.policies if policy.covers(action, resource)]
+        return explain(covering, self.groups, request)
 
     def __repr__(self) -> str:
         groups = f", groups: {', '.join(sorted(self.groups))}" if self.groups else ""
