@@ -363,7 +363,6 @@ class App:
 
     def executor(self) -> Executor:
         """Return what runs this app's handlers. For workers."""
-        self.declarations.load_handlers()
         return Executor(
             self.registry.router,
             self.registry.spec,
@@ -371,6 +370,10 @@ class App:
             middleware=self._on_handle,
             activate=self._activate,
         )
+
+    def fingerprint(self) -> str:
+        """Return a text that is another one whenever a worker would have to work otherwise. For workers."""
+        return self.declarations.fingerprint()
 
     def close(self) -> None:
         """Give up connections; the next use opens new ones. Idempotent."""

@@ -35,6 +35,8 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "amqps": "kq.backends.rabbitmq:RabbitBackend",
 }
 
+#: The origin of settings that have been overridden.
+COMMAND_LINE: Final = "command line"
 #: Backend names that queue options are grouped by, beside those of third parties.
 _OPTION_GROUPS: Final = frozenset({"memory", "sqlite", "redis", "amqp"})
 
@@ -73,6 +75,8 @@ class Registry:
     def __init__(self, name: str, settings: config.Settings) -> None:
         self.name = name
         self.settings = settings
+        #: What has been changed by `override`, by name.
+        self.overrides: dict[str, Any] = {}
         self.router = Router()
         self.drivers: dict[str, Driver] = {MAIN: Driver(settings.broker)}
         self._declared: dict[str, QueueSpec] = {}
@@ -104,7 +108,8 @@ class Registry:
             find_backend(changed.broker)
             if changed.broker != self.settings.broker:
                 self.drivers[MAIN] = Driver(changed.broker)
-            self.settings = changed
+            self.settings = replace(changed, origins={**changed.origins, **dict.fromkeys(settings, COMMAND_LINE)})
+            self.overrides.update(settings)
 
     def add_driver(self, driver: Driver) -> Driver:
         """Register one more broker, for queues to name; the same again is fine.

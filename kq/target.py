@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 from kq.app import App
 from kq.errors import Invalid
@@ -13,17 +15,31 @@ from kq.handler import search_here, where
 _USUAL = ("app", "kq_app")
 
 
+def open_app(path: str, overrides: Mapping[str, Any] | None = None) -> App:
+    """Return an app with all its handlers, ready to work.
+
+    Args:
+        path: ``package.module:attribute``; empty for the app that the configuration file describes.
+        overrides: Settings that win over all others, by name.
+
+    Raises:
+        Invalid: If the app, a handler or a setting is not what it must be.
+        Conflict: If a file and Python disagree on a queue or consumer.
+    """
+    app = load_app(path) if path else App.from_file()
+    if overrides:
+        app.registry.override(**overrides)
+    app.declarations.load_handlers()
+    return app
+
+
 def load_app(path: str) -> App:
     """Return the app that ``path`` names; the current directory is searched first.
-
-    An empty path stands for the app that the configuration file describes.
 
     Raises:
         Invalid: If the module or the attribute does not exist, or importing fails; the message says
             which, and where in the user's code.
     """
-    if not path:
-        return App.from_file()
     module_name, _, attribute = path.partition(":")
     if not module_name or module_name.endswith(".py") or "/" in module_name:
         raise Invalid(f"app: expected package.module:attribute, e.g. shop:app, got {path!r}")

@@ -117,10 +117,11 @@ def find_app(app_path: str | None, broker: str | None) -> App:
 
     try:
         if app_path is None:
-            return App.from_file(broker=broker)
-        from kq.target import load_app
+            app = App.from_file()
+        else:
+            from kq.target import load_app
 
-        app = load_app(app_path)
+            app = load_app(app_path)
         if broker is not None:
             app.registry.override(broker=broker)
         return app

@@ -59,6 +59,7 @@ def worker(
     from kq import config_file
     from kq.worker.log import configure
     from kq.worker.pool import StartFailed
+    from kq.worker.reload import start_anew
     from kq.worker.worker import Worker, WorkerOptions
 
     path = app or app_path
@@ -83,7 +84,8 @@ def worker(
             log_level=log_level,
             log_format=log_format,
         )
-        Worker(found, app_path=path or "", options=options).run()
+        running = Worker(found, app_path=path or "", options=options)
+        running.run()
     except Invalid as error:
         raise ConfigurationError(error.message) from error
     except StartFailed as error:
@@ -94,3 +96,5 @@ def worker(
         end(error)
     finally:
         found.close()
+    if running.restart:
+        start_anew()

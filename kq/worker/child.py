@@ -18,7 +18,7 @@ from threading import Lock
 from typing import Any
 
 from kq.outcome import DONE
-from kq.target import load_app
+from kq.target import open_app
 from kq.worker import frame
 from kq.worker.log import configure
 from kq.worker.runner import Result, Runner
@@ -82,10 +82,7 @@ class Child:
     def _load(self, hello: frame.Hello) -> bool:
         configure(hello.log_level, hello.log_format)
         try:
-            app = load_app(hello.app)
-            if hello.settings:
-                app.registry.override(**hello.settings)
-            app.declarations.load_handlers()
+            app = open_app(hello.app, hello.overrides)
         except BaseException as error:
             self._send(frame.Failed(str(error) or repr(error)))
             return False

@@ -22,8 +22,8 @@ class Hello(msgspec.Struct, tag="hello"):
     """The first frame to a child: what to load and how to run it.
 
     Attributes:
-        app: ``module:attribute``.
-        settings: Settings that the command line changed, by name.
+        app: ``module:attribute``; empty for the app that the configuration file describes.
+        overrides: Settings that the command line changed, by name.
         queues: The queues this worker consumes.
         concurrency: Handlers at once.
         log_level: As in `logging`.
@@ -31,7 +31,7 @@ class Hello(msgspec.Struct, tag="hello"):
     """
 
     app: str
-    settings: dict[str, Any]
+    overrides: dict[str, Any]
     queues: list[str]
     concurrency: int
     log_level: str

@@ -1,8 +1,7 @@
 """HUP: is the code and configuration as it is now fit to run, and does the supervisor have to change?
 
-A fresh interpreter tries, beside the running worker: ``python -m kq.worker.reload APP``. It loads the app, the
-configuration and every handler, and answers with the configuration's fingerprint. A worker that gets a
-mistake for an answer goes on as it was: a reload is all or nothing.
+A fresh interpreter tries, beside the running worker: `kq.worker.probe`. A worker that gets a mistake for an
+answer goes on as it was: a reload is all or nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from threading import Thread
-from typing import Any
-
-from kq.errors import Error
+from typing import Any, NoReturn
 
 #: Seconds that loading the app may take.
 _PATIENCE = 120.0
@@ -26,20 +23,22 @@ class Trial(Thread):
 
     Args:
         app_path: ``module:attribute``; empty for the app that the configuration file describes.
-        settings: Settings that the command line changed, by name.
+        overrides: Settings that the command line changed, by name.
         on_end: Called in this thread when the answer is there.
 
     Attributes:
-        fingerprint: What `Declarations.fingerprint` says now, or None.
+        ended: Whether the answer is there.
+        fingerprint: What `App.fingerprint` says now, or None.
         mistake: Why nothing can be reloaded, or empty.
     """
 
-    def __init__(self, app_path: str, settings: Mapping[str, Any], on_end: Callable[[], None]) -> None:
+    def __init__(self, app_path: str, overrides: Mapping[str, Any], on_end: Callable[[], None]) -> None:
         super().__init__(name="kq-reload", daemon=True)
-        self._command = [sys.executable, "-m", "kq.worker.reload", app_path]
+        self._command = [sys.executable, "-m", "kq.worker.probe", app_path]
         # Not among the arguments, which everybody on the machine can read: there may be a password in it.
-        self._input = json.dumps(dict(settings))
+        self._input = json.dumps(dict(overrides))
         self._on_end = on_end
+        self.ended = False
         self.fingerprint: str | None = None
         self.mistake = ""
 
@@ -56,10 +55,11 @@ class Trial(Thread):
                 self.fingerprint = done.stdout.strip().rpartition("\n")[2]
             else:
                 self.mistake = done.stderr.strip()[-4096:] or f"its trial ended with code {done.returncode}"
+        self.ended = True
         self._on_end()
 
 
-def start_anew() -> None:
+def start_anew() -> NoReturn:
     """Replace this process by a fresh one with the same arguments and the same process id."""
     import signal
 
@@ -69,24 +69,3 @@ def start_anew() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, sys.orig_argv)
-
-
-def main(app_path: str) -> int:
-    """Print the fingerprint of the app as it is now; the exit code says whether it loads."""
-    from kq.target import load_app
-
-    settings: dict[str, Any] = json.load(sys.stdin)
-    try:
-        app = load_app(app_path)
-        if settings:
-            app.registry.override(**settings)
-        app.declarations.load_handlers()
-    except Error as error:
-        sys.stderr.write(error.message + "\n")
-        return 78
-    sys.stdout.write(f"\n{app.declarations.fingerprint()}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

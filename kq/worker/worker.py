@@ -33,13 +33,12 @@ from kq.router import Consumer
 from kq.worker.frame import Hello
 from kq.worker.pool import Pool
 from kq.worker.process_pool import ProcessPool
+from kq.worker.reload import Trial
 from kq.worker.supervisor import Supervisor, Tally
 from kq.worker.thread_pool import ThreadPool
 
 logger = logging.getLogger("kq.worker")
 
-#: Settings that a child takes over from the supervisor, which may have been told otherwise than the app.
-_CHILD_SETTINGS = ("broker", "publish_timeout", "create_queues", "max_body")
 #: Messages that a worker holds for each child at most, unless told otherwise.
 _PREFETCH_PER_CHILD = 1000
 #: Seconds between tries to reach the broker at the start.
@@ -101,13 +100,17 @@ class Runnable(HasRegistry, Protocol):
         """Return what runs the app's handlers."""
         ...
 
+    def fingerprint(self) -> str:
+        """Return a text that is another one whenever a worker would have to work otherwise."""
+        ...
+
 
 class Worker:
     """Consumes an app's queues and runs its handlers.
 
     ``run`` blocks; ``start`` runs it in a thread; ``stop`` ends either. A context manager starts and stops.
-    In the main thread TERM and INT stop it, a second one at once; HUP replaces the children, USR1 logs
-    what runs where.
+    In the main thread TERM and INT stop it, a second one at once; HUP reloads code and configuration, or
+    says why it cannot; USR1 logs what runs where.
 
     Args:
         app: The app.
@@ -148,7 +151,10 @@ class Worker:
         self._stop = Event()
         self._hurry = False
         self._replace = False
+        self._trial: Trial | None = None
         self._dump = False
+        #: Whether it has stopped in order to be started anew, with new code and configuration.
+        self.restart = False
         self._ready = Event()
         self._failure: BaseException | None = None
 
@@ -323,12 +329,9 @@ class Worker:
                 shortest_timeout=min(timeouts, default=None),
             )
         assert self._app_path is not None
-        settings = self._registry.settings
         hello = Hello(
             app=self._app_path,
-            settings={
-                name: getattr(settings, name) for name in ("broker", "publish_timeout", "create_queues", "max_body")
-            },
+            overrides=self._registry.overrides,
             queues=list(self._consumers),
             concurrency=options.concurrency,
             log_level=options.log_level,
@@ -418,13 +421,34 @@ class Worker:
         return max(0.0, min(_IDLE_TURN, left))
 
     def _obey(self, pool: Pool) -> None:
-        if self._replace:
+        if self._replace and self._app_path is None:
             self._replace = False
-            logger.info("replacing the children", extra={"action": "reload"})
             pool.replace()
+        elif self._replace and self._app_path is not None and self._trial is None:
+            self._replace = False
+            self._trial = Trial(self._app_path, self._registry.overrides, self._wake)
+            self._trial.start()
+        if self._trial is not None and self._trial.ended:
+            trial, self._trial = self._trial, None
+            self._reload(pool, trial)
         if self._dump:
             self._dump = False
             pool.dump()
+
+    def _reload(self, pool: Pool, trial: Trial) -> None:
+        """Do what HUP asks for, now that it is known whether and how it can be done."""
+        if trial.mistake:
+            logger.error(
+                "nothing is reloaded, the old code and configuration stay in force: %s",
+                trial.mistake, extra={"action": "reload_failed"},
+            )  # fmt: skip
+        elif trial.fingerprint == self._app.fingerprint() and not self._threads:
+            logger.info("replacing the children", extra={"action": "reload"})
+            pool.replace()
+        else:
+            logger.info("finishing what runs, then starting anew", extra={"action": "reload"})
+            self.restart = True
+            self._stop.set()
 
     def _idle(self) -> None:
         self._stop.set()
