@@ -26,7 +26,7 @@ class Plan:
         groups: The groups that cover them, in any order.
     """
 
-    __slots__ = ("_allow", "_allows", "_denies", "_parts", "constant", "weight")
+    __slots__ = ("_allow", "_allows", "_denies", "_parts", "constant", "groups", "weight")
 
     def __init__(self, groups: Sequence[Group]) -> None:
         deny = min((group.deny for group in groups if group.deny is not None), default=None)
@@ -43,13 +43,19 @@ class Plan:
             self.constant = self._allow
         fields = frozenset().union(*(partition.fields for partition in (*self._denies, *self._allows)))
         self._parts = _parts(fields)
+        #: What plans that decide alike have in common; an index keeps its groups, so that no id is used twice.
+        self.groups = tuple(sorted(map(id, groups)))
         #: What the plan counts for in a cache.
         self.weight = 1 + len(groups) + len(fields)
 
     def key(self, request: Request) -> Hashable:
-        """Return a key that two requests share only if the plan decides them alike, or None for no key."""
+        """Return a key that two requests to one scope share only if it decides them alike, or None for no key.
+
+        Action and resource are in it only where a condition reads them: two queues that the same
+        policies cover share decisions.
+        """
         try:
-            return tuple([part(request) for part in self._parts])
+            return (self.groups, *[part(request) for part in self._parts])
         except Exception:
             # Too large, or a mapping that fails: such a request is decided anew each time.
             return None
@@ -109,6 +115,10 @@ def _parts(fields: frozenset[Field]) -> tuple[_Part, ...]:
     parts: list[_Part] = []
     if any(field.source == "actor.id" for field in fields):
         parts.append(lambda request: request.actor.id)
+    if any(field.source == "action" for field in fields):
+        parts.append(lambda request: request.action)
+    if any(field.source == "resource" for field in fields):
+        parts.append(lambda request: request.resource)
     for source, known in (("actor.meta", _actor_keys), ("meta", _meta_keys)):
         roots = {root for field in fields if field.source == source for root in field.roots}
         if roots:

@@ -117,11 +117,10 @@ class Scope(Frozen):
         key = plan.key(request) if len(action) + len(resource) <= MAX_CACHED_NAME else None
         if key is None:
             return plan.decide(request)
-        place = (action, resource, key)
-        decision = self._decisions.get(place)
+        decision = self._decisions.get(key)
         if decision is None:
             decision = plan.decide(request)
-            self._decisions.put(place, decision)
+            self._decisions.put(key, decision)
         return decision
 
     def explain(self, actor: Actor, action: str, resource: str, meta: Mapping[str, Any] | None = None) -> Decision:
