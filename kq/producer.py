@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from time import time
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from kq import codec, config, header, limit
 from kq.backend import WIRE_VERSION, Envelope, Publication, QueueSpec
+from kq.driver import MAIN
 from kq.errors import Error, Invalid, NotFound
 from kq.group_commit import GroupCommit
 from kq.registry import HasRegistry, Registry
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,8 @@ class Producer:
     def _reset(self) -> None:
         #: By driver: a broker that is slow or away keeps nobody from publishing to another.
         self._commits: dict[str, GroupCommit] = {}
-        self._threads: ThreadPoolExecutor | None = None
+        #: For async callers, by driver as well.
+        self._threads: dict[str, ThreadPoolExecutor] = {}
         self._threads_lock = Lock()
 
     def publish(
@@ -139,7 +139,7 @@ class Producer:
     ) -> str:
         """Publish one message without blocking the event loop; otherwise as `publish`."""
         draft = Draft(queue_id, (data,), headers, delay, at, expires, message_id)
-        return (await self._in_thread(partial(self._send, draft)))[0]
+        return (await self._send_in_thread(draft))[0]
 
     async def apublish_many(
         self,
@@ -153,14 +153,14 @@ class Producer:
     ) -> list[str]:
         """Publish messages without blocking the event loop; otherwise as `publish_many`."""
         draft = Draft(queue_id, list(payloads), headers, delay, at, expires)
-        return await self._in_thread(partial(self._send, draft))
+        return await self._send_in_thread(draft)
 
     def close(self) -> None:
         """Give up the connection if it is the producer's own. Idempotent."""
         with self._threads_lock:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.shutdown(wait=True)
+            threads, self._threads = self._threads, {}
+        for pool in threads.values():
+            pool.shutdown(wait=True)
         if self._own:
             self._registry.close()
 
@@ -254,13 +254,15 @@ class Producer:
                 self._registry.forget(publication.queue.id)
         return results
 
-    async def _in_thread(self, call: Callable[[], _T]) -> _T:
+    async def _send_in_thread(self, draft: Draft) -> list[str]:
+        # What is no queue id is refused in the thread, where all is checked.
+        driver = self._registry.spec(draft.queue_id).driver if isinstance(draft.queue_id, str) else MAIN
         with self._threads_lock:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(16, thread_name_prefix="kq-publish")
-            threads = self._threads
+            threads = self._threads.get(driver)
+            if threads is None:
+                threads = self._threads[driver] = ThreadPoolExecutor(16, thread_name_prefix="kq-publish")
         context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(threads, partial(context.run, call))
+        return await asyncio.get_running_loop().run_in_executor(threads, partial(context.run, self._send, draft))
 
 
 def _wrap(middleware: PublishMiddleware, call: Callable[[Draft], list[str]]) -> Callable[[Draft], list[str]]:

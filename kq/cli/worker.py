@@ -25,7 +25,7 @@ from kq.errors import Error, Invalid
 @click.option("--grace", type=DURATION, default=30.0, show_default="30s", envvar="KQ_GRACE", show_envvar=True,
               help="How long handlers may go on after TERM.")  # fmt: skip
 @click.option("--connect-timeout", type=DURATION, default=10.0, show_default="10s", envvar="KQ_CONNECT_TIMEOUT",
-              show_envvar=True, help="How long to try to reach the broker at the start.")  # fmt: skip
+              show_envvar=True, help="How long to try to reach the brokers at the start.")  # fmt: skip
 @click.option("--burst", is_flag=True, envvar="KQ_BURST", show_envvar=True,
               help="Stop when the queues are empty.")  # fmt: skip
 @click.option("-l", "--log-level", default="info", show_default=True, envvar="KQ_LOG_LEVEL", show_envvar=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shutil
 import socket
@@ -288,6 +289,28 @@ def test_a_broker_that_hangs_keeps_nobody_from_publishing(tmp_path: Path) -> Non
             thread.join(30)
         assert len(set(ids)) == 5
         assert [error.details["reason"] for error in failed] in (["timeout"], ["unavailable"])
+        app.close()
+
+
+def test_a_broker_that_hangs_keeps_no_task_from_publishing(tmp_path: Path) -> None:
+    """However many tasks wait for a broker that does not answer, those that publish to another do not."""
+
+    async def publish(app: kq.App, mute: socket.socket) -> list[Any]:
+        hanging = [asyncio.create_task(app.apublish("app:mute", {"n": n})) for n in range(40)]
+        connection, _ = await asyncio.to_thread(mute.accept)
+        with connection:
+            ids = await asyncio.gather(*(app.apublish("app:near", {"n": n}) for n in range(5)))
+            assert len(set(ids)) == 5
+            assert not any(task.done() for task in hanging)
+            return await asyncio.gather(*hanging, return_exceptions=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        mute.settimeout(30)
+        url = f"redis://127.0.0.1:{mute.getsockname()[1]}/0"
+        app = kq.App("test", broker=f"sqlite:///{tmp_path}/kq.db", drivers={"mute": url}, publish_timeout=2.0)
+        app.queue("app:mute", driver="mute")
+        failed = asyncio.run(publish(app, mute))
+        assert all(isinstance(error, errors.Internal) for error in failed)
         app.close()
 
 

@@ -70,6 +70,16 @@ def test_the_test_works_as_shown() -> None:
     test()
 
 
+def test_several_brokers_work_as_shown() -> None:
+    """The README's app has its queue where it says."""
+    space: dict[str, object] = {"kq": kq}
+    exec(block("drivers={"), space)
+    events = space["events"]
+    assert isinstance(events, kq.App)
+    assert events.registry.spec("shop:invoices").driver == "ledger"
+    assert events.registry.spec("shop:emails").driver == ""
+
+
 def test_demo_ends_with_a_summary() -> None:
     """scripts/demo's program, on a few files: all accounted for, one retried, dead letters listed with reasons."""
     done = subprocess.run(
