@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from dataclasses import replace
 from datetime import datetime
@@ -14,14 +15,16 @@ from kq import config_file, limit, registry
 from kq.backend import QueueInfo, QueueSpec
 from kq.config import hide_password, resolve
 from kq.dead_letter import DeadLetters
-from kq.declaration import Declarations, caller
+from kq.declaration import Declarations, caller, declared_policies
 from kq.driver import Driver
 from kq.errors import Invalid
 from kq.executor import Executor, HandleMiddleware
+from kq.guard import Guard
 from kq.producer import Producer, PublishMiddleware
 from kq.registry import Registry, count
 from kq.retry import Backoff
 from kq.router import Consumer
+from kq.security import Actor, Policy, set_strict
 
 if TYPE_CHECKING:
     from kq.worker.worker import Worker
@@ -36,7 +39,8 @@ class App:
 
     Args:
         name: For logs and for the broker's list of connections.
-        broker: The URL of the app's own broker; else ``KQ_BROKER_URL``, else the configuration file's, else ``sqlite:///kq.db``.
+        broker: The URL of the app's own broker; else ``KQ_BROKER_URL``, else the configuration file's, else
+            ``sqlite:///kq.db``.
         config: The configuration file; else ``KQ_CONFIG``, else ``kq.yaml`` if there is one.
         publish_timeout: Seconds that one publish may take; default 10.
         lease: Seconds that a delivery stays with a worker that has died; default 30.
@@ -46,6 +50,10 @@ class App:
         max_deliveries: Deliveries in a row that nobody settles before a message is dead-lettered; default 20.
         drivers: More brokers, by the name that `queue` knows them by: URLs, or `kq.Driver` for all that can be
             said of one.
+        policies: Who may do what, beside the policies of the configuration file.
+        strict_mode: Whether whoever acts outside of any `kq.security.context` is denied; default false.
+        actor: Under whom workers of this app consume and handlers run: an id or a `kq.security.Actor`.
+        groups: The groups of that actor.
         on_publish: Middleware around publishing, outermost first: ``(draft, call_next) -> ids``.
         on_handle: Middleware around handlers, outermost first: ``(message, payload, call_next) -> result``.
 
@@ -66,6 +74,10 @@ class App:
         max_body: int | None = None,
         max_deliveries: int | None = None,
         drivers: Mapping[str, str | Driver] | None = None,
+        policies: Iterable[Policy] = (),
+        strict_mode: bool | None = None,
+        actor: Actor | str | None = None,
+        groups: Sequence[str] | None = None,
         on_publish: Sequence[PublishMiddleware] = (),
         on_handle: Sequence[HandleMiddleware] = (),
     ) -> None:
@@ -81,6 +93,9 @@ class App:
                 "create_queues": create_queues,
                 "max_body": max_body,
                 "max_deliveries": max_deliveries,
+                "strict_mode": strict_mode,
+                "actor": actor.id if isinstance(actor, Actor) else actor,
+                "groups": None if groups is None else tuple(groups),
             },
             document=document,
         )
@@ -92,6 +107,13 @@ class App:
                 replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)
             )
         self.declarations = Declarations(document, self.registry, caller().module)
+        self.registry.guard = Guard(
+            [*declared_policies(document), *policies],
+            strict=settings.strict_mode,
+            actor=actor if isinstance(actor, Actor) else Actor(settings.actor) if settings.actor else None,
+            groups=settings.groups,
+        )
+        set_strict(settings.strict_mode)
         self._on_handle = list(on_handle)
         self._producer = Producer(self, middleware=list(on_publish))
         _remember(self)
@@ -299,10 +321,12 @@ class App:
 
         Raises:
             Invalid: If the queue id is ill-formed.
+            PermissionDenied: If a policy does not allow ``queue.admin.queue`` on it.
             NotFound: If there is no such queue.
             Internal: If the broker cannot be reached.
         """
         spec = self.registry.spec(limit.queue_id(queue_id))
+        self.registry.guard.administer(spec.id)
         return self.registry.backend(spec.driver).info(spec)
 
     def purge(self, queue_id: str) -> int:
@@ -311,6 +335,7 @@ class App:
         Messages that a worker holds are not touched; delayed ones are, where the broker can.
         """
         spec = self.registry.spec(limit.queue_id(queue_id))
+        self.registry.guard.administer(spec.id)
         backend = self.registry.backend(spec.driver)
         backend.info(spec)
         return backend.purge(spec)
@@ -391,18 +416,25 @@ class App:
 
 
 class _Active:
-    """Makes an app the one that `kq.queue` acts on, for a while."""
+    """Makes an app the one that `kq.queue` acts on, and its own actor the one who acts, for a while."""
 
-    __slots__ = ("_app", "_token")
+    __slots__ = ("_app", "_serving", "_token")
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._serving: AbstractContextManager[None] | None = None
         self._token: Token[App | None]
 
     def __enter__(self) -> None:
         self._token = _active.set(self._app)
+        guard = self._app.registry.guard
+        if guard.in_force:
+            self._serving = guard.serving()
+            self._serving.__enter__()
 
     def __exit__(self, *exc: object) -> None:
+        if self._serving is not None:
+            self._serving.__exit__(None, None, None)
         _active.reset(self._token)
 
 

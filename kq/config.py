@@ -23,7 +23,7 @@ PREFIX: Final = "KQ_"
 COMMAND_VARIABLES: Final = frozenset(
     "KQ_" + name
     for name in (
-        "APP", "ACTOR", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG", "DELAY", "EXPIRES", "GRACE",
+        "ACTOR_META", "APP", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG", "DELAY", "EXPIRES", "GRACE",
         "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL", "MAX_TASKS_PER_CHILD", "MESSAGE_ID",
         "OFFLINE", "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES", "QUEUES", "YES",
     )
@@ -42,6 +42,9 @@ class Settings:
         create_queues: Whether publishing to an undeclared queue makes it.
         max_body: Bytes of the largest body, at most 8 MiB.
         max_deliveries: Deliveries in a row that nobody settles before a message counts as the reason.
+        strict_mode: Whether whoever acts without an actor is denied.
+        actor: The id of the actor under whom workers consume and handlers run; empty for nobody.
+        groups: The groups of that actor.
         origins: Where each of them was said, for people; what is not in it is a default.
     """
 
@@ -52,6 +55,9 @@ class Settings:
     create_queues: bool = True
     max_body: int = limit.MAX_BODY
     max_deliveries: int = 20
+    strict_mode: bool = False
+    actor: str = ""
+    groups: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +71,8 @@ class Settings:
 
 #: The settings, and what holds where nobody says anything.
 DEFAULTS: Final[Mapping[str, Any]] = {field.name: field.default for field in fields(Settings) if field.repr}
+#: Those that a file has in its section ``security``.
+_SECURITY: Final = frozenset({"strict_mode", "actor", "groups"})
 #: The origin of what the program itself says.
 ARGUMENT: Final = "argument"
 
@@ -97,9 +105,11 @@ def resolve(
         elif environment.get(variable, "") != "":
             values[setting], origins[setting] = _parse(variable, environment[variable], kind), variable
             _within(variable, values[setting], setting)
-        elif setting in document.settings.values:
-            values[setting] = document.settings.values[setting]
-            origins[setting] = str(document.settings.places[setting])
+        else:
+            section = document.security if setting in _SECURITY else document.settings
+            if setting in section.values:
+                values[setting] = _convert(setting, section.values[setting], kind)
+                origins[setting] = str(section.places[setting])
     if "broker" not in values and document.main is not None:
         driver = document.drivers[document.main].given
         values["broker"], origins["broker"] = driver.values["url"], str(driver.places["url"])
@@ -176,6 +186,8 @@ def _convert(name: str, value: Any, kind: type) -> Any:
             raise Invalid(f"{name}: expected a number, got an integer beyond all floats") from None
     if type(value) is kind:
         return value
+    if kind is tuple and isinstance(value, (list, set, frozenset)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
     raise Invalid(f"{name}: expected {_a(kind)}, got {value!r}")
 
 
@@ -184,10 +196,12 @@ def _parse(variable: str, text: str, kind: type) -> Any:
         if kind is bool:
             return {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False,
                     "no": False, "off": False}[text.strip().lower()]  # fmt: skip
+        if kind is tuple:
+            return tuple(name.strip() for name in text.split(",") if name.strip())
         return kind(text)
     except (KeyError, ValueError):
         raise Invalid(f"{variable}: expected {_a(kind)}, got {text!r}") from None
 
 
 def _a(kind: type) -> str:
-    return {float: "a number", int: "an integer", bool: "true or false", str: "a string"}[kind]
+    return {float: "a number", int: "an integer", bool: "true or false", str: "a string", tuple: "names"}[kind]

@@ -49,6 +49,7 @@ class Consumer:
 
     Raises:
         Invalid: If a queue id is ill-formed or ``prefetch`` is no positive number.
+        PermissionDenied: If a policy says no.
         Internal: If the broker cannot be reached.
     """
 
@@ -64,6 +65,8 @@ class Consumer:
         self._specs: dict[str, QueueSpec] = {
             limit.queue_id(queue_id): self._registry.spec(queue_id) for queue_id in ids
         }
+        for queue_id in self._specs:
+            self._registry.guard.consume(queue_id)
         self._prefetch = prefetch
         self._ready: Queue[Delivery] = Queue()
         with ExitStack() as stack:

@@ -50,7 +50,8 @@ class DeadLetters:
     """The dead-letter queue of a queue: look, replay, purge.
 
     Several queues may share one dead-letter queue; `list`, `get` and `purge` see all that is in it,
-    `replay` takes only what came from this queue.
+    `replay` takes only what came from this queue. Every call raises ``PermissionDenied`` where a policy does not
+    allow ``queue.admin.queue`` on the queue.
     """
 
     def __init__(self, registry: Registry, queue_id: str) -> None:
@@ -110,6 +111,7 @@ class DeadLetters:
         return self._backend().remove(self._queue, _ids(ids))
 
     def _exists(self) -> None:
+        self._registry.guard.administer(self._origin.id)
         self._backend().info(self._queue)
 
     def _backend(self) -> Backend:

@@ -14,13 +14,14 @@ from dataclasses import astuple, dataclass, field
 from typing import Any, Final
 
 from kq.backend import QueueSpec
-from kq.config_file import Document, Entry, Given
+from kq.config_file import Document, Entry, Given, policy
 from kq.driver import MAIN, Driver, Tls
 from kq.errors import Conflict, Invalid
 from kq.handler import find_handler
 from kq.registry import Registry, queue_spec
 from kq.retry import Backoff
 from kq.router import Consumer
+from kq.security import Policy
 
 _HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -143,7 +144,16 @@ class Declarations:
         registry, document = self._registry, self._document
         consumers = [[getattr(consumer, name) for name in ("queue", "name", *_OPTIONS)] for consumer in registry.router]
         specs = sorted(registry.queues(), key=lambda spec: spec.id)
-        said = [_plain(value) for value in (*document.drivers.values(), document.worker, document.security)]
+        said = [
+            _plain(value)
+            for value in (
+                *document.drivers.values(),
+                document.worker,
+                document.security,
+                document.signing,
+                *document.policies.values(),
+            )
+        ]
         whole = repr([astuple(registry.settings)[:-1], specs, consumers, said])
         return hashlib.sha256(whole.encode()).hexdigest()
 
@@ -217,6 +227,11 @@ def queue(entry: Entry, document: Document) -> Said:
     if values.get("driver") is not None and values["driver"] == document.main:
         values["driver"] = MAIN
     return Said(str(entry.place), values, places)
+
+
+def declared_policies(document: Document) -> list[Policy]:
+    """Return the policies that the files declare."""
+    return [policy(entry.id, entry.given) for entry in document.policies.values()]
 
 
 def consumer(entry: Entry) -> Said:

@@ -52,6 +52,8 @@ class Guard:
             if policy.name in names:
                 raise Conflict(f"two policies are called {policy.name!r}; rename one, or say it in one place")
             names.add(policy.name)
+        #: Whether there is anything to ask, or anybody to act as.
+        self.in_force = bool(self.policies or strict or actor)
         self._scopes: dict[frozenset[str], Scope] = {}
 
     def scope(self, groups: Iterable[str] = ()) -> Scope:

@@ -103,6 +103,8 @@ class Producer:
 
         Raises:
             Invalid: If the message breaks a rule.
+            PermissionDenied: If a policy says no; ``details["action"]`` is ``queue.publish`` or
+                ``queue.publish.queue``.
             NotFound: If the queue is not declared and ``create_queues`` is off.
             Conflict: If the queue exists with other values than declared.
             Internal: If the broker did not confirm; retryable, ``details["reason"]`` says why.
@@ -210,6 +212,7 @@ class Producer:
         bodies = [writer.encode(payload) for payload in draft.payloads]
         for body in bodies:
             limit.body_size(body, self._registry.settings.max_body)
+        self._registry.guard.publish(queue_id, headers)
         if not (self._registry.create_queues or self._registry.is_declared(queue_id)):
             raise NotFound(f"queue {queue_id} is not declared, and create_queues is off; declare it with app.queue()")
         properties: dict[str, Any] = {

@@ -22,6 +22,7 @@ from kq import config, limit
 from kq.backend import Backend, QueueSpec
 from kq.driver import MAIN, Driver, Tls, address, check, naming
 from kq.errors import Conflict, Internal, Invalid
+from kq.guard import Guard
 from kq.retry import Backoff, RetryPolicy
 from kq.router import Router
 
@@ -75,6 +76,8 @@ class Registry:
     def __init__(self, name: str, settings: config.Settings) -> None:
         self.name = name
         self.settings = settings
+        #: What asks the app's policies.
+        self.guard = Guard()
         #: What has been changed by `override`, by name.
         self.overrides: dict[str, Any] = {}
         self.router = Router()

@@ -1,4 +1,4 @@
-"""The command line: ``kq worker | publish | info | dead | purge | check``.
+"""The command line: ``kq worker | publish | info | dead | purge | check | policy``.
 
 One module for each group of commands; `kq.cli.option` has what they share. Results go to stdout,
 logs, progress and errors to stderr.
@@ -11,6 +11,7 @@ import click
 from kq.cli.check import check
 from kq.cli.dead import dead
 from kq.cli.info import info
+from kq.cli.policy import policy
 from kq.cli.publish import publish
 from kq.cli.purge import purge
 from kq.cli.worker import worker
@@ -33,5 +34,5 @@ def main() -> None:
     """Publish messages and run workers, on RabbitMQ, Redis, SQLite or memory."""
 
 
-for command in (worker, publish, info, dead, purge, check):
+for command in (worker, publish, info, dead, purge, check, policy):
     main.add_command(command)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
@@ -15,6 +17,7 @@ from kq import errors, limit
 
 if TYPE_CHECKING:
     from kq.app import App
+    from kq.security import Actor
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -68,10 +71,35 @@ def common(command: _F) -> _F:
         callback=_use_file,
         help="The configuration file; default: kq.yaml.",
     )
+    @click.option(
+        "--actor",
+        metavar="ID",
+        envvar="KQ_ACTOR",
+        show_envvar=True,
+        help="Who acts, for the app's policies; a worker consumes and runs handlers as this one.",
+    )
+    @click.option(
+        "--groups",
+        metavar="G,G",
+        envvar="KQ_GROUPS",
+        show_envvar=True,
+        help="The groups of the actor, separated by commas.",
+    )
+    @click.option(
+        "--actor-meta",
+        multiple=True,
+        metavar="K=V",
+        envvar="KQ_ACTOR_META",
+        show_envvar=True,
+        help="What is known of the actor; K=V is text, K:=V is JSON. May be given several times.",
+    )
     @click.option("--debug", is_flag=True, envvar="KQ_DEBUG", show_envvar=True, help="Show tracebacks.")
     @functools.wraps(command)
-    def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
+    def run(
+        *args: Any, debug: bool, actor: str | None, groups: str | None, actor_meta: tuple[str, ...], **kwargs: Any
+    ) -> Any:
         try:
+            click.get_current_context().obj = _acting_as(actor, groups, actor_meta)
             return command(*args, **kwargs)
         except errors.Error as error:
             if debug:
@@ -91,6 +119,52 @@ def common(command: _F) -> _F:
             fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", FAILED)
 
     return run  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Acting:
+    """Who gives a command.
+
+    Attributes:
+        actor: None where nobody is named.
+        groups: Whose policies count.
+    """
+
+    actor: Actor | None
+    groups: tuple[str, ...]
+
+
+def _acting_as(id: str | None, groups: str | None, meta: tuple[str, ...]) -> Acting:
+    """Return who gives the command; a worker and its children find the same in the environment."""
+    if id is None:
+        if meta:
+            raise click.UsageError("--actor-meta is about an actor: give --actor as well")
+        return Acting(None, ())
+    os.environ["KQ_ACTOR"] = id
+    if groups is not None:
+        os.environ["KQ_GROUPS"] = groups
+    names = tuple(name.strip() for name in (groups or "").split(",") if name.strip())
+    from kq.security import Actor
+
+    return Acting(Actor(id, pairs("--actor-meta", meta)), names)
+
+
+def pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Return what ``K=V`` (text) and ``K:=V`` (JSON) say, by name."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, mark, value = text.partition("=")
+        if not mark or not key.rstrip(":"):
+            raise click.UsageError(f"{option}: expected KEY=VALUE, got {text!r}")
+        if key.endswith(":"):
+            try:
+                found[key[:-1]] = json.loads(value)
+            except ValueError as error:
+                why = f"{option}: {key[:-1]}: expected JSON after :=, got {value!r} ({error})"
+                raise click.UsageError(why) from None
+        else:
+            found[key] = value
+    return found
 
 
 def _use_file(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
@@ -124,6 +198,9 @@ def find_app(app_path: str | None, broker: str | None) -> App:
             app = load_app(app_path)
         if broker is not None:
             app.registry.override(broker=broker)
+        acting: Acting | None = click.get_current_context().obj
+        if acting is not None and acting.actor is not None:
+            click.get_current_context().with_resource(app.registry.guard.acting(acting.actor, acting.groups))
         return app
     except errors.Error as error:
         raise ConfigurationError(error.message) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from kq.cli.option import DURATION, USAGE, common, exit_code, fail, find_app
+from kq.cli.option import DURATION, USAGE, common, exit_code, fail, find_app, pairs
 from kq.errors import Error, Invalid
 
 if TYPE_CHECKING:
@@ -155,19 +155,10 @@ def _count_lines(lines: TextIO) -> int | None:
     return count
 
 
-def _headers(pairs: tuple[str, ...], priority: str | None) -> dict[str, Any]:
-    headers: dict[str, Any] = {}
-    for pair in pairs:
-        key, found, value = pair.partition("=")
-        if not found or not key:
-            raise click.UsageError(f"-H: expected KEY=VALUE, got {pair!r}")
-        if key.endswith(":"):
-            try:
-                headers[key[:-1]] = json.loads(value)
-            except ValueError as error:
-                raise click.UsageError(f"-H: {key[:-1]}: expected JSON after :=, got {value!r} ({error})") from None
-        else:
-            headers[key] = int(value) if key == "priority" and value.isdigit() else value
+def _headers(texts: tuple[str, ...], priority: str | None) -> dict[str, Any]:
+    headers = pairs("-H", texts)
+    if str(headers.get("priority", "")).isdigit():
+        headers["priority"] = int(headers["priority"])
     if priority is not None:
         headers["priority"] = int(priority) if priority.isdigit() else priority
     return headers

@@ -7,7 +7,8 @@ checks it and makes a `document`, `schema` and `reference` describe it to editor
 from kq.config_file.document import Document, Entry, empty
 from kq.config_file.kind import RANGES
 from kq.config_file.loader import DEFAULT, find, load
+from kq.config_file.policy import policy
 from kq.config_file.reader import Place
 from kq.config_file.value import Given
 
-__all__ = ["DEFAULT", "RANGES", "Document", "Entry", "Given", "Place", "empty", "find", "load"]
+__all__ = ["DEFAULT", "RANGES", "Document", "Entry", "Given", "Place", "empty", "find", "load", "policy"]

@@ -13,6 +13,7 @@ from typing import Final
 from kq import limit
 from kq.config_file import kind as kinds
 from kq.config_file.document import Document, Draft, Entry, empty
+from kq.config_file.policy import policy
 from kq.config_file.reader import Mapping as MappingNode
 from kq.config_file.reader import Node, Problems, Scalar, Sequence, read
 from kq.config_file.value import Given, Reading, near
@@ -156,7 +157,7 @@ class _Loader:
         if isinstance(given.get("driver"), str):
             given.values["driver"] = _within(given.values["driver"], namespace)
         if kind in (kinds.POLICY, kinds.EXPRESSION) and len(self._problems.found) == before:
-            self._check_policy(given, place)
+            self._check_policy(id, given, place)
         return Entry(kind, id, given, folder, source)
 
     def _kind(self, node: MappingNode, place: str) -> str | None:
@@ -208,8 +209,12 @@ class _Loader:
         except Invalid as error:
             self._problems.add(given.places[field], f"{place}: {field}: {error.message}")
 
-    def _check_policy(self, given: Given, place: str) -> None:
+    def _check_policy(self, id: str, given: Given, place: str) -> None:
         """Have the policy itself say what is wrong with it."""
+        try:
+            policy(id, given)
+        except Invalid as error:
+            self._problems.add(given.places["policy"], f"{place}: {error.message}")
 
     # References.
 

@@ -354,7 +354,7 @@ class Section:
                 continue
             given.places[known.name] = place
             found = known.value.read(item, f"{label}: {name}", reading)
-            if found is not None:
+            if found is not None or isinstance(known.value, Anything):
                 given.values[known.name] = found
         for known in self.fields:
             if known.required and known.name not in given.places:

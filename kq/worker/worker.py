@@ -168,10 +168,14 @@ class Worker:
 
         Raises:
             Internal: If a broker cannot be reached within ``connect_timeout``.
-            PermissionDenied: If a broker refuses us.
+            PermissionDenied: If a broker refuses us, or a policy does not allow ``queue.consume.queue``.
             Conflict: If a queue exists with other values than declared.
             StartFailed: If the children cannot load the app.
         """
+        guard = self._registry.guard
+        with guard.serving():
+            for queue in self._consumers:
+                guard.consume(queue)
         with ExitStack() as stack:
             backends: dict[str, Backend] = {}
             for driver in self._drivers:

@@ -35,9 +35,14 @@ def test_environment_wins_over_defaults() -> None:
         "KQ_CREATE_QUEUES": "no",
         "KQ_MAX_BODY": "1024",
         "KQ_MAX_DELIVERIES": "7",
+        "KQ_STRICT_MODE": "1",
+        "KQ_ACTOR": "service:a",
+        "KQ_GROUPS": "x, y",
     }
     assert set(environment) == {variable_of(setting) for setting in config.DEFAULTS}
-    assert resolve({}, environment) == Settings("redis://localhost", 2.5, 3.0, 5.0, False, 1024, 7)
+    assert resolve({}, environment) == Settings(
+        "redis://localhost", 2.5, 3.0, 5.0, False, 1024, 7, True, "service:a", ("x", "y")
+    )
 
 
 def test_arguments_win_over_the_environment() -> None:
