@@ -133,15 +133,16 @@ def sign(
         raise Invalid("this keyring only verifies; name the key that signs in sign_with")
     if isinstance(groups, str) or not all(isinstance(group, str) for group in groups):
         raise Invalid("signature: expected a sequence of group names, got " + _kind(groups))
-    if expires_at <= issued_at:
-        raise Invalid("signature: expected expires_at after issued_at; a signature that has expired is worth nothing")
     try:
+        issued_at_ms, expires_at_ms = _milliseconds("issued_at", issued_at), _milliseconds("expires_at", expires_at)
+        if expires_at_ms <= issued_at_ms:
+            raise ValueError("expected expires_at after issued_at, got a signature that would never be worth anything")
         text = _to_json(
             {
                 "key": key_id,
                 "queue": signed.queue_id,
-                "issued_at_ms": _milliseconds("issued_at", issued_at),
-                "expires_at_ms": _milliseconds("expires_at", expires_at),
+                "issued_at_ms": issued_at_ms,
+                "expires_at_ms": expires_at_ms,
                 "actor": _actor(actor_id, actor_meta),
                 "groups": list(groups),
             }
