@@ -15,7 +15,7 @@ from kq import config_file, limit, registry
 from kq.backend import QueueInfo, QueueSpec
 from kq.config import hide_password, resolve
 from kq.dead_letter import DeadLetters
-from kq.declaration import Declarations, caller, declared_policies
+from kq.declaration import Declarations, caller, declared_policies, declared_signing
 from kq.driver import Driver
 from kq.errors import Invalid
 from kq.executor import Executor, HandleMiddleware
@@ -25,6 +25,7 @@ from kq.registry import Registry, count
 from kq.retry import Backoff
 from kq.router import Consumer
 from kq.security import Actor, Policy, set_strict
+from kq.signing import Signing
 
 if TYPE_CHECKING:
     from kq.worker.worker import Worker
@@ -50,6 +51,7 @@ class App:
         max_deliveries: Deliveries in a row that nobody settles before a message is dead-lettered; default 20.
         drivers: More brokers, by the name that `queue` knows them by: URLs, or `kq.Driver` for all that can be
             said of one.
+        signing: Keys to sign and verify messages with; else the configuration file's.
         policies: Who may do what, beside the policies of the configuration file.
         strict_mode: Whether whoever acts outside of any `kq.security.context` is denied; default false.
         actor: Under whom workers of this app consume and handlers run: an id or a `kq.security.Actor`.
@@ -74,6 +76,7 @@ class App:
         max_body: int | None = None,
         max_deliveries: int | None = None,
         drivers: Mapping[str, str | Driver] | None = None,
+        signing: Signing | None = None,
         policies: Iterable[Policy] = (),
         strict_mode: bool | None = None,
         actor: Actor | str | None = None,
@@ -102,17 +105,18 @@ class App:
         registry.find_backend(settings.broker)
         self.registry = Registry(name, settings)
         self.document = document
-        for driver_name, driver in (drivers or {}).items():
-            self.registry.add_driver(
-                replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)
-            )
-        self.declarations = Declarations(document, self.registry, caller().module)
         self.registry.guard = Guard(
             [*declared_policies(document), *policies],
             strict=settings.strict_mode,
             actor=actor if isinstance(actor, Actor) else Actor(settings.actor) if settings.actor else None,
             groups=settings.groups,
         )
+        self.registry.signing = signing or declared_signing(document)
+        for driver_name, driver in (drivers or {}).items():
+            self.registry.add_driver(
+                replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)
+            )
+        self.declarations = Declarations(document, self.registry, caller().module)
         set_strict(settings.strict_mode)
         self._on_handle = list(on_handle)
         self._producer = Producer(self, middleware=list(on_publish))
@@ -169,7 +173,8 @@ class App:
             retry: The wait between attempts; default ``kq.Backoff()``: from 1 s, doubled, at most 10 minutes.
             max_length: Messages that may wait before publishing is refused with reason ``full``; default no limit.
             max_priority: Levels of priority; only RabbitMQ needs to know.
-            require_signature: Not available in this version.
+            require_signature: Whether messages that are not signed, or not as they must be, are dead-lettered;
+                default what ``signing`` says.
             options: What one kind of broker understands, e.g. ``{"amqp": {"queue_type": "classic"}}``.
             driver: The name of the driver whose broker it lives on, with its dead letters; default the app's own.
 
@@ -392,6 +397,7 @@ class App:
             self.registry.router,
             self.registry.spec,
             max_body=self.registry.settings.max_body,
+            distrust=self.registry.distrust,
             middleware=self._on_handle,
             activate=self._activate,
         )

@@ -96,6 +96,7 @@ class QueueSpec:
         max_priority: Levels of priority, where a broker must know beforehand (RabbitMQ).
         require_signature: Whether unsigned messages are dead-lettered.
         options: What one kind of broker understands, by its name.
+        replay_window: Seconds for which the ids of completed messages are remembered, where the broker can.
         driver: The name of the driver whose broker it lives on; empty for the app's own.
     """
 
@@ -107,6 +108,7 @@ class QueueSpec:
     max_priority: int | None = None
     require_signature: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    replay_window: float = 0.0
     driver: str = ""
 
 
@@ -135,6 +137,7 @@ class Delivery(msgspec.Struct):
         crashes: Charged before this delivery.
         deliveries: Earlier deliveries in a row that nobody settled: their worker died.
         receipt: The backend's own, to settle it by.
+        replayed: Whether a message of this id has been completed within the queue's replay window.
         lost: Set once the delivery is known to belong to another worker by now.
     """
 
@@ -145,6 +148,7 @@ class Delivery(msgspec.Struct):
     crashes: int
     deliveries: int
     receipt: Any
+    replayed: bool = False
     lost: bool = False
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from queue import Empty, Queue
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 
-from kq import codec, config, errors, limit
-from kq.backend import Backend, Delivery, Envelope, QueueSpec, Settlement, unpack
+from kq import config, errors, limit
+from kq.backend import Backend, Delivery, QueueSpec, Settlement
 from kq.driver import naming
 from kq.errors import Invalid
 from kq.fetcher import Fetcher
 from kq.intake import Intake
 from kq.message import Message, Settled
-from kq.outcome import DONE, EXPIRED, UNDECODABLE, Failure, Outcome
+from kq.outcome import DONE, Failure, Outcome
 from kq.registry import HasRegistry, Registry
 from kq.retry import after_failure
 
@@ -67,6 +67,7 @@ class Consumer:
         }
         for queue_id in self._specs:
             self._registry.guard.consume(queue_id)
+        self._admission = Admission(self._registry.settings.max_body, self._registry.distrust)
         self._prefetch = prefetch
         self._ready: Queue[Delivery] = Queue()
         with ExitStack() as stack:
@@ -136,21 +137,10 @@ class Consumer:
     def _open(self, delivery: Delivery) -> PulledMessage | None:
         spec = self._specs[delivery.queue]
         try:
-            envelope = unpack(delivery.raw)
-            if _is_expired(envelope):
-                self._bury(delivery, EXPIRED, "expired before it was received")
-                return None
-            if len(envelope.body) > self._registry.settings.max_body:
-                raise codec.Undecodable(f"the body has {len(envelope.body):,} bytes, over the limit")
-            properties = envelope.properties
-            payload = codec.decode(
-                envelope.body,
-                properties.get("content_type"),
-                properties.get("content_encoding"),
-                codec.named(spec.codec),
-            )
-        except (ValueError, codec.Undecodable) as error:
-            self._bury(delivery, UNDECODABLE, str(error))
+            envelope = self._admission.open(spec, delivery.raw, delivery.replayed)
+            payload = self._admission.decode(spec, envelope)
+        except Refused as refused:
+            self._bury(delivery, refused.reason, refused.why)
             return None
 
         def settle(how: Settled, delay: float | None) -> None:
@@ -181,8 +171,3 @@ class Consumer:
         self._intake.settle([Settlement(delivery, outcome)])
         self._intake.finished(delivery.queue)
         self._intake.hold(self._prefetch)
-
-
-def _is_expired(envelope: Envelope) -> bool:
-    at = envelope.headers.get("x_expires_at")
-    return isinstance(at, (int, float)) and not isinstance(at, bool) and time() >= at

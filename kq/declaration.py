@@ -22,6 +22,7 @@ from kq.registry import Registry, queue_spec
 from kq.retry import Backoff
 from kq.router import Consumer
 from kq.security import Policy
+from kq.signing import Signing
 
 _HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -232,6 +233,21 @@ def queue(entry: Entry, document: Document) -> Said:
 def declared_policies(document: Document) -> list[Policy]:
     """Return the policies that the files declare."""
     return [policy(entry.id, entry.given) for entry in document.policies.values()]
+
+
+def declared_signing(document: Document) -> Signing | None:
+    """Return the keys and rules of the files' section ``signing``, if there is one.
+
+    Raises:
+        Invalid: If a key is too short; the message names the place.
+    """
+    given = document.signing
+    if not given.values:
+        return None
+    try:
+        return Signing(**given.values)
+    except Invalid as error:
+        raise Invalid(f"{given.place}: {error.message}") from None
 
 
 def consumer(entry: Entry) -> Said:

@@ -11,21 +11,19 @@ import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
-from time import time
 from typing import Any
 
 import msgspec
 
-from kq import codec, errors, limit
-from kq.backend import Envelope, QueueSpec, unpack
+from kq import errors, limit
+from kq.admission import Admission, Distrust, Refused
+from kq.backend import QueueSpec
 from kq.message import Message, Settled, enter, leave
 from kq.outcome import (
     DONE,
-    EXPIRED,
     MAX_MESSAGE,
     MAX_TRACEBACK,
     NO_HANDLER,
-    UNDECODABLE,
     Failure,
     Outcome,
     clip,
@@ -53,6 +51,7 @@ class Job(msgspec.Struct, array_like=True):
         crashes: Charged before this run.
         settled: Whether it was acknowledged beforehand (``auto_ack``).
         consumer: Which of the queue's consumers runs it, by the order of their declaration.
+        replayed: Whether a message of this id has been completed before.
     """
 
     tag: int
@@ -63,6 +62,7 @@ class Job(msgspec.Struct, array_like=True):
     crashes: int = 0
     settled: bool = False
     consumer: int = 0
+    replayed: bool = False
 
 
 class Run:
@@ -85,6 +85,7 @@ class Executor:
         router: Who handles what.
         specs: Returns a queue as declared.
         max_body: Bytes of the largest body it will parse.
+        distrust: Who says whether messages of queues that ask for signatures can be trusted.
         middleware: Around every handler, outermost first.
         activate: Makes the app the current one while a handler runs.
     """
@@ -95,12 +96,13 @@ class Executor:
         specs: Callable[[str], QueueSpec],
         *,
         max_body: int,
+        distrust: Distrust | None = None,
         middleware: Sequence[HandleMiddleware] = (),
         activate: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._router = router
         self._specs = specs
-        self._max_body = max_body
+        self._admission = Admission(max_body, distrust)
         self._activate = activate
         self._middleware = tuple(middleware)
         #: By queue and by the consumer's name.
@@ -122,32 +124,18 @@ class Executor:
             job: The delivery.
             emit: Called, from any thread, if the handler settles the message itself.
         """
-        try:
-            envelope = unpack(job.raw)
-        except ValueError as error:
-            return _dead(job, UNDECODABLE, str(error))
-        expired = _expired(envelope)
-        if expired:
-            return _dead(job, EXPIRED, expired)
-        if len(envelope.body) > self._max_body:
-            size = f"the body has {len(envelope.body):,} bytes, the limit is {self._max_body:,}"
-            return _dead(job, UNDECODABLE, size)
-        task = envelope.headers.get("task")
-        consumer = self._router.resolve(job.queue, task, job.consumer)
-        if consumer is None:
-            what = f"the task {task!r}" if task is not None else "its messages"
-            return _dead(job, NO_HANDLER, f"no handler for {what} on queue {job.queue} in this worker")
         spec = self._specs(job.queue)
-        properties = envelope.properties
         try:
-            payload = codec.decode(
-                envelope.body,
-                properties.get("content_type"),
-                properties.get("content_encoding"),
-                codec.named(spec.codec),
-            )
-        except codec.Undecodable as error:
-            return _dead(job, UNDECODABLE, str(error))
+            envelope = self._admission.open(spec, job.raw, job.replayed)
+            task = envelope.headers.get("task")
+            consumer = self._router.resolve(job.queue, task, job.consumer)
+            if consumer is None:
+                what = f"the task {task!r}" if task is not None else "its messages"
+                raise Refused(NO_HANDLER, f"no handler for {what} on queue {job.queue} in this worker")
+            payload = self._admission.decode(spec, envelope)
+        except Refused as refused:
+            failure = Failure(errors.INVALID, clip(refused.why, MAX_MESSAGE), False)
+            return Outcome("dead", 0.0, job.attempts, job.crashes, refused.reason, failure)
         policy = consumer.policy(spec.policy)
 
         def on_settle(how: Settled, delay: float | None) -> None:
@@ -302,18 +290,3 @@ def _words(error: BaseException) -> str:
         return str(error)
     except Exception as other:
         return f"(its text cannot be had: {type(other).__name__})"
-
-
-def _dead(job: Job, reason: str, why: str) -> Outcome:
-    failure = Failure(errors.INVALID, clip(why, MAX_MESSAGE), False)
-    return Outcome("dead", 0.0, job.attempts, job.crashes, reason, failure)
-
-
-def _expired(envelope: Envelope) -> str:
-    """Say when a message expired, or nothing."""
-    at = envelope.headers.get("x_expires_at")
-    if isinstance(at, (int, float)) and not isinstance(at, bool):
-        late = time() - at
-        if late >= 0:
-            return f"expired {late:.1f} s before a worker came to it"
-    return ""

@@ -19,6 +19,7 @@ from kq.driver import MAIN
 from kq.errors import Error, Invalid, NotFound
 from kq.group_commit import GroupCommit
 from kq.registry import HasRegistry, Registry
+from kq.signature import HEADER
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,12 @@ class Producer:
             wire["x_due_at"] = now + delay
         if expires is not None:
             wire["x_expires_at"] = now + expires
-        return [Publication(spec, Envelope(id or uuid4().hex, wire, properties, body), delay) for body in bodies]
+        envelopes = [Envelope(id or uuid4().hex, wire, properties, body) for body in bodies]
+        signing = self._registry.signing
+        if signing is not None and signing.signs:
+            for envelope in envelopes:
+                envelope.headers = {**wire, HEADER: signing.sign(queue_id, envelope, delay)}
+        return [Publication(spec, envelope, delay) for envelope in envelopes]
 
     def _commit(self, driver: str) -> GroupCommit:
         """Return what publishes to a driver's broker, for all threads the same."""

@@ -19,12 +19,13 @@ from typing import Any, Final, Protocol
 
 from kq import codec as codecs
 from kq import config, limit
-from kq.backend import Backend, QueueSpec
+from kq.backend import Backend, Envelope, QueueSpec
 from kq.driver import MAIN, Driver, Tls, address, check, naming
 from kq.errors import Conflict, Internal, Invalid
 from kq.guard import Guard
 from kq.retry import Backoff, RetryPolicy
 from kq.router import Router
+from kq.signing import Signing
 
 #: Built in, so that a checkout works as it is and nothing is scanned at start.
 BUILT_IN: Final[Mapping[str, str]] = {
@@ -78,6 +79,8 @@ class Registry:
         self.settings = settings
         #: What asks the app's policies.
         self.guard = Guard()
+        #: What signs and verifies messages, if there are keys.
+        self.signing: Signing | None = None
         #: What has been changed by `override`, by name.
         self.overrides: dict[str, Any] = {}
         self.router = Router()
@@ -160,10 +163,11 @@ class Registry:
             Conflict: If it was declared with other values, or its dead letters are on another driver; the message
                 names the argument.
         """
+        spec = self._under_rules(spec)
         with self._lock:
             self.driver(spec.driver)
             known = self._declared.get(spec.id)
-            if known is None or known == instead_of:
+            if known is None or (instead_of is not None and known == self._under_rules(instead_of)):
                 for other in self._declared.values():
                     if other.id != spec.id:
                         _check_together(other, spec)
@@ -176,6 +180,32 @@ class Registry:
             elif known != spec:
                 raise Conflict(difference(known, spec))
             return spec
+
+    def distrust(self, spec: QueueSpec, envelope: Envelope, replayed: bool) -> str:
+        """Say why a message of a queue that asks for signatures is not to be trusted, or nothing.
+
+        A dead letter is signed for the queue that it came from.
+        """
+        if self.signing is None:
+            return "there are no keys to verify it with"
+        origin = envelope.headers.get("x_original_queue")
+        from_origin = isinstance(origin, str) and origin != spec.id and self.spec(origin).dead_letter == spec.id
+        queue_id = str(origin) if from_origin else spec.id
+        return self.signing.distrust(queue_id, envelope, self.guard, replayed=replayed)
+
+    def _under_rules(self, spec: QueueSpec) -> QueueSpec:
+        """Return a queue as it is under what holds for all queues."""
+        if self.signing is None:
+            if spec.require_signature:
+                raise Invalid(
+                    f"queue {spec.id}: require_signature: there are no signing keys; "
+                    "give App(signing=kq.Signing(...)), or the section signing of the configuration file"
+                )
+            return spec
+        required = spec.require_signature or self.signing.require
+        return replace(
+            spec, require_signature=required, replay_window=self.signing.replay_window if required else 0.0
+        )  # fmt: skip
 
     def imply(self, queue_id: str) -> None:
         """Note that a queue is wanted, by a consumer, without saying how it is declared."""
@@ -337,8 +367,8 @@ def queue_spec(
             raise Invalid(f"dead_letter: expected another queue than {queue_id} itself")
     if not isinstance(retry, Backoff):
         raise Invalid(f"retry: expected a kq.Backoff, got {type(retry).__name__}")
-    if require_signature:
-        raise Invalid("require_signature: signing is not available in this version; leave it out")
+    if not isinstance(require_signature, bool):
+        raise Invalid(f"require_signature: expected true or false, got {require_signature!r}")
     if driver is not None and driver != MAIN:
         limit.driver_name(driver)
     return QueueSpec(
@@ -350,7 +380,7 @@ def queue_spec(
         ),
         max_length=None if max_length is None else count("max_length", max_length, 1, 2**31 - 1),
         max_priority=None if max_priority is None else count("max_priority", max_priority, 1, 255),
-        require_signature=False,
+        require_signature=require_signature,
         options=_options(options),
         driver=driver or MAIN,
     )

@@ -354,6 +354,7 @@ class Supervisor:
             delivery.crashes,
             flight.settled,
             consumer,
+            delivery.replayed,
         )
 
     def _ask(self) -> None:

@@ -1,0 +1,110 @@
+"""Signing what an app publishes, and deciding whether to trust what arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import time
+from typing import Any
+
+from kq import limit
+from kq.backend import Envelope
+from kq.errors import Invalid
+from kq.guard import Guard
+from kq.keyring import Keyring
+from kq.security import Actor, current_actor, current_scope
+from kq.signature import HEADER, Signed, Unverified, sign, verify
+
+
+class Signing:
+    """Keys, and the rules under which messages are signed and checked. Immutable and thread-safe.
+
+    To rotate keys without a pause: add the new one everywhere, then sign with it, then take the old one away
+    once what it signed has expired.
+
+    Args:
+        keys: Secrets of at least 32 bytes by key id. Every one of them verifies.
+        sign_with: The id of the key that signs; None for an app that only verifies.
+        max_age: Seconds that a signature is good, counted from when the message is due; default 7 days.
+        require: Whether unsigned messages are dead-lettered on every queue, not only on those that say so.
+        replay_window: Seconds for which the ids of completed messages are remembered, so that a copy of one is
+            told from a new one; where the broker can. Default 1 hour.
+
+    Raises:
+        Invalid: If a value is not what it must be; never shows a secret.
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[str, str | bytes],
+        sign_with: str | None = None,
+        *,
+        max_age: Any = 7 * 86400.0,
+        require: bool = False,
+        replay_window: Any = 3600.0,
+    ) -> None:
+        self._keyring = Keyring(keys, sign_with)
+        self.max_age = limit.seconds("max_age", max_age)
+        if self.max_age < 1:
+            raise Invalid("max_age: expected at least 1 second")
+        if not isinstance(require, bool):
+            raise Invalid(f"require: expected true or false, got {require!r}")
+        self.require = require
+        self.replay_window = limit.seconds("replay_window", replay_window)
+
+    @property
+    def signs(self) -> bool:
+        """Whether there is a key to sign with."""
+        return self._keyring.sign_with is not None
+
+    def __repr__(self) -> str:
+        return f"<Signing, {self._keyring!r}, max_age={self.max_age:g}, require={self.require}>"
+
+    def sign(self, queue_id: str, envelope: Envelope, delay: float) -> str:
+        """Return the signature of a message that the current actor publishes now.
+
+        Args:
+            queue_id: Where to.
+            envelope: The message.
+            delay: Seconds that it is held back.
+
+        Raises:
+            Invalid: If it cannot be signed.
+        """
+        actor, scope, now = current_actor(), current_scope(), time()
+        return sign(
+            self._keyring,
+            _signed(queue_id, envelope),
+            issued_at=now,
+            expires_at=now + delay + self.max_age,
+            actor_id=None if actor is None else actor.id,
+            actor_meta=None if actor is None else actor.meta,
+            groups=() if actor is None or scope is None else sorted(scope.groups),
+        )
+
+    def distrust(self, queue_id: str, envelope: Envelope, guard: Guard, *, replayed: bool = False) -> str:
+        """Say why a message is not to be trusted, or nothing.
+
+        Args:
+            queue_id: The queue it was published to.
+            envelope: The message.
+            guard: Whether whoever signed it may publish there is asked anew, by the policies as they are here.
+            replayed: Whether a message of its id has been completed before.
+        """
+        try:
+            claims = verify(self._keyring, envelope.headers.get(HEADER), _signed(queue_id, envelope), now=time())
+        except Unverified as error:
+            return str(error)
+        if replayed:
+            return "replayed: a message of this id has been completed already"
+        if not guard.in_force:
+            return ""
+        try:
+            actor = None if claims.actor_id is None else Actor(claims.actor_id, claims.actor_meta)
+        except Invalid as error:
+            return f"signed by an actor who is none: {error.message}"
+        headers = {key: value for key, value in envelope.headers.items() if not key.startswith("x_")}
+        return guard.objection(actor, claims.groups, queue_id, headers)
+
+
+def _signed(queue_id: str, envelope: Envelope) -> Signed:
+    return Signed(queue_id, envelope.id, envelope.headers, envelope.properties, envelope.body)
