@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 from amqp import spec
 from amqp.exceptions import PreconditionFailed
 
-from kq.backend import Capabilities, Envelope, Publication, QueueInfo, QueueSpec, clean
+from kq.backend import Capabilities, Envelope, Publication, QueueInfo, QueueSpec
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.rabbitmq_link import Link, away, mapped
 from kq.backends.rabbitmq_publisher import Outgoing, Publisher
@@ -229,7 +229,9 @@ class RabbitBackend:
 
         return self._administer(drop)
 
-    def replay(self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec) -> int:
+    def replay(
+        self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec, revive: Callable[[Envelope], Envelope]
+    ) -> int:
         """See `Backend.replay`."""
         wanted = None if ids is None else set(ids)
 
@@ -241,7 +243,7 @@ class RabbitBackend:
                     origin = letter.headers.get("x_original_queue")
                     if origin != target.id or (wanted is not None and envelope.id not in wanted):
                         continue
-                    error = self.publish([Publication(target, clean(letter))], _WORKER_TIMEOUT)[0]
+                    error = self.publish([Publication(target, revive(letter))], _WORKER_TIMEOUT)[0]
                     if error is not None:
                         raise error
                     ack()

@@ -6,7 +6,7 @@ It reaches its store through kq's own Kombu transport, as ``channel.store``.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil, inf
 from threading import Lock
 from time import monotonic, time
@@ -25,7 +25,6 @@ from kq.backend import (
     Settlement,
     Settling,
     bury,
-    clean,
     pack,
     unknown_options,
     unpack_or_wrap,
@@ -184,7 +183,9 @@ class StoredBackend:
         """See `Backend.remove`."""
         return self._store().remove(queue.id, ids)
 
-    def replay(self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec) -> int:
+    def replay(
+        self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec, revive: Callable[[Envelope], Envelope]
+    ) -> int:
         """See `Backend.replay`."""
         store = self._store()
         wanted = None if ids is None else set(ids)
@@ -193,7 +194,7 @@ class StoredBackend:
             envelope = unpack_or_wrap(raw, id)
             origin = envelope.headers.get("x_original_queue", target.id)
             if origin == target.id and (wanted is None or id in wanted):
-                chosen.append((id, clean(envelope)))
+                chosen.append((id, revive(envelope)))
                 if wanted is not None and len(chosen) == len(wanted):
                     break
         moved = 0

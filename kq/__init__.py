@@ -4,7 +4,7 @@ Publish a message to a queue id such as ``app:emails``; a worker runs your handl
 retries what is worth retrying, and puts the rest where a person can look at it.
 """
 
-from kq import errors, queue
+from kq import errors, queue, security
 from kq.app import App
 from kq.backend import Capabilities, QueueInfo
 from kq.consumer import Consumer
@@ -13,6 +13,7 @@ from kq.driver import Driver, Tls
 from kq.message import Message
 from kq.producer import Producer
 from kq.retry import Backoff, Retry
+from kq.signing import Signing
 from kq.version import __version__
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "Producer",
     "QueueInfo",
     "Retry",
+    "Signing",
     "Tls",
     "__version__",
     "errors",
     "queue",
+    "security",
 ]

@@ -10,7 +10,7 @@ fetches and settles, except for `Feed.wake`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -27,6 +27,9 @@ WIRE_VERSION: Final = 1
 COUNTERS: Final = ("x_attempts", "x_crashes")
 #: ...and of a dead letter that somebody handles: the others tell of its first life.
 DEAD_COUNTERS: Final = ("x_dead_attempts", "x_dead_crashes")
+
+#: When a dead letter would have expired.
+DEAD_EXPIRY: Final = "x_dead_expires_at"
 
 #: Why a broker did not confirm; ``details["reason"]`` of the error that publishing raises.
 Reason = Literal["unavailable", "timeout", "refused", "blocked", "unroutable", "full"]
@@ -329,10 +332,12 @@ class Backend(Protocol):
         """Drop these messages (None: all) from what waits in a queue, and return how many that were."""
         ...
 
-    def replay(self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec) -> int:
+    def replay(
+        self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec, revive: Callable[[Envelope], Envelope]
+    ) -> int:
         """Move dead letters (None: all) back into ``target`` as new messages under their old ids.
 
-        Each is in one of the two queues at any moment.
+        ``revive`` makes a message of a dead letter. Each is in one of the two queues at any moment.
         """
         ...
 
@@ -366,10 +371,9 @@ def unknown_options(queue: QueueSpec, scheme: str, known: frozenset[str]) -> Non
 
 
 def clean(envelope: Envelope) -> Envelope:
-    """Return a dead letter as it was before: without kq's own headers, but for the format version."""
-    headers = {key: value for key, value in envelope.headers.items() if not key.startswith("x_")}
-    if "x_kq" in envelope.headers:
-        headers["x_kq"] = envelope.headers["x_kq"]
+    """Return a dead letter as it was before: without kq's own headers, but for format version and signature."""
+    kept = ("x_kq", "x_sig")
+    headers = {key: value for key, value in envelope.headers.items() if not key.startswith("x_") or key in kept}
     return Envelope(envelope.id, headers, envelope.properties, envelope.body)
 
 
@@ -390,6 +394,9 @@ def bury(envelope: Envelope, queue: str, outcome: Outcome, now: float) -> Envelo
         x_dead_letter_reason=outcome.reason,
         x_dead_letter_time=now,
     )
+    if "x_expires_at" in headers:
+        # What was signed with it can still be verified.
+        headers[DEAD_EXPIRY] = headers["x_expires_at"]
     for key in ("x_due_at", "x_expires_at", *DEAD_COUNTERS):
         # Whoever consumes the dead-letter queue starts at nought, and finds no letter expired.
         headers.pop(key, None)

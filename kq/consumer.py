@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 from kq import config, errors, limit
+from kq.admission import Admission, Refused
 from kq.backend import Backend, Delivery, QueueSpec, Settlement
 from kq.driver import naming
 from kq.errors import Invalid

@@ -99,7 +99,9 @@ class DeadLetters:
         """
         self._exists()
         self._registry.ensure(self._origin)
-        return self._backend().replay(self._queue, _ids(ids), self._origin)
+        return self._backend().replay(
+            self._queue, _ids(ids), self._origin, lambda letter: self._registry.revive(self._origin, letter)
+        )
 
     def purge(self, ids: Iterable[str] | None = None) -> int:
         """Drop dead letters for good, and return how many there were.

@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 
 from kq import codec as codecs
 from kq import config, limit
-from kq.backend import Backend, Envelope, QueueSpec
+from kq.backend import Backend, Envelope, QueueSpec, clean
 from kq.driver import MAIN, Driver, Tls, address, check, naming
 from kq.errors import Conflict, Internal, Invalid
 from kq.guard import Guard
@@ -181,6 +181,10 @@ class Registry:
                 raise Conflict(difference(known, spec))
             return spec
 
+    def revive(self, origin: QueueSpec, letter: Envelope) -> Envelope:
+        """Return a dead letter as it is sent back to its queue: without kq's own headers, and signed anew."""
+        return clean(letter) if self.signing is None else self.signing.revive(origin.id, letter)
+
     def distrust(self, spec: QueueSpec, envelope: Envelope, replayed: bool) -> str:
         """Say why a message of a queue that asks for signatures is not to be trusted, or nothing.
 
@@ -211,7 +215,8 @@ class Registry:
         """Note that a queue is wanted, by a consumer, without saying how it is declared."""
         with self._lock:
             if queue_id not in self._declared:
-                self._implied[queue_id] = replace(default_spec(queue_id), driver=self._driver_of_dead(queue_id) or MAIN)
+                spec = replace(default_spec(queue_id), driver=self._driver_of_dead(queue_id) or MAIN)
+                self._implied[queue_id] = self._under_rules(spec)
 
     def is_declared(self, queue_id: str) -> bool:
         """Tell whether the app declared this queue, or a queue that this one holds the dead letters of."""
@@ -232,8 +237,8 @@ class Registry:
         with self._lock:
             driver = self._driver_of_dead(queue_id)
         if driver is not None:
-            return replace(default_spec(queue_id), dead_letter=None, driver=driver)
-        return default_spec(queue_id)
+            return self._under_rules(replace(default_spec(queue_id), dead_letter=None, driver=driver))
+        return self._under_rules(default_spec(queue_id))
 
     def dead_letters_of(self, queue_id: str) -> QueueSpec:
         """Return the dead-letter queue of a queue.

@@ -7,7 +7,7 @@ from time import time
 from typing import Any
 
 from kq import limit
-from kq.backend import Envelope
+from kq.backend import DEAD_EXPIRY, Envelope, clean
 from kq.errors import Invalid
 from kq.guard import Guard
 from kq.keyring import Keyring
@@ -80,6 +80,35 @@ class Signing:
             actor_meta=None if actor is None else actor.meta,
             groups=() if actor is None or scope is None else sorted(scope.groups),
         )
+
+    def revive(self, queue_id: str, letter: Envelope) -> Envelope:
+        """Return a dead letter as it goes back to its queue, where its expiry no longer holds.
+
+        The signature is made anew, in the name of whoever made the first one, if there is a key to sign with and
+        the first one is right. So a letter that was dead-lettered as unverified stays what it was.
+        """
+        revived = clean(letter)
+        if HEADER not in letter.headers or not self.signs:
+            return revived
+        original = dict(letter.headers)
+        if DEAD_EXPIRY in original:
+            original["x_expires_at"] = original.pop(DEAD_EXPIRY)
+        signed = Signed(queue_id, letter.id, original, letter.properties, letter.body)
+        try:
+            claims = verify(self._keyring, letter.headers[HEADER], signed, now=None)
+        except Unverified:
+            return revived
+        now = time()
+        revived.headers[HEADER] = sign(
+            self._keyring,
+            _signed(queue_id, revived),
+            issued_at=now,
+            expires_at=now + self.max_age,
+            actor_id=claims.actor_id,
+            actor_meta=claims.actor_meta,
+            groups=claims.groups,
+        )
+        return revived
 
     def distrust(self, queue_id: str, envelope: Envelope, guard: Guard, *, replayed: bool = False) -> str:
         """Say why a message is not to be trusted, or nothing.

@@ -14,7 +14,7 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from kq import errors
-from kq.backend import Delivery, QueueSpec, Settlement, unpack
+from kq.backend import Delivery, QueueSpec, Settlement, clean, unpack
 from kq.backends.rabbitmq import RabbitBackend
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.redis import RedisStore
@@ -523,7 +523,7 @@ def test_text_that_is_none_is_delivered(bench: Bench, place: str) -> None:
     )
 
     assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == [text]
-    assert bench.backend.replay(bench.dead, None, bench.queue) == 1
+    assert bench.backend.replay(bench.dead, None, bench.queue, clean) == 1
 
 
 @ON_RABBITMQ

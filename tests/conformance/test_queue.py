@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kq import errors
-from kq.backend import Capabilities, QueueSpec, Settlement
+from kq.backend import Capabilities, QueueSpec, Settlement, clean
 from kq.outcome import Failure, Outcome
 from kq.registry import default_spec
 from tests.conformance.conftest import Bench
@@ -145,14 +145,14 @@ def test_replay_starts_anew(bench: Bench) -> None:
     """A replayed message is back in its queue under its old id, at attempt 1, without kq's headers."""
     bury(bench, "a", "b", "c")
 
-    assert bench.backend.replay(bench.dead, ["b"], bench.queue) == 1
+    assert bench.backend.replay(bench.dead, ["b"], bench.queue, clean) == 1
     feed = bench.feed()
     (delivery,) = bench.take(feed, 1)
     from kq.backend import unpack
 
     assert (delivery.id, delivery.attempts, delivery.crashes) == ("b", 0, 0)
     assert unpack(delivery.raw).headers == {"x_kq": 1, "n": "b"}
-    assert bench.backend.replay(bench.dead, None, bench.queue) == 2
+    assert bench.backend.replay(bench.dead, None, bench.queue, clean) == 2
     assert [d.id for d in bench.take(feed, 2)] == ["a", "c"]
     assert bench.backend.info(bench.queue).dead == 0
 
@@ -166,7 +166,7 @@ def test_replay_takes_only_its_own(bench: Bench) -> None:
     (delivery,) = bench.take(feed, 1)
     feed.settle([Settlement(delivery, Outcome("dead", 0.0, 1, 0, "not_retryable"))])
 
-    assert bench.backend.replay(bench.dead, None, bench.queue) == 1
+    assert bench.backend.replay(bench.dead, None, bench.queue, clean) == 1
     assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == ["theirs"]
 
 

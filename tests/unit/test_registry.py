@@ -59,7 +59,7 @@ def test_queue_values_are_kept() -> None:
     )
     assert spec == QueueSpec(
         "app:a", "application/msgpack", "app:d", RetryPolicy(1, 2, Backoff(3)), 10, 9, False,
-        {"amqp": {"queue_type": "classic"}}, "events",
+        {"amqp": {"queue_type": "classic"}}, driver="events",
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_dead_letter_queues_have_none_of_their_own() -> None:
         ({"max_length": 1.5}, "max_length: expected an integer .*, got 1.5"),
         ({"max_priority": 0}, "max_priority: expected an integer from 1 to 255, got 0"),
         ({"max_priority": 256}, "max_priority: expected an integer from 1 to 255, got 256"),
-        ({"require_signature": True}, "require_signature: signing is not available"),
+        ({"require_signature": 1}, "require_signature: expected true or false, got 1"),
         ({"options": []}, "options: expected a mapping .*, got list"),
         ({"options": {"kafka": {}}}, "options: unknown backend 'kafka'; expected one of .*amqp.*sqlite"),
         ({"options": {"amqp": 5}}, "options: amqp: expected a mapping, got int"),

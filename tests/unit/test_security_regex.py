@@ -43,6 +43,45 @@ def test_it_finds_what_re_finds(pattern: str, texts: list[str]) -> None:
             assert regex.search(text) == bool(re.search(pattern, text)), text
 
 
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("a$", "a\n"),
+        ("a$", "a\n\n"),
+        (r"a\Z", "a\n"),
+        ("a\n$", "a\n"),
+        ("^a", "ba"),
+        (r"\Aa", "a"),
+        ("a$b", "ab"),
+        (r"\bé\b", "é"),
+        (r"a\Bb", "ab"),
+        (r"\B-", "-"),
+        (r"\B", "a"),
+        ("^$", ""),
+        ("^$", "\n"),
+        (r"\b", ""),
+        (".", "\n"),
+        (r"\d", "٣"),
+        (r"\d", "²"),
+        (r"\w", "²"),
+        (r"\s", "\x1c"),
+        ("[^a]", "\n"),
+        ("x{2,3}y", "xxxxy"),
+        ("^x{2,3}y", "xxxxy"),
+        ("(?:^a|b$)+", "ab"),
+        ("(|a)+b", "aab"),
+        ("", ""),
+        ("a||b", "c"),
+        ("(a*)*b", "aab"),
+        ("[]a]", "]"),
+        (r"[\w-]", "-"),
+    ],
+)
+def test_anchors_and_classes_mean_what_they_mean_in_re(pattern: str, text: str) -> None:
+    """Ends of lines and words, digits of other alphabets and empty alternatives are as in ``re``."""
+    assert Regex(pattern).search(text) == bool(re.search(pattern, text))
+
+
 @pytest.mark.parametrize("pattern", ["(a+)+$", "^(a|a)*$", "(a|aa)+$", "(.*a){20}$", "^(([a-z])+.)+[A-Z]([a-z])+$"])
 def test_what_takes_re_years_takes_no_time(pattern: str) -> None:
     """Patterns on which backtracking explodes are decided in less than 50 ms of processor time."""

@@ -152,6 +152,62 @@ def test_equal_keys_of_other_types_are_other_requests() -> None:
         assert scope.evaluate(actor, "a", "r", {"x": [True]}) == "undefined"
 
 
+LONG = ["a"] * 100
+
+
+@pytest.mark.parametrize(
+    ("condition", "allowed", "other"),
+    [
+        (("actor.id", "eq", "x"), ("x", {}, "a", "r", {}), ("y", {}, "a", "r", {})),
+        (("actor.id", "matches", "x"), ("x", {}, "a", "r", {}), ("y", {}, "a", "r", {})),
+        (("action", "matches", "b$"), ("x", {}, "ab", "r", {}), ("x", {}, "a", "r", {})),
+        (("resource", "matches", "s$"), ("x", {}, "a", "rs", {}), ("x", {}, "a", "r", {})),
+        (("actor.meta.k", "gt", 1), ("x", {"k": 2}, "a", "r", {}), ("x", {"k": 1}, "a", "r", {})),
+        (("actor.meta.k.l", "eq", 1), ("x", {"k": {"l": 1}}, "a", "r", {}), ("x", {"k": {"l": 2}}, "a", "r", {})),
+        (("actor.meta.k.l", "eq", 1), ("x", {"k.l": 1}, "a", "r", {}), ("x", {"k.l": 2}, "a", "r", {})),
+        (("actor.meta.k", "contains", "b"), ("x", {"k": [*LONG, "b"]}, "a", "r", {}), ("x", {"k": LONG}, "a", "r", {})),
+        (("meta.k", "gt", 1), ("x", {}, "a", "r", {"k": 2}), ("x", {}, "a", "r", {"k": 1})),
+        (("meta.k.l", "eq", 1), ("x", {}, "a", "r", {"k": {"l": 1}}), ("x", {}, "a", "r", {"k": {"l": 2}})),
+        (("meta.k.l", "eq", 1), ("x", {}, "a", "r", {"k.l": 1}), ("x", {}, "a", "r", {"k.l": 2})),
+        (("meta.k.l", "eq", 1), ("x", {}, "a", "r", {"k.l": 1}), ("x", {}, "a", "r", {"l": 1})),
+        (("meta.k", "contains", "b"), ("x", {}, "a", "r", {"k": [*LONG, "b"]}), ("x", {}, "a", "r", {"k": LONG})),
+        (
+            ("meta.k", "matches", "b$"),
+            ("x", {}, "a", "r", {"k": "a" * 300 + "b"}),
+            ("x", {}, "a", "r", {"k": "a" * 301}),
+        ),
+        (("meta.k", "exists"), ("x", {}, "a", "r", {"k": None}), ("x", {}, "a", "r", {})),
+    ],
+)
+@pytest.mark.parametrize("more", [0, 30])
+def test_each_field_that_a_condition_reads_makes_another_request(
+    condition: tuple[Any, ...], allowed: tuple[Any, ...], other: tuple[Any, ...], more: int
+) -> None:
+    """A request that differs in nothing but a field that is read gets its own decision, however many are read."""
+    policies = [Policy("p", actions="*", resources="*", conditions=[Condition(*condition)])]
+    policies += [
+        Policy(f"p{number}", actions="*", resources="*", conditions=[Condition(f"meta.more{number}", "gt", 1)])
+        for number in range(more)
+    ]
+    scope = Scope(policies)
+    for _ in range(2):
+        for (id, facts, action, resource, meta), expected in ((allowed, "allow"), (other, "undefined")):
+            assert scope.evaluate(Actor(id, facts), action, resource, meta) == expected
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ['meta["k"] == 1', "meta.k == 1", '"k" in meta and meta.k == 1', "meta[resource] == 1", "actor.meta.k == 1"],
+)
+def test_each_field_that_an_expression_reads_makes_another_request(expression: str) -> None:
+    """What an expression reads, by name or by a computed key, is part of what a decision is kept under."""
+    scope = Scope([Policy("p", actions="*", resources="*", expression=expression)])
+    for _ in range(2):
+        assert scope.evaluate(Actor("x", {"k": 1}), "a", "k", {"k": 1}) == "allow"
+        assert scope.evaluate(Actor("x", {"k": 2}), "a", "k", {"k": 2}) == "undefined"
+        assert scope.evaluate(Actor("x", {"k": 1}), "a", "k", {"k": 1}) == "allow"
+
+
 def test_a_value_that_is_changed_later_is_judged_anew() -> None:
     """What a caller does to headers after a decision does not leave a wrong one behind."""
     scope = Scope([Policy("p", actions="*", resources="*", conditions=[Condition("meta.x", "contains", "a")])])
