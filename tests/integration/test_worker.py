@@ -330,12 +330,12 @@ def test_hup_with_broken_code_keeps_the_old(local_shop: Shop) -> None:
     (shop.folder / "shop.py").write_text("1 / 0\n")
 
     worker.send_signal(signal.SIGHUP)
-    wait_for(lambda: "could not start" in shop.log(), "the failed start")
+    wait_for(lambda: "nothing is reloaded" in shop.log(), "the failed start")
     shop.app.publish(shop.queue, {"n": 2})
     shop.until("done", n=2)
     (shop.folder / "shop.py").write_text(source.replace("VERSION = 1", "VERSION = 22"))
     worker.send_signal(signal.SIGHUP)
-    wait_for(lambda: shop.log().count("could not start") and len(shop.children(worker)) == 1, "one child")
+    wait_for(lambda: shop.log().count("nothing is reloaded") and len(shop.children(worker)) == 1, "one child")
 
     def new_code_runs() -> bool:
         shop.app.publish(shop.queue, {"n": "probe"})
