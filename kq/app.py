@@ -350,6 +350,17 @@ class App:
         limit.queue_id(queue_id)
         return DeadLetters(self.registry, queue_id)
 
+    def acting(self, actor: Actor | None, groups: Iterable[str] = ()) -> AbstractContextManager[None]:
+        """Return a context in which ``actor`` acts under the app's policies; None for nobody.
+
+        It goes along into tasks, coroutines and threads that are started with a copied context.
+
+        Args:
+            actor: Who acts.
+            groups: The groups they act in.
+        """
+        return self.registry.guard.acting(actor, groups)
+
     # Working.
 
     def worker(self, **options: Any) -> Worker:

@@ -70,6 +70,36 @@ def test_the_test_works_as_shown() -> None:
     test()
 
 
+def test_the_file_works_as_shown(tmp_path: Path) -> None:
+    """The README's kq.yaml runs a worker, with the handler of docs/configuration.md."""
+    (tmp_path / "kq.yaml").write_text(block("id: email_worker"))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
+    (tmp_path / "handlers.py").write_text(blocks[0])
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("KQ_")}
+    for arguments in (["check", "--offline"], ["publish", "app:emails", '{"to": "ann"}'], ["worker", "--burst"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "kq", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert " to ann" in done.stdout
+
+
+def test_policies_work_as_shown() -> None:
+    """The policies of docs/security.md allow what the text says, and nothing else."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "security.md").read_text(), re.DOTALL)
+    source = blocks[0].replace('kq.App("shop"', 'kq.App("shop", broker="memory://docs"')
+    space: dict[str, object] = {"kq": kq}
+    exec(source, space)
+    app = space["app"]
+    assert isinstance(app, kq.App)
+    ann = kq.security.Actor("user:ann", {"role": "clerk"})
+    with app.acting(ann, groups=["clerks"]), pytest.raises(kq.errors.PermissionDenied):
+        app.publish("app:other", 1)
+    with pytest.raises(kq.errors.PermissionDenied):
+        app.publish("app:orders", 1)
+
+
 def test_several_brokers_work_as_shown() -> None:
     """The README's app has its queue where it says."""
     space: dict[str, object] = {"kq": kq}
