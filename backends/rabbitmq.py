@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
+from math import inf
 from threading import RLock
 from time import monotonic
 from typing import Any, Final, TypeVar
@@ -18,9 +19,11 @@ from amqp import spec
 from amqp.exceptions import PreconditionFailed
 
 from kq.backend import Capabilities, Envelope, Publication, QueueInfo, QueueSpec
+from kq.backends import tls as secure
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.rabbitmq_link import Link, away, mapped
 from kq.backends.rabbitmq_publisher import Outgoing, Publisher
+from kq.backends.rabbitmq_tls import secured
 from kq.backends.rabbitmq_topology import (
     bucket_arguments,
     bucket_for,
@@ -31,6 +34,7 @@ from kq.backends.rabbitmq_topology import (
     to_envelope,
     to_message,
 )
+from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound, PermissionDenied
 from kq.registry import BackendOptions
 
@@ -62,12 +66,18 @@ class RabbitBackend:
     )
 
     def __init__(self, url: str, options: BackendOptions) -> None:
-        self._url = url
+        # The URL's own words on TLS are not for Kombu.
+        self._url, tls = secure.separate(url, options.tls)
+        self._unsafe = secure.warnings(self._url, tls)
+        self._secured = None if tls is None else secured(secure.context(tls), tls.server_name, self._url)
         self._options = options
         self._lock = RLock()
         self._link: Link | None = None
         self._publisher: Publisher | None = None
         self._buckets: set[int] = set()
+
+    def __repr__(self) -> str:
+        return f"<RabbitBackend {hide_password(self._url)}>"
 
     def declare(self, queue: QueueSpec, *, create: bool, exact: bool) -> None:
         """See `Backend.declare`."""
@@ -167,7 +177,8 @@ class RabbitBackend:
 
         def open_link() -> Link:
             with mapped(self._url):
-                return Link(self._url, self._options, purpose="consumer", heartbeat=self._options.heartbeat)
+                heartbeat = self._options.heartbeat
+                return Link(self._url, self._options, purpose="consumer", heartbeat=heartbeat, secured=self._secured)
 
         return RabbitFeed(
             self._url,
@@ -255,7 +266,7 @@ class RabbitBackend:
     def check(self, handler_timeout: float | None = None) -> list[str]:
         """See `Backend.check`."""
         properties = self._administer(lambda link: dict(link.connection.server_properties))
-        warnings = []
+        warnings = list(self._unsafe)
         product, version = str(properties.get("product", "")), str(properties.get("version", ""))
         if product != "RabbitMQ":
             warnings.append(f"the broker is {product or 'unknown'}, not RabbitMQ; quorum queues may be missing")
@@ -275,11 +286,13 @@ class RabbitBackend:
 
     # The shared link.
 
-    def _connected(self, patience: float = 5.0) -> tuple[Link, Publisher]:
+    def _connected(self, patience: float = inf) -> tuple[Link, Publisher]:
         if self._link is None or self._publisher is None:
             # No heartbeat: a program that only publishes may do nothing for hours. The kernel probes the
             # connection, and every publish has a deadline.
-            self._link = Link(self._url, self._options, purpose="publisher", heartbeat=0, patience=patience)
+            self._link = Link(
+                self._url, self._options, purpose="publisher", heartbeat=0, secured=self._secured, patience=patience
+            )
             self._publisher = Publisher(self._link)
             self._buckets.clear()
         return self._link, self._publisher

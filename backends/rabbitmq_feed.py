@@ -95,7 +95,11 @@ class RabbitFeed:
         self._due: list[float] = []
         self._waker = Waker()
         self._closed = False
-        self._connected()
+        try:
+            self._connected()
+        except BaseException:
+            self._waker.close()
+            raise
 
     def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
         """See `Feed.fetch`."""
@@ -195,10 +199,11 @@ class RabbitFeed:
             with self._guarded():
                 link = self._connected()
                 step = max(0.0, min(until - monotonic(), _TICK))
+                step = 0.0 if (pending := link.pending) else step
                 ready, _, _ = select.select([link.connection.sock, self._waker], [], [], step)
             self._waker.drain()
             self._tick()
-            if ready or monotonic() >= until:
+            if ready or pending or monotonic() >= until:
                 return
 
     def wake(self) -> None:

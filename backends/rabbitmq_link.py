@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 from typing import Any, Final
 
 import kombu
@@ -18,6 +19,8 @@ from kombu.exceptions import KombuError
 
 from kq import errors
 from kq.backends.rabbitmq_frame import lenient_frame_handler
+from kq.backends.rabbitmq_tls import TlsClient, UnsafeConnection
+from kq.backends.tls import explain
 from kq.config import hide_password
 from kq.errors import Conflict, Internal, Invalid, PermissionDenied
 from kq.registry import BackendOptions
@@ -42,6 +45,7 @@ class Link:
         url: Where to.
         options: Timeouts and the name to show.
         purpose: What the connection is for, to show.
+        secured: How it is encrypted, as `rabbitmq_tls.secured` says; None if it is not.
         heartbeat: Seconds between heartbeats; 0 for none.
         patience: Seconds that a step of connecting may take.
 
@@ -52,8 +56,9 @@ class Link:
     """
 
     def __init__(
-        self, url: str, options: BackendOptions, *, purpose: str, heartbeat: float, patience: float = 5.0
-    ) -> None:
+        self, url: str, options: BackendOptions, *, purpose: str, heartbeat: float, secured: dict[str, Any] | None,
+        patience: float = inf,
+    ) -> None:  # fmt: skip
         self.blocked = ""
         interval = max(1, int(options.heartbeat / 3))
         transport_options: dict[str, Any] = {
@@ -70,20 +75,24 @@ class Link:
             "client_properties": {"connection_name": f"kq {options.name} {purpose}"},
             "frame_handler": lenient_frame_handler,
         }
+        connect_timeout = max(_LEAST_PATIENCE, min(options.timeout, options.connect_timeout, patience))
         try:
-            self._client = kombu.Connection(
+            connection: Any = kombu.Connection if secured is None else TlsClient
+            self._client = connection(
                 url,
+                ssl=secured or False,
                 heartbeat=heartbeat,
-                connect_timeout=max(_LEAST_PATIENCE, min(options.timeout, 5.0, patience)),
+                connect_timeout=connect_timeout,
                 transport_options=transport_options,
             )
-            if url.startswith("amqps://"):
-                self._client.ssl = {"server_hostname": self._client.hostname, "cert_reqs": ssl.CERT_REQUIRED}
         except (ValueError, TypeError, KeyError):
             # Not chained: the original names pieces of the URL, and one may be the password.
             raise Invalid(
                 f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}"
             ) from None
+        # Kombu tries again two seconds later, or elsewhere; not where a single broker has let us wait already.
+        again_within = None if self._client.alt else connect_timeout / 2
+        self._client.ensure_connection(max_retries=1, reraise_as_library_errors=False, timeout=again_within)
         self.connection: Any = self._client.connection
         self.channel: Any = self.connection.channel()
         self.channel.auto_decode = False
@@ -95,6 +104,12 @@ class Link:
         if self._looker is None:
             self._looker = self.open_channel()
         return self._looker
+
+    @property
+    def pending(self) -> bool:
+        """Whether bytes have arrived that are decrypted already: `select` knows nothing of them."""
+        pending = getattr(self.connection.sock, "pending", None)
+        return pending is not None and pending() > 0
 
     def open_channel(self) -> Any:
         """Return one more channel."""
@@ -145,6 +160,8 @@ def mapped(url: str) -> Iterator[None]:
     shown = hide_password(url)
     try:
         yield
+    except UnsafeConnection as error:
+        raise away(f"RabbitMQ at {shown}: {error}", "refused") from None
     except errors.Error:
         raise
     except (AccessRefused, NotAllowed) as error:
@@ -156,7 +173,7 @@ def mapped(url: str) -> Iterator[None]:
     except (TimeoutError, BlockingIOError):
         raise away(f"RabbitMQ at {shown} did not answer in time", "timeout") from None
     except ssl.SSLError as error:
-        raise away(f"RabbitMQ at {shown}: no safe connection: {error.reason or error}", "refused") from None
+        raise away(f"RabbitMQ at {shown}: {explain(error)}", "refused") from None
     except BROKEN as error:
         raise away(f"RabbitMQ at {shown} cannot be reached: {_text(error)}", "unavailable") from None
 

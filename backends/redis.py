@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any, ClassVar, Final, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import redis
@@ -25,8 +26,11 @@ from redis.retry import Retry
 from kq import limit
 from kq.backend import Capabilities
 from kq.backends import redis_script
+from kq.backends import tls as secure
+from kq.backends.redis_tls import TlsConnection, UnsafeConnection
 from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.config import hide_password
+from kq.driver import Tls
 from kq.errors import Internal, Invalid, PermissionDenied
 from kq.waker import Waker
 
@@ -58,12 +62,17 @@ class RedisStore:
         counts_deliveries="always",
     )
 
-    def __init__(self, url: str, *, timeout: float, heartbeat: float, name: str) -> None:
+    def __init__(
+        self, url: str, *, timeout: float, heartbeat: float, name: str, connect_timeout: float = 5.0,
+        tls: Tls | None = None,
+    ) -> None:  # fmt: skip
+        url, tls = secure.separate(url, tls)
         self._shown = hide_password(url)
         self._timeout = timeout
+        self._unsafe = secure.warnings(url, tls)
         options: dict[str, Any] = {
             "socket_timeout": timeout,
-            "socket_connect_timeout": min(timeout, 5.0),
+            "socket_connect_timeout": min(timeout, connect_timeout),
             "socket_keepalive": True,
             "socket_keepalive_options": _keepalive(heartbeat),
             "client_name": "".join(c if c.isalnum() else "-" for c in name) or None,
@@ -72,12 +81,17 @@ class RedisStore:
             "retry": Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
             "protocol": 2,
         }
-        if url.startswith("rediss://"):
-            options.update(ssl_cert_reqs="required", ssl_check_hostname=True)
+        if tls is not None:
+            options.update(tls_context=secure.context(tls), tls_server_name=tls.server_name)
         try:
-            self._pool = redis.ConnectionPool.from_url(url, **options)
+            # redis-py takes database 0 where it cannot read the number.
+            int(unquote(urlsplit(url).path).replace("/", "") or "0")
+            # An encrypted connection's class would be redis-py's own.
+            self._pool = redis.ConnectionPool.from_url(url.replace("rediss://", "redis://", 1), **options)
         except (ValueError, TypeError):
             raise Invalid(f"broker: expected redis://[user:password@]host[:port][/db], got {self._shown!r}") from None
+        if tls is not None:
+            self._pool.connection_class = TlsConnection
         self._client = redis.Redis(connection_pool=self._pool)
         self._scripts = {
             name: self._client.register_script(redis_script.source(getattr(redis_script, name)))
@@ -90,6 +104,9 @@ class RedisStore:
         self._waker = Waker()
         self._closed = threading.Event()
 
+    def __repr__(self) -> str:
+        return f"<RedisStore {self._shown}>"
+
     def ping(self) -> None:
         """See `Store.ping`."""
         with self._mapped():
@@ -98,7 +115,7 @@ class RedisStore:
     def warnings(self) -> list[str]:
         """See `Store.warnings`: an evicting, an unpersisted and an outdated server."""
         self.ping()
-        found = []
+        found = list(self._unsafe)
         version = self._ask(lambda: str(self._client.info("server").get("redis_version", "")))
         if version and _version(version) < (6, 2):
             found.append(f"Redis {version} is too old; expected 6.2 or newer")
@@ -324,6 +341,8 @@ class RedisStore:
             raise BrokerAway(
                 f"Redis at {self._shown} did not answer within {self._timeout:g} s", details={"reason": "timeout"}
             ) from None
+        except UnsafeConnection as error:
+            raise BrokerAway(f"Redis at {self._shown}: {error}", details={"reason": "refused"}) from None
         except (redis.exceptions.ConnectionError, OSError) as error:
             raise BrokerAway(f"Redis at {self._shown} cannot be reached: {error}",
                              details={"reason": "unavailable"}) from None  # fmt: skip

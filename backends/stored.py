@@ -30,6 +30,7 @@ from kq.backend import (
     unpack_or_wrap,
 )
 from kq.backends.store import BrokerAway, Ending, Entry, Store
+from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound
 from kq.header import NORMAL
 from kq.registry import BackendOptions
@@ -49,7 +50,7 @@ class StoredBackend:
     def __init__(self, url: str, options: BackendOptions) -> None:
         self._url = url
         self._options = options
-        self._scheme = url.partition("://")[0].replace("rediss", "redis")
+        self._scheme = url.partition("://")[0].lower().replace("rediss", "redis")
         self._lock = Lock()
         # Not connected yet; but an ill-formed URL fails here.
         self._connection: Any = self._connect()
@@ -57,6 +58,9 @@ class StoredBackend:
         self._shared: Store | None = None
         self._max_length: dict[str, int | None] = {}
         self.capabilities: Capabilities = self._own.capabilities
+
+    def __repr__(self) -> str:
+        return f"<StoredBackend {hide_password(self._url)}>"
 
     def _connect(self) -> Any:
         options = self._options
@@ -67,14 +71,22 @@ class StoredBackend:
                 "heartbeat": options.heartbeat,
                 "timeout": options.timeout,
                 "name": options.name,
+                "connect_timeout": options.connect_timeout,
+                "tls": options.tls,
             },
         )
 
     def _store(self) -> Store:
         with self._lock:
             if self._shared is None:
+                self._reach(self._connection)
                 self._shared = self._connection.channel().store
             return self._shared
+
+    def _reach(self, connection: Any) -> None:
+        # Kombu tries again two seconds later; not where the broker has let us wait already.
+        within = self._options.connect_timeout / 2
+        connection.ensure_connection(max_retries=1, reraise_as_library_errors=False, timeout=within)
 
     def declare(self, queue: QueueSpec, *, create: bool, exact: bool) -> None:
         """See `Backend.declare`."""
@@ -142,7 +154,7 @@ class StoredBackend:
         connection = self._connect()
         store: Store = connection.transport.store
         try:
-            connection.connect()
+            self._reach(connection)
         except BaseException:
             connection.close()
             store.close()

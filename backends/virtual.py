@@ -45,6 +45,9 @@ def open_store(url: str, options: BackendOptions) -> Store:
         Invalid: If the URL is ill-formed.
     """
     scheme, _, rest = url.partition("://")
+    scheme = scheme.lower()
+    if scheme in ("memory", "sqlite") and options.tls is not None:
+        raise Invalid(f"broker: tls: {scheme}:// has no connection to encrypt; leave tls out")
     if scheme == "memory":
         from kq.backends.memory import MemoryStore
 
@@ -58,7 +61,14 @@ def open_store(url: str, options: BackendOptions) -> Store:
         return SQLiteStore(path_of(url), options.timeout)
     from kq.backends.redis import RedisStore
 
-    return RedisStore(url, timeout=options.timeout, heartbeat=options.heartbeat, name=options.name)
+    return RedisStore(
+        url,
+        timeout=options.timeout,
+        heartbeat=options.heartbeat,
+        name=options.name,
+        connect_timeout=options.connect_timeout,
+        tls=options.tls,
+    )
 
 
 class QoS(virtual.QoS):
@@ -392,6 +402,8 @@ class Transport(virtual.Transport):
             heartbeat=float(options.get("heartbeat", 30.0)),
             timeout=float(options.get("timeout", 10.0)),
             name=str(options.get("name", "kombu")),
+            connect_timeout=float(options.get("connect_timeout", 5.0)),
+            tls=options.get("tls"),
         )
         #: Milliseconds, as stores count them.
         self.lease = int(self.options.lease * 1000)

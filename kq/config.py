@@ -1,23 +1,33 @@
 """Settings: one frozen value per app, from arguments, environment and defaults, checked at the edge.
 
 An argument wins over the environment, the environment over the file, the file over the default. Every setting is also
-``KQ_<NAME>``; every command-line option likewise.
+``KQ_<NAME>``; every command-line option likewise. The broker's URL, which may hold a password, can be in a file of its
+own: ``KQ_BROKER_URL_FILE`` names it.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
 from kq import config_file, limit
 from kq.errors import Invalid
 
 DEFAULT_BROKER: Final = "sqlite:///kq.db"
 PREFIX: Final = "KQ_"
+#: The variable that names a file with the broker's URL in it.
+URL_FILE: Final = "KQ_BROKER_URL_FILE"
+#: Bytes of such a file.
+_MAX_URL_FILE: Final = 64 * 1024
+
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*", re.ASCII)
+#: Parameters of a URL that hold a secret.
+_SECRET: Final = re.compile(r"pass|pwd|secret|token|key|cred|auth", re.IGNORECASE)
 
 #: Variables that options of commands read, beside those of the settings.
 COMMAND_VARIABLES: Final = frozenset(
@@ -102,6 +112,10 @@ def resolve(
         kind = type(DEFAULTS[setting])
         if given is not None:
             values[setting], origins[setting] = _convert(setting, given, kind), ARGUMENT
+        elif setting == "broker" and environment.get(URL_FILE, "") != "":
+            if environment.get(variable, "") != "":
+                raise Invalid(f"{variable} and {URL_FILE} are both set; expected one of them")
+            values[setting], origins[setting] = _read_url(environment[URL_FILE]), URL_FILE
         elif environment.get(variable, "") != "":
             values[setting], origins[setting] = _parse(variable, environment[variable], kind), variable
             _within(variable, values[setting], setting)
@@ -124,7 +138,7 @@ def variable_of(setting: str) -> str:
 def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return a warning for each ``KQ_...`` variable that nothing reads, with the nearest known name."""
     environment = os.environ if environment is None else environment
-    known = COMMAND_VARIABLES | {variable_of(setting) for setting in DEFAULTS}
+    known = COMMAND_VARIABLES | {URL_FILE} | {variable_of(setting) for setting in DEFAULTS}
     warnings = []
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known and not name.startswith("KQ_TEST_"):
@@ -141,7 +155,7 @@ def scheme(url: str) -> str:
         Invalid: If it has none.
     """
     name, found, _ = url.partition("://")
-    if not found or not name:
+    if not found or not _SCHEME.fullmatch(name):
         raise Invalid(
             "broker: expected a URL such as sqlite:///kq.db, redis://localhost or amqp://localhost; "
             f"got {hide_password(url)!r}"
@@ -152,14 +166,21 @@ def scheme(url: str) -> str:
 def hide_password(url: str) -> str:
     """Return a broker URL that can be shown: its password, if any, replaced by ``**``.
 
-    A URL that cannot be taken apart is not shown at all, for nobody knows where its password is.
+    So are parameters that name a secret. A URL that cannot be taken apart is not shown at all, for nobody knows
+    where its password is.
     """
     head, found, rest = url.partition("://")
-    if not found:
-        return "**" if "@" in url else url
+    if not found or (head and not _SCHEME.fullmatch(head)):
+        # A colon before anything but a path or a port may stand before a password.
+        return "**" if "@" in url or re.search(r":(?!\d{1,5}$)[^/]", url) else url
     try:
         parts = urlsplit("//" + rest)
+        if any(_SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
+            # A secret with an unquoted & or # in it looks like more than one parameter.
+            return hide_password(f"{head}://{rest.partition('?')[0]}") + "?**"
         if "@" not in rest or not parts.netloc:
+            # Without an @ a password stands where the port should, which says so by an error.
+            _ = parts.port
             return url
         if rest.count("@") > parts.netloc.count("@"):
             # A password with an unquoted /, ? or #, or a list of brokers.
@@ -170,6 +191,26 @@ def hide_password(url: str) -> str:
         return f"{head}:" + urlunsplit(("", f"{user}{secret}@{place}", parts.path, parts.query, ""))
     except ValueError:
         return f"{head}://**"
+
+
+def _read_url(path: str) -> str:
+    """Return the URL that a file holds; what else is in it is never shown."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_URL_FILE + 1)
+    except (OSError, ValueError) as error:
+        raise Invalid(f"{URL_FILE}: cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > _MAX_URL_FILE:
+        raise Invalid(f"{URL_FILE}: {path!r} is larger than {_MAX_URL_FILE:,} bytes")
+    try:
+        url = data.decode().strip()
+    except UnicodeDecodeError:
+        raise Invalid(f"{URL_FILE}: {path!r} is not UTF-8") from None
+    if not url:
+        raise Invalid(f"{URL_FILE}: {path!r} is empty; expected the broker's URL")
+    if len(url.split()) > 1:
+        raise Invalid(f"{URL_FILE}: {path!r}: expected the broker's URL and nothing else")
+    return url
 
 
 def _within(source: str, value: Any, setting: str) -> None:

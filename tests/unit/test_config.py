@@ -52,6 +52,46 @@ def test_arguments_win_over_the_environment() -> None:
     assert (found.lease, found.broker) == (4.0, "redis://localhost")
 
 
+def test_the_url_can_be_in_a_file(tmp_path: Path) -> None:
+    """KQ_BROKER_URL_FILE names a file with the URL in it; space around it does not count."""
+    file = tmp_path / "url"
+    file.write_text("\n  redis://:secret@localhost/3 \n")
+    environment = {"KQ_BROKER_URL_FILE": str(file)}
+    assert resolve({}, environment).broker == "redis://:secret@localhost/3"
+    assert resolve({"broker": "memory://x"}, environment).broker == "memory://x"
+    assert resolve({}, {**environment, "KQ_BROKER_URL": ""}).broker == "redis://:secret@localhost/3"
+    assert unknown_variables(environment) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (None, "cannot read '{}': No such file or directory"),
+        (b" \n", "'{}' is empty; expected the broker's URL"),
+        (b"redis://:secret@h\nsecret", "'{}': expected the broker's URL and nothing else"),
+        (b"secret\xff", "'{}' is not UTF-8"),
+        (b"x" * 65_537, "'{}' is larger than 65,536 bytes"),
+    ],
+)
+def test_a_bad_url_file_is_named(tmp_path: Path, data: bytes | None, expected: str) -> None:
+    """A file that holds no URL is named, with what is wrong and nothing of what is in it."""
+    file = tmp_path / "url"
+    if data is not None:
+        file.write_bytes(data)
+    with pytest.raises(errors.Invalid) as caught:
+        resolve({}, {"KQ_BROKER_URL_FILE": str(file)})
+    assert caught.value.message == "KQ_BROKER_URL_FILE: " + expected.format(file)
+    assert caught.value.__cause__ is None
+
+
+def test_a_url_and_a_file_of_it_are_one_too_many(tmp_path: Path) -> None:
+    """Both variables set is a mistake that names both, unless an argument wins over them."""
+    environment = {"KQ_BROKER_URL_FILE": str(tmp_path / "url"), "KQ_BROKER_URL": "redis://localhost"}
+    with pytest.raises(errors.Invalid, match="KQ_BROKER_URL and KQ_BROKER_URL_FILE are both set"):
+        resolve({}, environment)
+    assert resolve({"broker": "memory://x"}, environment).broker == "memory://x"
+
+
 def test_a_false_argument_is_given() -> None:
     """False is an argument, and wins over a true variable."""
     assert resolve({"create_queues": False}, {"KQ_CREATE_QUEUES": "1"}).create_queues is False
@@ -178,6 +218,9 @@ def test_no_scheme(url: str) -> None:
         ("amqp://user@host/", "amqp://user@host/"),
         ("amqp://user:se:cr@et@host/", "amqp://user:**@host/"),
         ("amqp://user:@host/", "amqp://user:**@host/"),
+        ("redis://h:1/0?password=secret", "redis://h:1/0?**"),
+        ("redis://:secret@h?db=1&Password=a", "redis://:**@h?**"),
+        ("localhost:6379", "localhost:6379"),
     ],
 )
 def test_hide_password(url: str, shown: str) -> None:
@@ -195,6 +238,11 @@ def test_hide_password(url: str, shown: str) -> None:
         "redis://:secret#x@localhost",
         "redis://user:secret@[localhost",
         "amqp://a:b@one;amqp://a:secret@two",
+        "redis://:secret",
+        "redis://user:secret/0",
+        "redis:secret",
+        "user:secret@host://x",
+        "redis://h?password=a&secret#secret",
     ],
 )
 def test_a_url_that_cannot_be_taken_apart_is_hidden(url: str) -> None:
@@ -205,7 +253,9 @@ def test_a_url_that_cannot_be_taken_apart_is_hidden(url: str) -> None:
     assert "secret" not in caught.value.message
 
 
-@given(st.text(), st.sampled_from(["redis://user:{}@host/0", "amqp://:{}@host", "user:{}@host"]))
+@given(
+    st.text(), st.sampled_from(["redis://user:{}@host/0", "amqp://:{}@host", "user:{}@host", "redis://h?password={}"])
+)
 def test_no_password_is_ever_shown(salt: str, pattern: str) -> None:
     """Whatever characters a password has, it is in no repr."""
     password = f"SeCrEt{salt}SeCrEt"
