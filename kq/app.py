@@ -105,6 +105,7 @@ class App:
         registry.find_backend(settings.broker)
         self.registry = Registry(name, settings)
         self.document = document
+        self.registry.variables = document.variables
         self.registry.guard = Guard(
             [*declared_policies(document), *policies],
             strict=settings.strict_mode,

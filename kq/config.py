@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
@@ -33,9 +33,9 @@ _SECRET: Final = re.compile(r"pass|pwd|secret|token|key|cred|auth", re.IGNORECAS
 COMMAND_VARIABLES: Final = frozenset(
     "KQ_" + name
     for name in (
-        "ACTOR_META", "APP", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG", "DELAY", "EXPIRES", "GRACE",
-        "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL", "MAX_TASKS_PER_CHILD", "MESSAGE_ID",
-        "OFFLINE", "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES", "QUEUES", "YES",
+        "ACTION", "ACTOR_META", "ALL", "APP", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG", "DELAY",
+        "EXPIRES", "GRACE", "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL", "MESSAGE_ID", "META",
+        "OFFLINE", "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES", "QUEUES", "RESOURCE", "SCHEMA", "YES",
     )
 )  # fmt: skip
 
@@ -135,13 +135,18 @@ def variable_of(setting: str) -> str:
     return PREFIX + ("BROKER_URL" if setting == "broker" else setting.upper())
 
 
-def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return a warning for each ``KQ_...`` variable that nothing reads, with the nearest known name."""
+def unknown_variables(environment: Mapping[str, str] | None = None, *, named: Container[str] = ()) -> list[str]:
+    """Return a warning for each ``KQ_...`` variable that nothing reads, with the nearest known name.
+
+    Args:
+        environment: Instead of the process's own.
+        named: Variables that the configuration file names.
+    """
     environment = os.environ if environment is None else environment
     known = COMMAND_VARIABLES | {URL_FILE} | {variable_of(setting) for setting in DEFAULTS}
     warnings = []
     for name in sorted(environment):
-        if name.startswith(PREFIX) and name not in known and not name.startswith("KQ_TEST_"):
+        if name.startswith(PREFIX) and name not in known and name not in named and not name.startswith("KQ_TEST_"):
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             warnings.append(f"the environment variable {name} is not one that kq reads{hint}")

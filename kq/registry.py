@@ -77,6 +77,8 @@ class Registry:
     def __init__(self, name: str, settings: config.Settings) -> None:
         self.name = name
         self.settings = settings
+        #: Variables of the environment that the app's configuration file names.
+        self.variables: frozenset[str] = frozenset()
         #: What asks the app's policies.
         self.guard = Guard()
         #: What signs and verifies messages, if there are keys.

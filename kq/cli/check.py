@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--offline", is_flag=True, envvar="KQ_OFFLINE", show_envvar=True,
               help="Connect to nothing; print what is in force, and who says so.")  # fmt: skip
-@click.option("--schema", is_flag=True, help="Print a JSON Schema of the configuration file, for editors.")
+@click.option(
+    "--schema",
+    is_flag=True,
+    envvar="KQ_SCHEMA",
+    show_envvar=True,
+    help="Print a JSON Schema of the configuration file, for editors.",
+)
 @common
 def check(app_path: str | None, broker: str | None, offline: bool, schema: bool) -> None:
     """Reach the brokers, and say what they can do and which of their settings endanger messages."""
@@ -36,7 +42,7 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool)
             app.declarations.load_handlers()
         except (Invalid, Conflict) as error:
             raise ConfigurationError(error.message) from error
-        warnings = config.unknown_variables()
+        warnings = config.unknown_variables(named=app.registry.variables)
         if offline:
             _print_configuration(app)
         else:
@@ -96,7 +102,8 @@ def _print_configuration(app: App) -> None:
             "driver": spec.driver or "the app's own", "options": spec.options,
         }  # fmt: skip
         rows = [[name, _show(value), app.declarations.origin(spec.id, name)] for name, value in fields.items()]
-        table([f"queue {spec.id}", "value", "from"], rows)
+        click.echo(f"queue {spec.id}")
+        table(["field", "value", "from"], rows)
         for consumer in app.registry.router.of(spec.id):
             click.echo(f"consumer {consumer.name}  ({consumer.place})")
     click.echo()

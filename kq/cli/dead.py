@@ -83,7 +83,7 @@ def show(queue: str, message_id: str, as_json: bool, app_path: str | None, broke
 @dead.command()
 @click.argument("queue")
 @click.argument("ids", nargs=-1, metavar="[ID...]")
-@click.option("--all", "everything", is_flag=True, help="All of them.")
+@click.option("--all", "everything", is_flag=True, envvar="KQ_ALL", show_envvar=True, help="All of them.")
 @common
 def replay(queue: str, ids: tuple[str, ...], everything: bool, app_path: str | None, broker: str | None) -> None:
     """Send dead letters back to QUEUE; they start again at attempt 1."""
@@ -95,7 +95,7 @@ def replay(queue: str, ids: tuple[str, ...], everything: bool, app_path: str | N
 @dead.command("purge")
 @click.argument("queue")
 @click.argument("ids", nargs=-1, metavar="[ID...]")
-@click.option("--all", "everything", is_flag=True, help="All of them.")
+@click.option("--all", "everything", is_flag=True, envvar="KQ_ALL", show_envvar=True, help="All of them.")
 @click.option("--yes", is_flag=True, envvar="KQ_YES", show_envvar=True, help="Do not ask.")
 @common
 def purge(

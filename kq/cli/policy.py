@@ -19,9 +19,24 @@ def policy() -> None:
 
 
 @policy.command()
-@click.option("--action", required=True, help="What for, e.g. queue.publish.queue.")
-@click.option("--resource", default="", help="On what, e.g. a queue id; empty for queue.publish.")
-@click.option("--meta", multiple=True, metavar="K=V", help="A header; K=V is text, K:=V is JSON.")
+@click.option(
+    "--action", required=True, envvar="KQ_ACTION", show_envvar=True, help="What for, e.g. queue.publish.queue."
+)
+@click.option(
+    "--resource",
+    default="",
+    envvar="KQ_RESOURCE",
+    show_envvar=True,
+    help="On what, e.g. a queue id; empty for queue.publish.",
+)
+@click.option(
+    "--meta",
+    multiple=True,
+    metavar="K=V",
+    envvar="KQ_META",
+    show_envvar=True,
+    help="A header; K=V is text, K:=V is JSON.",
+)
 @common
 def test(app_path: str | None, broker: str | None, action: str, resource: str, meta: tuple[str, ...]) -> None:
     """Explain a decision: what it is, and what each policy says that covers the request.

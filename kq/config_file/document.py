@@ -52,6 +52,7 @@ class Document:
         worker: What ``kq worker`` runs with.
         security: Actor, groups, strict mode.
         signing: Keys.
+        variables: The variables of the environment that the files name.
     """
 
     paths: tuple[str, ...]
@@ -65,6 +66,7 @@ class Document:
     worker: Given
     security: Given
     signing: Given
+    variables: frozenset[str] = frozenset()
 
 
 def empty() -> Document:

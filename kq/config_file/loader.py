@@ -73,7 +73,8 @@ class _Loader:
         nothing = empty().settings
         return Document(
             tuple(draft.paths), namespace, found["driver"], main, found["queue"], found["consumer"], found["policy"],
-            *(draft.sections.get(name, nothing) for name in _ONCE),
+            **{name: draft.sections.get(name, nothing) for name in _ONCE},
+            variables=frozenset(self._problems.variables),
         )  # fmt: skip
 
     def _file(self, path: str, including: tuple[str, ...]) -> str | None:

@@ -78,9 +78,15 @@ Node = Scalar | Sequence | Mapping
 
 @dataclass
 class Problems:
-    """What is wrong in a set of files; all of it is told at once."""
+    """What is wrong in a set of files; all of it is told at once.
+
+    Attributes:
+        found: The mistakes, each with its place.
+        variables: The variables of the environment that the files name.
+    """
 
     found: list[str] = field(default_factory=list)
+    variables: set[str] = field(default_factory=set)
 
     def add(self, place: Place | str, what: str) -> None:
         """Note a mistake and its place."""
@@ -145,6 +151,7 @@ def look_up(scalar: Scalar, environment: MappingOf[str, str], problems: Problems
     """Return a scalar's text with each ``${env:NAME}`` and ``${env:NAME:-default}`` replaced."""
 
     def value_of(found: re.Match[str]) -> str:
+        problems.variables.add(found[1])
         value = environment.get(found[1], found[2])
         if value is None:
             hint = f"set it, or write ${{env:{found[1]}:-default}}"

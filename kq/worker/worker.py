@@ -320,7 +320,7 @@ class Worker:
             queues,
             extra={"action": "start"},
         )
-        for warning in [*config.unknown_variables(), *warnings]:
+        for warning in [*config.unknown_variables(named=self._registry.variables), *warnings]:
             logger.warning("%s", warning, extra={"action": "warning"})
 
     def _make_pool(self) -> Pool:

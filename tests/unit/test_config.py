@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kq import config, config_file, errors
+from kq.cli import main
 from kq.config import Settings, hide_password, resolve, scheme, unknown_variables, variable_of
 
 
@@ -181,6 +184,34 @@ def test_unknown_variables_are_warned_of() -> None:
         "the environment variable KQ_LEESE is not one that kq reads; did you mean KQ_LEASE?",
         "the environment variable KQ_ZZZZZZ is not one that kq reads",
     ]
+
+
+def test_every_option_has_its_variable() -> None:
+    """Every option of every command can be given as ``KQ_<NAME>``, and no other variable is known."""
+    settings = {variable_of(setting) for setting in config.DEFAULTS}
+    found = set()
+    for command in walk(main):
+        for option in command.params:
+            if isinstance(option, click.Option) and option.name not in ("help", "version"):
+                # The broker's is read where apps are made.
+                assert option.envvar or option.name == "broker", f"{command.name}: {option.name}"
+                found.add(option.envvar)
+    assert found - {None} - settings == config.COMMAND_VARIABLES
+
+
+def walk(command: click.Command) -> Iterator[click.Command]:
+    """Yield every command in a group of commands."""
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            yield from walk(inner)
+    else:
+        yield command
+
+
+def test_variables_that_a_file_names_are_known() -> None:
+    """A file may keep its own settings in variables of the prefix."""
+    assert unknown_variables({"KQ_SIGNING_KEY": "x"})
+    assert unknown_variables({"KQ_SIGNING_KEY": "x"}, named={"KQ_SIGNING_KEY"}) == []
 
 
 def test_known_variables_are_not_warned_of() -> None:
