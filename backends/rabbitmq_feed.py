@@ -11,6 +11,7 @@ import select
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from time import monotonic, time
 from typing import Any, Final
 
@@ -86,6 +87,8 @@ class RabbitFeed:
         self._tags: dict[str, str] = {}
         self._subscribed = 0
         self._changed_at = 0.0
+        #: When a window that is too narrow may be widened; until then a change is too soon.
+        self._widen_at = inf
         self._narrow_since: float | None = None
         self._buffers: dict[str, deque[Delivery]] = {queue: deque() for queue in self._specs}
         #: Unsettled deliveries of this epoch by tag, in the order of arrival.
@@ -194,7 +197,8 @@ class RabbitFeed:
 
     def wait(self, timeout: float) -> None:
         """See `Feed.wait`."""
-        until = monotonic() + timeout
+        # Nothing else may happen before the window may be widened: handlers can be slow.
+        until = min(monotonic() + timeout, self._widen_at)
         while True:
             with self._guarded():
                 link = self._connected()
@@ -265,6 +269,7 @@ class RabbitFeed:
         wanted = {
             queue: self._power(min(credit, caps.get(queue, credit)) + self._held_of[queue]) for queue in self._specs
         }
+        self._widen_at = inf
         if all(wanted[queue] <= self._windows[queue] for queue in wanted):
             now = monotonic()
             if all(wanted[queue] * 4 > self._windows[queue] for queue in wanted):
@@ -274,6 +279,7 @@ class RabbitFeed:
             if now - self._narrow_since < _NARROW_AFTER:
                 return
         elif monotonic() - self._changed_at < _WIDEN_EVERY:
+            self._widen_at = self._changed_at + _WIDEN_EVERY
             return
         self._narrow_since = None
         self._subscribe(link, wanted)

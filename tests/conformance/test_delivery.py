@@ -772,3 +772,20 @@ def sqlite_store(bench: Bench, *more: QueueSpec) -> SQLiteStore:
     assert isinstance(feed, StoredFeed)
     assert isinstance(feed._store, SQLiteStore)
     return feed._store
+
+
+@ON_RABBITMQ
+def test_a_window_that_changed_just_now_is_widened_soon(bench: Bench) -> None:
+    """Who wants more right after a change gets it without waiting for anything else to happen."""
+    bench.publish(*(bench.message() for _ in range(8)))
+    feed = bench.feed(prefetch=8)
+    got = bench.take(feed, 1)
+    # Twice at once: the second change comes too soon after the first.
+    got += feed.fetch(2, {})
+    got += feed.fetch(7, {})
+    started = monotonic()
+    while len(got) < 8 and monotonic() - started < 20:
+        feed.wait(20)
+        got += feed.fetch(8 - len(got), {})
+    assert len(got) == 8
+    assert monotonic() - started < 5
