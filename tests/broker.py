@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -107,12 +108,38 @@ def amqp_channel() -> Iterator[Any]:
         connection.close()
 
 
+class _PatientWriter:
+    """Writes all of a large reply: fakeredis' sockets do not block, and its own writer gives up when one is full."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def write(self, data: bytes) -> None:
+        """Send everything, waiting while the reader is slow."""
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._connection.send(left) :]
+            except BlockingIOError:
+                select.select([], [self._connection], [])
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""
+
+
 @cache
 def _fake_redis() -> str:
     """Start fakeredis' TCP server once, in this process, and return its URL."""
     from fakeredis import TcpFakeServer
+    from fakeredis._clients._tcp_server import TCPFakeRequestHandler
+
+    class Handler(TCPFakeRequestHandler):  # type: ignore[misc,unused-ignore]
+        def setup(self) -> None:
+            super().setup()
+            self.writer.writer = _PatientWriter(self.connection)
 
     server = TcpFakeServer(("127.0.0.1", 0), server_type="redis", server_version=(7, 0))
+    server.RequestHandlerClass = Handler
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="fakeredis", daemon=True).start()
     return f"redis://127.0.0.1:{server.server_address[1]}/0"
