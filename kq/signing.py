@@ -110,7 +110,9 @@ class Signing:
         )
         return revived
 
-    def distrust(self, queue_id: str, envelope: Envelope, guard: Guard, *, replayed: bool = False) -> str:
+    def distrust(
+        self, queue_id: str, envelope: Envelope, guard: Guard, *, replayed: bool = False, now: float | None = None
+    ) -> str:
         """Say why a message is not to be trusted, or nothing.
 
         Args:
@@ -118,9 +120,11 @@ class Signing:
             envelope: The message.
             guard: Whether whoever signed it may publish there is asked anew, by the policies as they are here.
             replayed: Whether a message of its id has been completed before.
+            now: Seconds since the epoch, where it is not the present.
         """
+        at = time() if now is None else now
         try:
-            claims = verify(self._keyring, envelope.headers.get(HEADER), _signed(queue_id, envelope), now=time())
+            claims = verify(self._keyring, envelope.headers.get(HEADER), _signed(queue_id, envelope), now=at)
         except Unverified as error:
             return str(error)
         if replayed:
