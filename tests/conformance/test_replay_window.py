@@ -157,15 +157,18 @@ def test_a_late_ack_completes_nothing(bench: Bench) -> None:
     """Whoever lost the lease completes nothing: the message is not remembered and runs elsewhere, unmarked."""
     queue = bench.declare("signed", replay_window=HOUR)
     store = store_of(bench)
-    assert store.put(queue.id, [Entry("a", b"", 4)], None) == 1
-    (lost,) = store.take(queue.id, 1, 30_000).leases
+    assert store.put(queue.id, [Entry("a", b"", 4), Entry("b", b"", 4)], None) == 2
+    lost, other = store.take(queue.id, 2, 30_000).leases
     assert store.settle(queue.id, [Ending("a", lost.token, "release")]) == [True]
     (held,) = store.take(queue.id, 1, 30_000).leases
+    acks = [
+        Ending(id, token, "ack", keep=HOUR_MS, completes=id) for id, token in (("a", lost.token), ("b", other.token))
+    ]
 
-    assert store.settle(queue.id, [Ending("a", lost.token, "ack", keep=HOUR_MS, completes="a")]) == [False]
-    assert store.completed(queue.id, ["a"]) == set()
-    assert store.settle(queue.id, [Ending("a", held.token, "ack", keep=HOUR_MS, completes="a")]) == [True]
-    assert store.completed(queue.id, ["b", "a"]) == {"a"}
+    assert store.settle(queue.id, acks) == [False, True]
+    assert store.completed(queue.id, ["a", "b"]) == {"b"}
+    assert store.settle(queue.id, [acks[0]._replace(token=held.token)]) == [True]
+    assert store.completed(queue.id, ["b", "c", "a"]) == {"a", "b"}
 
 
 @ON_STORES
