@@ -48,6 +48,7 @@ class _Queue:
     waiting: set[str] = field(default_factory=set)
     held: dict[str, _Message] = field(default_factory=dict)
     consumers: dict[str, float] = field(default_factory=dict)
+    completed: dict[str, float] = field(default_factory=dict)
 
 
 class _World:
@@ -77,6 +78,7 @@ class MemoryStore:
         counts_in_flight=True,
         tells_age=True,
         counts_deliveries="always",
+        remembers_completed=True,
     )
 
     def __init__(self, name: str) -> None:
@@ -168,6 +170,13 @@ class MemoryStore:
             settled = [self._end(found, ending) for ending in endings]
             self._world.changed.notify_all()
             return settled
+
+    def completed(self, queue: str, ids: Sequence[str]) -> set[str]:
+        """See `Store.completed`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            now = monotonic()
+            return set() if found is None else {id for id in ids if found.completed.get(id, now) > now}
 
     def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
         """See `Store.move`."""
@@ -312,6 +321,8 @@ class MemoryStore:
             return False
         if ending.action == "ack":
             self._drop(queue, ending.id)
+            if ending.keep:
+                self._remember(queue, ending)
             return True
         del queue.held[ending.id]
         message.token = 0
@@ -326,6 +337,14 @@ class MemoryStore:
         else:
             self._make_ready(queue, message)
         return True
+
+    def _remember(self, queue: _Queue, ending: Ending) -> None:
+        now = monotonic()
+        # The latest stands last, and as a rule all are kept equally long: what is over stands first.
+        queue.completed.pop(ending.completes, None)
+        queue.completed[ending.completes] = now + ending.keep / 1000
+        while queue.completed[first := next(iter(queue.completed))] <= now:
+            del queue.completed[first]
 
     def _reclaim(self, queue: _Queue, now: float) -> None:
         for id in [id for id, message in queue.held.items() if message.until <= now]:

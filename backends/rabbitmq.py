@@ -63,6 +63,7 @@ class RabbitBackend:
         counts_in_flight=False,
         tells_age=False,
         counts_deliveries="unless_prioritised",
+        remembers_completed=False,
     )
 
     def __init__(self, url: str, options: BackendOptions) -> None:

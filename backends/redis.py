@@ -60,6 +60,7 @@ class RedisStore:
         counts_in_flight=True,
         tells_age=True,
         counts_deliveries="always",
+        remembers_completed=True,
     )
 
     def __init__(
@@ -96,8 +97,8 @@ class RedisStore:
         self._scripts = {
             name: self._client.register_script(redis_script.source(getattr(redis_script, name)))
             for name in (
-                "DECLARE", "PUT", "TAKE", "ACK", "RETURN", "MOVE", "RENEW", "COUNTS", "BROWSE", "REMOVE", "CLEAR",
-                "TOPOLOGY",
+                "DECLARE", "PUT", "TAKE", "ACK", "RETURN", "COMPLETED", "MOVE", "RENEW", "COUNTS", "BROWSE", "REMOVE",
+                "CLEAR", "TOPOLOGY",
             )
         }  # fmt: skip
         self._bell: _Bell | None = None
@@ -146,7 +147,7 @@ class RedisStore:
     def delete(self, queue: str) -> None:
         """See `Store.delete`."""
         p = prefix(queue)
-        keys = [p + key for key in "qmdltspxncw"] + [f"{p}{kind}:{n}" for kind in "rb" for n in range(10)]
+        keys = [p + key for key in "qmdltspxncwk"] + [f"{p}{kind}:{n}" for kind in "rb" for n in range(10)]
         with self._mapped():
             self._client.unlink(*keys)
 
@@ -194,7 +195,10 @@ class RedisStore:
         calls: list[tuple[str, list[Any]]] = []
         for i in range(0, len(acks), _CHUNK):
             part = acks[i : i + _CHUNK]
-            calls.append(("ACK", [len(part), *(e.id for e in part), *(e.token for e in part)]))
+            call = [len(part), *(e.id for e in part), *(e.token for e in part)]
+            if any(e.keep for e in part):
+                call += [item for e in part for item in (e.keep, e.completes)]
+            calls.append(("ACK", call))
         others = [ending for ending in endings if ending.action != "ack"]
         for i in range(0, len(others), _CHUNK):
             arguments: list[Any] = []
@@ -204,6 +208,12 @@ class RedisStore:
         p = prefix(queue)
         lost = {id for name, arguments in calls for id in self._run(name, [p], arguments)}
         return [ending.id.encode() not in lost for ending in endings] if lost else [True] * len(endings)
+
+    def completed(self, queue: str, ids: Sequence[str]) -> set[str]:
+        """See `Store.completed`."""
+        parts = [ids[i : i + _CHUNK] for i in range(0, len(ids), _CHUNK)]
+        numbers = [self._run("COMPLETED", [prefix(queue)], part) for part in parts]
+        return {part[n - 1] for part, found in zip(parts, numbers, strict=True) for n in found}
 
     def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
         """See `Store.move`."""

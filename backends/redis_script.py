@@ -22,6 +22,8 @@ P x        hash    id -> moment in ms at which it        put
 P n        string  the last token                        take
 P c        zset    consumers, by the end of their lease  renew
 P w        list    one token at most, to wake a worker   whoever makes something ready
+P k        zset    ids completed, by the moment in ms    settle (ack), where the queue has a replay
+                   until which they are remembered       window; expires with the last of them
 =========  ======  ====================================  ==========================================
 
 Two rules. Time is the server's. And a script that must work on a full server writes first something
@@ -199,7 +201,8 @@ return string.char(221, 0, math.floor(count / 65536) % 256, math.floor(count / 2
   .. bin(more) .. bin(number(token)) .. table.concat(out)
 """
 
-#: ARGV: n, then n ids, then n tokens: acknowledge them. Returns the ids that are not held so.
+#: ARGV: n, then n ids, then n tokens: acknowledge them. Returns the ids that are not held so. Where the
+#: queue remembers them, then n times: ms for which, or 0, and the id that it is known by.
 ACK: Final = """
 local n = tonumber(ARGV[1])
 local ids = {}
@@ -215,7 +218,37 @@ if #mine > 0 then
   call('HDEL', P .. 'm', unpack(mine))
   forget(P, mine)
 end
+if #mine > 0 and #ARGV > 2 * n + 1 then
+  local at, longest, kept = now(), 0, {}
+  for i = 1, n do
+    local keep = tonumber(ARGV[2 * n + 2 * i])
+    if keep > 0 and tokens[i] == ARGV[n + i + 1] then
+      kept[#kept + 1] = number(at + keep)
+      kept[#kept + 1] = ARGV[2 * n + 2 * i + 1]
+      longest = math.max(longest, keep)
+    end
+  end
+  if #kept > 0 then
+    -- More goes than comes, as long as there is something that is over; but never much in one call.
+    local over = call('ZRANGEBYSCORE', P .. 'k', '-inf', number(at), 'LIMIT', 0, #kept)
+    if #over > 0 then call('ZREMRANGEBYRANK', P .. 'k', 0, #over - 1) end
+    call('ZADD', P .. 'k', unpack(kept))
+    if call('PTTL', P .. 'k') < longest then call('PEXPIRE', P .. 'k', number(longest)) end
+  end
+end
 return lost
+"""
+
+#: ARGV: ids. Returns the numbers, from 1, of those whose completion is remembered.
+COMPLETED: Final = """
+local found = {}
+if call('EXISTS', P .. 'k') == 0 then return found end
+local at = now()
+for i, id in ipairs(ARGV) do
+  local until_ = call('ZSCORE', P .. 'k', id)
+  if until_ and tonumber(until_) > at then found[#found + 1] = i end
+end
+return found
 """
 
 #: ARGV: id, token, action, delay, attempts, crashes of each: retry or release them. Returns the

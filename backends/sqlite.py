@@ -68,6 +68,10 @@ CREATE TABLE IF NOT EXISTS sequence (name TEXT PRIMARY KEY, value INTEGER NOT NU
 INSERT OR IGNORE INTO sequence VALUES ('place', 0), ('token', 0);
 CREATE TABLE IF NOT EXISTS listener (queue TEXT, path TEXT, PRIMARY KEY (queue, path)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS consumer (queue TEXT, name TEXT, until INTEGER, PRIMARY KEY (queue, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS completed (
+    queue TEXT, id TEXT, until INTEGER NOT NULL, PRIMARY KEY (queue, id)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS completed_until ON completed (until);
 CREATE TABLE IF NOT EXISTS topology (one INTEGER PRIMARY KEY, version INTEGER NOT NULL, document TEXT NOT NULL);
 INSERT OR IGNORE INTO topology VALUES (1, 0, '{}');
 """
@@ -88,6 +92,7 @@ class SQLiteStore:
         counts_in_flight=True,
         tells_age=True,
         counts_deliveries="always",
+        remembers_completed=True,
     )
 
     def __init__(self, path: str, timeout: float) -> None:
@@ -128,6 +133,7 @@ class SQLiteStore:
         """See `Store.delete`."""
         with self._transaction() as db:
             db.execute("DELETE FROM message WHERE queue = ?", (queue,))
+            db.execute("DELETE FROM completed WHERE queue = ?", (queue,))
             db.execute("DELETE FROM queue WHERE name = ?", (queue,))
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
@@ -193,10 +199,26 @@ class SQLiteStore:
         with self._transaction() as db:
             now = _now()
             settled = [_end(db, queue, ending, now) for ending in endings]
+            if any(ending.keep for ending in endings):
+                _remember(db, queue, [ending for ending, done in zip(endings, settled, strict=True) if done], now)
             if any(ending.action != "ack" for ending in endings):
                 listeners = _listeners(db, queue)
         self._notify(listeners)
         return settled
+
+    def completed(self, queue: str, ids: Sequence[str]) -> set[str]:
+        """See `Store.completed`."""
+        found: set[str] = set()
+        with self._reading() as db:
+            now = _now()
+            for i in range(0, len(ids), _CHUNK):
+                part = ids[i : i + _CHUNK]
+                marks = ", ".join("?" * len(part))
+                rows = db.execute(
+                    f"SELECT id FROM completed WHERE queue = ? AND until > ? AND id IN ({marks})", (queue, now, *part)
+                )
+                found.update(row[0] for row in rows)
+        return found
 
     def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
         """See `Store.move`."""
@@ -343,7 +365,7 @@ class SQLiteStore:
                     db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
                 version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version == 0:
+                if version == 0 or (version == 1 and not _is_complete(db)):
                     db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = 1; COMMIT;")
                 elif version != 1:
                     raise Invalid(
@@ -432,6 +454,12 @@ def _roll_back(db: sqlite3.Connection) -> None:
         db.execute("ROLLBACK")
 
 
+def _is_complete(db: sqlite3.Connection) -> bool:
+    """Tell whether a file has the table that version 1 did not have at first, and that older programs do not miss."""
+    found = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'index' AND name = 'completed_until'")
+    return found.fetchone() is not None
+
+
 def _now() -> int:
     return int(time() * 1000)
 
@@ -490,6 +518,17 @@ def _end(db: sqlite3.Connection, queue: str, ending: Ending, now: int) -> bool:
             ),
         ).rowcount
         == 1
+    )
+
+
+def _remember(db: sqlite3.Connection, queue: str, endings: Sequence[Ending], now: int) -> None:
+    """Note what these acks complete, and forget more than that of what has been remembered long enough."""
+    rows = [(queue, ending.completes, now + ending.keep) for ending in endings if ending.keep]
+    db.executemany("INSERT OR REPLACE INTO completed VALUES (?, ?, ?)", rows)
+    db.execute(
+        "DELETE FROM completed WHERE (queue, id) IN "
+        "(SELECT queue, id FROM completed WHERE until <= ? ORDER BY until LIMIT ?)",
+        (now, _CHUNK + len(rows)),
     )
 
 

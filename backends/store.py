@@ -84,6 +84,8 @@ class Ending(NamedTuple):
         delay: Milliseconds, for ``retry``.
         attempts: Charged from now on, for ``retry``.
         crashes: Charged from now on, for ``retry``.
+        keep: Milliseconds for which `Store.completed` knows of it, for ``ack``; 0 for not at all.
+        completes: The id by which it does: the envelope's. A stranger may have stored it under another one.
     """
 
     id: str
@@ -92,6 +94,8 @@ class Ending(NamedTuple):
     delay: int = 0
     attempts: int = 0
     crashes: int = 0
+    keep: int = 0
+    completes: str = ""
 
 
 class Counts(NamedTuple):
@@ -148,7 +152,14 @@ class Store(Protocol):
         ...
 
     def settle(self, queue: str, endings: Sequence[Ending]) -> list[bool]:
-        """End leases; False for each whose token is not the message's any more."""
+        """End leases; False for each whose token is not the message's any more.
+
+        What an ``ack`` with ``keep`` completes is remembered in the same step that removes the message.
+        """
+        ...
+
+    def completed(self, queue: str, ids: Sequence[str]) -> set[str]:
+        """Return those of the ids that were completed here, by `Ending.completes`, and are still remembered."""
         ...
 
     def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:

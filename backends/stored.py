@@ -6,7 +6,8 @@ It reaches its store through kq's own Kombu transport, as ``channel.store``.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from math import ceil, inf
 from threading import Lock
 from time import monotonic, time
@@ -25,11 +26,12 @@ from kq.backend import (
     Settlement,
     Settling,
     bury,
+    identify,
     pack,
     unknown_options,
     unpack_or_wrap,
 )
-from kq.backends.store import BrokerAway, Ending, Entry, Store
+from kq.backends.store import BrokerAway, Ending, Entry, Lease, Store
 from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound
 from kq.header import NORMAL
@@ -42,6 +44,7 @@ _LOOK_AGAIN: Final = 5.0
 _LOOK_SPACING: Final = 0.75
 #: Messages that one look into a queue of dead letters reads.
 _PAGE: Final = 200
+_NONE: Final[Set[int]] = frozenset()
 
 
 class StoredBackend:
@@ -260,6 +263,8 @@ class StoredFeed:
                 continue
             try:
                 taken = self._store.take(queue, room, self._lease)
+                ask = bool(taken.leases) and self._specs[queue].replay_window > 0
+                replayed = self._replayed(queue, taken.leases) if ask else _NONE
             except Error:
                 if not deliveries:
                     raise
@@ -267,7 +272,14 @@ class StoredFeed:
                 break
             for lease in taken.leases:
                 delivery = Delivery(
-                    queue, lease.id, lease.raw, lease.attempts, lease.crashes, lease.deliveries, lease.token
+                    queue,
+                    lease.id,
+                    lease.raw,
+                    lease.attempts,
+                    lease.crashes,
+                    lease.deliveries,
+                    lease.token,
+                    lease.token in replayed,
                 )
                 self._held[_key(delivery)] = delivery
                 deliveries.append(delivery)
@@ -276,6 +288,19 @@ class StoredFeed:
                 quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
                 self._look_at[queue] = monotonic() + quiet
         return deliveries
+
+    def _replayed(self, queue: str, leases: Sequence[Lease]) -> Set[int]:
+        """Return the tokens of those leases whose message has been completed before."""
+        # By the envelope's id, which is what is signed: a copy may be stored under any other.
+        ids = {lease.token: identify(lease.raw, lease.id) for lease in leases}
+        try:
+            completed = self._store.completed(queue, list(ids.values()))
+        except BaseException:
+            # Nobody may see them unchecked. If they cannot be put back, they return when their leases run out.
+            with suppress(Error):
+                self._store.settle(queue, [Ending(lease.id, lease.token, "release") for lease in leases])
+            raise
+        return {token for token, id in ids.items() if id in completed}
 
     def settle(self, settlements: Sequence[Settlement]) -> Settling:
         """See `Feed.settle`."""
@@ -421,7 +446,11 @@ def _ending(queue: QueueSpec, settlement: Settlement) -> Ending | None:
     """Return how a store ends a lease, or None if the message goes to the dead-letter queue."""
     delivery, outcome = settlement.delivery, settlement.outcome
     if outcome.action == "done":
-        return Ending(delivery.id, delivery.receipt, "ack")
+        if not queue.replay_window:
+            return Ending(delivery.id, delivery.receipt, "ack")
+        keep = ceil(queue.replay_window * 1000)
+        id = identify(delivery.raw, delivery.id)
+        return Ending(delivery.id, delivery.receipt, "ack", keep=keep, completes=id)
     if outcome.action == "release":
         return Ending(delivery.id, delivery.receipt, "release")
     delay = outcome.delay

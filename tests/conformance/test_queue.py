@@ -15,11 +15,41 @@ from tests.conformance.conftest import Bench
 
 #: What each broker claims; changing it is changing a promise.
 CLAIMS: dict[str, dict[str, Any]] = {
-    "memory": {"shared": False, "deduplicates": True, "priorities": "always", "tells_age": True},
-    "sqlite": {"shared": True, "deduplicates": True, "priorities": "always", "tells_age": True},
-    "redis": {"shared": True, "deduplicates": True, "priorities": "always", "tells_age": True},
-    "fakeredis": {"shared": True, "deduplicates": True, "priorities": "always", "tells_age": True},
-    "rabbitmq": {"shared": True, "deduplicates": False, "priorities": "declared", "tells_age": False},
+    "memory": {
+        "shared": False,
+        "deduplicates": True,
+        "priorities": "always",
+        "tells_age": True,
+        "remembers_completed": True,
+    },
+    "sqlite": {
+        "shared": True,
+        "deduplicates": True,
+        "priorities": "always",
+        "tells_age": True,
+        "remembers_completed": True,
+    },
+    "redis": {
+        "shared": True,
+        "deduplicates": True,
+        "priorities": "always",
+        "tells_age": True,
+        "remembers_completed": True,
+    },
+    "fakeredis": {
+        "shared": True,
+        "deduplicates": True,
+        "priorities": "always",
+        "tells_age": True,
+        "remembers_completed": True,
+    },
+    "rabbitmq": {
+        "shared": True,
+        "deduplicates": False,
+        "priorities": "declared",
+        "tells_age": False,
+        "remembers_completed": False,
+    },
 }
 
 

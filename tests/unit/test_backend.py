@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kq import errors
-from kq.backend import Envelope, QueueSpec, bury, clean, pack, unknown_options, unpack, unpack_or_wrap
+from kq.backend import Envelope, QueueSpec, bury, clean, identify, pack, unknown_options, unpack, unpack_or_wrap
 from kq.outcome import Failure, Outcome
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -51,12 +51,28 @@ def test_pack_round_trip(id: str, headers: dict[str, Any], properties: dict[str,
 @example(b"\x93\xa1a\x80\x80")
 def test_random_bytes_raise_only_value_error(raw: bytes) -> None:
     """Whatever lies in a broker, unpacking gives an envelope or a ValueError."""
+    known_as = identify(raw, "other")
     try:
         envelope = unpack(raw)
     except ValueError:
         return
     assert isinstance(envelope.id, str)
     assert isinstance(envelope.body, bytes)
+    assert known_as == envelope.id
+
+
+@given(TEXT, TABLES, TABLES, st.binary())
+def test_an_envelope_is_identified(id: str, headers: dict[str, Any], properties: dict[str, Any], body: bytes) -> None:
+    """An envelope's id is read without the rest of it."""
+    assert identify(pack(Envelope(id, headers, properties, body)), "other") == id
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\x90", b"\x91\x01", b"\x00not", b"\x94\xa1\xff\x80\x80\xc4\x00", b"\x94\xa1a\x81"]
+)
+def test_what_is_no_envelope_has_the_id_it_came_under(raw: bytes) -> None:
+    """Bytes in which no id can be read are known by the id that they came under."""
+    assert identify(raw, "other") == "other"
 
 
 @given(st.binary(max_size=10), st.integers(0, 40))
