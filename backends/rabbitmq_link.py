@@ -76,7 +76,8 @@ class Link:
             "frame_handler": lenient_frame_handler,
         }
         connect_timeout = max(_LEAST_PATIENCE, min(options.timeout, options.connect_timeout, patience))
-        try:
+        self._client: Any = None
+        with suppress(ValueError, TypeError, KeyError):
             connection: Any = kombu.Connection if secured is None else TlsClient
             self._client = connection(
                 url,
@@ -85,11 +86,9 @@ class Link:
                 connect_timeout=connect_timeout,
                 transport_options=transport_options,
             )
-        except (ValueError, TypeError, KeyError):
-            # Not chained: the original names pieces of the URL, and one may be the password.
-            raise Invalid(
-                f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}"
-            ) from None
+        if self._client is None:
+            # Not chained, not even hidden: the original names pieces of the URL, and one may be the password.
+            raise Invalid(f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}")
         # Kombu tries again two seconds later, or elsewhere; not where a single broker has let us wait already.
         again_within = None if self._client.alt else connect_timeout / 2
         self._client.ensure_connection(max_retries=1, reraise_as_library_errors=False, timeout=again_within)

@@ -8,6 +8,7 @@ be lost without harm.
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import threading
@@ -43,6 +44,7 @@ _CHUNK_BYTES: Final = 4 * 2**20
 #: Seconds that the server holds a blocked wake-up call; also how soon a dead connection is noticed.
 _BLOCK: Final = 3.0
 
+_DATABASE: Final = re.compile(r"/?\d*/?", re.ASCII)
 _TOPOLOGY: Final = "kq:topology"
 
 _blobs = msgspec.msgpack.Decoder(list[bytes])
@@ -84,13 +86,16 @@ class RedisStore:
         }
         if tls is not None:
             options.update(tls_context=secure.context(tls), tls_server_name=tls.server_name)
-        try:
-            # redis-py takes database 0 where it cannot read the number.
-            int(unquote(urlsplit(url).path).replace("/", "") or "0")
-            # An encrypted connection's class would be redis-py's own.
-            self._pool = redis.ConnectionPool.from_url(url.replace("rediss://", "redis://", 1), **options)
-        except (ValueError, TypeError):
-            raise Invalid(f"broker: expected redis://[user:password@]host[:port][/db], got {self._shown!r}") from None
+        pool = None
+        # redis-py takes database 0 where it cannot read the number.
+        if _DATABASE.fullmatch(unquote(urlsplit(url).path)):
+            with suppress(ValueError, TypeError):
+                # An encrypted connection's class would be redis-py's own.
+                pool = redis.ConnectionPool.from_url(url.replace("rediss://", "redis://", 1), **options)
+        if pool is None:
+            # Not chained, not even hidden: the original names pieces of the URL, and one may be the password.
+            raise Invalid(f"broker: expected redis://[user:password@]host[:port][/db], got {self._shown!r}")
+        self._pool: redis.ConnectionPool = pool
         if tls is not None:
             self._pool.connection_class = TlsConnection
         self._client = redis.Redis(connection_pool=self._pool)

@@ -32,6 +32,7 @@ from kq.backend import (
     unpack_or_wrap,
 )
 from kq.backends.store import BrokerAway, Ending, Entry, Lease, Store
+from kq.backends.tls import separate
 from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound
 from kq.header import NORMAL
@@ -51,9 +52,13 @@ class StoredBackend:
     """A broker made of a store."""
 
     def __init__(self, url: str, options: BackendOptions) -> None:
+        scheme = url.partition("://")[0].lower()
+        if scheme in ("redis", "rediss"):
+            # Before Kombu sees an ill-formed one, whose error would name pieces of it.
+            separate(url, options.tls)
         self._url = url
         self._options = options
-        self._scheme = url.partition("://")[0].lower().replace("rediss", "redis")
+        self._scheme = scheme.replace("rediss", "redis")
         self._lock = Lock()
         # Not connected yet; but an ill-formed URL fails here.
         self._connection: Any = self._connect()
@@ -158,11 +163,11 @@ class StoredBackend:
         store: Store = connection.transport.store
         try:
             self._reach(connection)
+            return StoredFeed(connection, store, queues, self._options.lease)
         except BaseException:
             connection.close()
             store.close()
             raise
-        return StoredFeed(connection, store, queues, self._options.lease)
 
     def info(self, queue: QueueSpec) -> QueueInfo:
         """See `Backend.info`."""

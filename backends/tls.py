@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from kq.config import hide_password
 from kq.driver import Tls
@@ -85,10 +85,12 @@ def separate(url: str, tls: Tls | None) -> tuple[str, Tls | None]:
 
 def _without_parameters(url: str, said: dict[str, Any]) -> str:
     """Return a URL without our parameters, which go to ``said``."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise Invalid(f"broker: expected a URL, got {hide_password(url)!r}") from None
+    parts = _parts(url)
+    if parts is None:
+        # Not chained, not even hidden: the original names pieces of the URL, and one may be the password.
+        raise Invalid(
+            f"broker: expected a URL such as {url.partition('://')[0]}://localhost, got {hide_password(url)!r}"
+        )
     kept = []
     for piece in parts.query.split("&") if parts.query else []:
         name, value = next(iter(parse_qsl(piece, keep_blank_values=True)), ("", ""))
@@ -115,6 +117,15 @@ def _without_parameters(url: str, said: dict[str, Any]) -> str:
         return url
     before, _, after = url.partition("?" + parts.query)
     return before + ("?" + "&".join(kept) if kept else "") + after
+
+
+def _parts(url: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
 
 
 def context(tls: Tls) -> ssl.SSLContext:

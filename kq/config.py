@@ -183,9 +183,9 @@ def hide_password(url: str) -> str:
         if any(_SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
             # A secret with an unquoted & or # in it looks like more than one parameter.
             return hide_password(f"{head}://{rest.partition('?')[0]}") + "?**"
+        # Without an @ a password stands where the port should: then this is an error.
+        _ = parts.port
         if "@" not in rest or not parts.netloc:
-            # Without an @ a password stands where the port should, which says so by an error.
-            _ = parts.port
             return url
         if rest.count("@") > parts.netloc.count("@"):
             # A password with an unquoted /, ? or #, or a list of brokers.
