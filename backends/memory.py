@@ -15,7 +15,7 @@ from threading import Condition, Lock
 from time import monotonic
 from typing import Any, ClassVar
 
-from kq.backend import Capabilities
+from kq.backend import Capabilities, Role
 from kq.backends.store import Counts, Ending, Entry, Lease, Taken
 
 
@@ -92,6 +92,10 @@ class MemoryStore:
     def warnings(self) -> list[str]:
         """Say that nothing survives."""
         return ["memory:// keeps messages in this process only; they are gone when it ends"]
+
+    def acl(self, role: Role, queues: Sequence[str]) -> str:
+        """Say that there is nothing to grant."""
+        return f"# {role}: memory:// lives in one process; there are no accounts, and there is nothing to grant"
 
     def declare(self, queue: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """See `Store.declare`."""

@@ -18,7 +18,8 @@ from typing import Any, Final, TypeVar
 from amqp import spec
 from amqp.exceptions import PreconditionFailed
 
-from kq.backend import Capabilities, Envelope, Publication, QueueInfo, QueueSpec
+from kq.backend import Capabilities, Envelope, Publication, QueueInfo, QueueSpec, Role
+from kq.backends import rabbitmq_acl
 from kq.backends import tls as secure
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.rabbitmq_link import Link, away, mapped
@@ -103,6 +104,18 @@ class RabbitBackend:
             self._administer(declare)
         except NotFound:
             raise NotFound(f"queue {queue.id} does not exist; declare it, or let create_queues make it") from None
+        except PermissionDenied as error:
+            self._see_that_it_exists(queue.id, error)
+
+    def _see_that_it_exists(self, queue: str, refusal: PermissionDenied) -> None:
+        """Do without declaring a queue that somebody else has: a publisher need not be allowed to."""
+        try:
+            self._administer(lambda link: link.open_channel().queue_declare(queue, passive=True))
+        except NotFound:
+            raise PermissionDenied(
+                f"queue {queue} does not exist, and this account may not declare it; start a worker of it first "
+                f"({refusal.message})"
+            ) from None
 
     def _declare_dead_letters(self, link: Link, name: str) -> None:
         channel = link.open_channel()
@@ -279,6 +292,10 @@ class RabbitBackend:
                 f"consumer_timeout ({_CONSUMER_TIMEOUT:g} s unless changed): raise that above the handler's timeout"
             )
         return warnings
+
+    def acl(self, role: Role, queues: Sequence[str]) -> str:
+        """See `kq.backend.Granting`."""
+        return rabbitmq_acl.acl(role, queues, self._url)
 
     def close(self) -> None:
         """See `Backend.close`."""

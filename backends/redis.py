@@ -25,8 +25,8 @@ from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemory
 from redis.retry import Retry
 
 from kq import limit
-from kq.backend import Capabilities
-from kq.backends import redis_script
+from kq.backend import Capabilities, Role
+from kq.backends import redis_acl, redis_script
 from kq.backends import tls as secure
 from kq.backends.redis_tls import TlsConnection, UnsafeConnection
 from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
@@ -45,6 +45,10 @@ _CHUNK_BYTES: Final = 4 * 2**20
 _BLOCK: Final = 3.0
 
 _DATABASE: Final = re.compile(r"/?\d*/?", re.ASCII)
+#: What Redis says where the account may not: by a command, and, by version, from within a script.
+_REFUSALS: Final = (
+    "NOAUTH", "WRONGPASS", "NOPERM", "invalid password", "user executing the script can't", "ACL failure in script",
+)  # fmt: skip
 _TOPOLOGY: Final = "kq:topology"
 
 _blobs = msgspec.msgpack.Decoder(list[bytes])
@@ -137,6 +141,10 @@ class RedisStore:
                 f"Redis {kept} (appendonly no): acknowledged messages do not survive its restart; set appendonly yes"
             )
         return found
+
+    def acl(self, role: Role, queues: Sequence[str]) -> str:
+        """See `kq.backend.Granting`."""
+        return redis_acl.acl(role, queues)
 
     def declare(self, queue: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """See `Store.declare`."""
@@ -366,7 +374,7 @@ class RedisStore:
             if "OOM" in text:
                 raise Internal("Redis is full (maxmemory reached); free memory or raise the limit",
                                details={"reason": "full"}) from None  # fmt: skip
-            if "NOAUTH" in text or "WRONGPASS" in text or "NOPERM" in text or "invalid password" in text:
+            if any(sign in text for sign in _REFUSALS):
                 raise PermissionDenied(f"Redis at {self._shown} refuses us: {text}") from None
             raise Internal(f"Redis at {self._shown} refused a command: {text}", details={"reason": "refused"}) from None
         except redis.exceptions.RedisError as error:

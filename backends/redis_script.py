@@ -88,7 +88,7 @@ end
 DECLARE: Final = """
 local found = call('GET', P .. 'q')  -- before any write: a full server refuses those
 if found then return found end
-call('SET', P .. 'q', ARGV[1])
+call('SETNX', P .. 'q', ARGV[1])  -- so that nobody needs the right to overwrite a key
 return nil
 """
 

@@ -33,7 +33,7 @@ from threading import Lock
 from time import time
 from typing import Any, ClassVar, Final
 
-from kq.backend import Capabilities
+from kq.backend import Capabilities, Role
 from kq.backends.sqlite_file import check_place
 from kq.backends.sqlite_listener import Listener
 from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
@@ -115,6 +115,14 @@ class SQLiteStore:
         """See `Store.warnings`."""
         self.ping()
         return []
+
+    def acl(self, role: Role, queues: Sequence[str]) -> str:
+        """Say that the file's permissions are all there is."""
+        return (
+            f"# {role}: SQLite has no accounts. Whoever may write the file and its folder, where SQLite keeps a\n"
+            "# journal, can do everything; who may not can neither publish nor consume: grant both by the\n"
+            "# permissions of the folder and of the file, to a user or a group of their own."
+        )
 
     def declare(self, queue: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """See `Store.declare`."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from kq.backend import Capabilities
+from kq.backend import Capabilities, Role
 from kq.errors import Internal
 
 
@@ -122,6 +122,10 @@ class Store(Protocol):
 
     def warnings(self) -> list[str]:
         """Return what is wrong with the broker's settings."""
+        ...
+
+    def acl(self, role: Role, queues: Sequence[str]) -> str:
+        """See `kq.backend.Granting`."""
         ...
 
     def declare(self, queue: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from kq.backend import (
     Publication,
     QueueInfo,
     QueueSpec,
+    Role,
     Settlement,
     Settling,
     bury,
@@ -226,6 +227,10 @@ class StoredBackend:
     def check(self, handler_timeout: float | None = None) -> list[str]:
         """See `Backend.check`."""
         return self._store().warnings()
+
+    def acl(self, role: Role, queues: Sequence[str]) -> str:
+        """See `kq.backend.Granting`."""
+        return self._own.acl(role, queues)
 
     def close(self) -> None:
         """See `Backend.close`."""

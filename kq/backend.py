@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -372,6 +372,26 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give up all connections. Idempotent."""
+        ...
+
+
+#: What an account on a broker is for.
+Role = Literal["publisher", "worker"]
+
+
+@runtime_checkable
+class Granting(Protocol):
+    """A backend that knows what an account on its broker needs; all of kq's own do."""
+
+    def acl(self, role: Role, queues: Sequence[str]) -> str:
+        """Return the least rights of an account, as an administrator types them; nothing is connected.
+
+        Comments in it say what such an account can do all the same, because the broker has no finer grain.
+
+        Args:
+            role: What the account is for. A worker's rights include those of a publisher.
+            queues: The ids of the queues to grant, dead-letter queues among them; none for all.
+        """
         ...
 
 

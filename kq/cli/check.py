@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kq.cli.acl import show
 from kq.cli.option import ConfigurationError, common, find_app, table
 from kq.errors import Conflict, Invalid
 
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     show_envvar=True,
     help="Print a JSON Schema of the configuration file, for editors.",
 )
+@click.option("--acl", is_flag=True, envvar="KQ_ACL", show_envvar=True,
+              help="Print the least rights of a publisher and of a worker; connect nothing.")  # fmt: skip
 @common
-def check(app_path: str | None, broker: str | None, offline: bool, schema: bool) -> None:
+def check(app_path: str | None, broker: str | None, offline: bool, schema: bool, acl: bool) -> None:
     """Reach the brokers, and say what they can do and which of their settings endanger messages."""
     from kq import config
 
@@ -42,6 +45,10 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool)
             app.declarations.load_handlers()
         except (Invalid, Conflict) as error:
             raise ConfigurationError(error.message) from error
+        if acl:
+            for driver in app.registry.drivers.values():
+                _print_rights(app.registry, driver)
+            return
         warnings = config.unknown_variables(named=app.registry.variables)
         if offline:
             _print_configuration(app)
@@ -52,6 +59,14 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool)
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     if not warnings:
         click.echo("the configuration is fine" if offline else "no unsafe settings found")
+
+
+def _print_rights(registry: Registry, driver: Driver) -> None:
+    """Print what a publisher and a worker need to be allowed on a driver's broker."""
+    if driver.name:
+        click.echo(f"driver         {driver.name}")
+    specs = [spec for spec in registry.queues() if spec.driver == driver.name]
+    show(registry.backend(driver.name), [id for spec in specs for id in (spec.id, spec.dead_letter) if id is not None])
 
 
 def _check_driver(registry: Registry, driver: Driver) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,26 @@ def test_debug_shows_the_traceback(local_shop: Shop) -> None:
 
     assert done.returncode == 2
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "granted"),
+    [
+        ("redis://:secret@127.0.0.1:1", ["ACL SETUSER kq-publisher", "ACL SETUSER kq-worker", "~{{kq:{queue}}}*"]),
+        ("amqp://u:secret@127.0.0.1:1/v", ["set_permissions -p v kq-publisher", "-p v kq-worker", "|{escaped}|"]),
+    ],
+)
+def test_check_prints_the_least_rights(local_shop: Shop, url: str, granted: list[str]) -> None:
+    """--acl prints what accounts need for the app's own queues, or for all; it connects nothing."""
+    mine = local_shop.run("check", "--acl", "-A", "shop:app", "-b", url)
+    every = local_shop.run("check", "--acl", KQ_BROKER_URL=url)
+
+    assert (mine.returncode, mine.stderr, every.returncode, every.stderr) == (0, "", 0, "")
+    for text in granted:
+        assert text.format(queue=local_shop.queue, escaped=re.escape(local_shop.queue)) in mine.stdout
+    assert local_shop.queue not in every.stdout
+    assert re.escape(local_shop.queue) not in every.stdout
+    assert "secret" not in mine.stdout + every.stdout
 
 
 def test_wrong_password_is_refused_and_hidden(shop: Shop) -> None:
