@@ -33,9 +33,10 @@ _SECRET: Final = re.compile(r"pass|pwd|secret|token|key|cred|auth", re.IGNORECAS
 COMMAND_VARIABLES: Final = frozenset(
     "KQ_" + name
     for name in (
-        "ACL", "ACTION", "ACTOR_META", "ALL", "APP", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG", "DELAY",
-        "EXPIRES", "GRACE", "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL", "MESSAGE_ID", "META",
-        "OFFLINE", "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES", "QUEUES", "RESOURCE", "SCHEMA", "YES",
+        "ACL", "ACTION", "ACTOR_META", "ALL", "APP", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG",
+        "DELAY", "EXPIRES", "GRACE", "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL", "MESSAGE_ID",
+        "META", "OFFLINE", "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES", "QUEUES", "RESOURCE", "SCHEMA",
+        "YES",
     )
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ import redis
 
 import kq
 from kq import errors
-from kq.backend import Granting, Role, Settlement
+from kq.backend import Granting, Role, Settlement, clean
 from kq.outcome import Failure, Outcome
 from kq.registry import default_spec
 from tests.account import account
@@ -87,7 +87,7 @@ def test_a_worker_can_do_everything(bench: Bench, narrow: bool) -> None:
             assert backend.info(queue).dead == 2
             letters = backend.browse(mine.dead, 10, 0)
             assert len(letters) == 2
-            assert backend.replay(mine.dead, [letters[0].id], queue) == 1
+            assert backend.replay(mine.dead, [letters[0].id], queue, clean) == 1
             assert backend.remove(mine.dead, [letters[1].id]) == 1
             assert backend.remove(mine.dead, None) == 0
             assert backend.purge(queue) >= 1
@@ -149,7 +149,7 @@ def test_a_publisher_cannot_read(bench: Bench, narrow: bool) -> None:
             lambda: backend.browse(app_queue, 10, 0),
             lambda: backend.purge(app_queue),
             lambda: backend.remove(app_queue, ["secret"]),
-            lambda: backend.replay(bench.dead, None, app_queue) or backend.browse(bench.dead, 1, 0),
+            lambda: backend.replay(bench.dead, None, app_queue, clean) or backend.browse(bench.dead, 1, 0),
         ]
         try:
             for call in calls:

@@ -80,27 +80,27 @@ def assert_clean(text: str, where: str) -> None:
 def test_commands_show_no_password(local_shop: Shop, wrong_url: str) -> None:
     """No command shows it, with tracebacks or without, in text or JSON, wherever the URL comes from."""
     queue = local_shop.queue
-    commands = [
-        ["check"], ["info", queue], ["publish", queue, "1"], ["dead", "list", queue],
-        ["worker", "shop:app", "-l", "debug", "--connect-timeout", "0.1"],
-    ]  # fmt: skip
-    file = local_shop.folder / "broker-url"
-    file.write_text(wrong_url + "\n")
+    # By variable and with tracebacks, or by a file of its own and as JSON.
+    variable = {"KQ_BROKER_URL": wrong_url, "KQ_PUBLISH_TIMEOUT": "1"}
+    in_file = {"KQ_BROKER_URL_FILE": str(local_shop.folder / "url"), "KQ_LOG_FORMAT": "json", "KQ_PUBLISH_TIMEOUT": "1"}
+    worker = ["worker", "shop:app", "-l", "debug", "--connect-timeout", "0.1"]
+    commands = [(["check", "--debug"], variable), (worker, in_file)]
+    if "nobody" in wrong_url:
+        # These reach a broker, each in its own way.
+        commands += [
+            (["info", queue], in_file), (["publish", queue, "1", "--debug"], variable),
+            (["dead", "list", queue, "--debug"], in_file), ([*worker, "--debug"], variable),
+        ]  # fmt: skip
+    (local_shop.folder / "url").write_text(wrong_url + "\n")
     environment = {key: value for key, value in local_shop.environment.items() if key != "KQ_BROKER_URL"}
-    running = []
-    for command in commands:
-        # By variable and with tracebacks; by a file of its own, as JSON.
-        for extra, more in (
-            (["--debug"], {"KQ_BROKER_URL": wrong_url, "KQ_PUBLISH_TIMEOUT": "1"}),
-            ([], {"KQ_BROKER_URL_FILE": str(file), "KQ_LOG_FORMAT": "json", "KQ_PUBLISH_TIMEOUT": "1"}),
-        ):
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "kq", *command, *extra],
-                    cwd=local_shop.folder, env={**environment, **more}, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                )
-            )  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "kq", *command],
+            cwd=local_shop.folder, env={**environment, **more}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for command, more in commands
+    ]  # fmt: skip
     for process in running:
         output, _ = process.communicate(timeout=2 * PATIENCE)
         assert process.returncode not in (0, None), output
@@ -187,9 +187,6 @@ def test_errors_logs_and_reprs_show_no_password(wrong_url: str, records: list[lo
     queue = "secret:q"
     calls: list[Callable[[kq.App], Any]] = [
         lambda app: app.publish(queue, 1),
-        lambda app: app.publish_many(queue, [1, 2]),
-        lambda app: app.info(queue),
-        lambda app: app.dead(queue).list(),
         lambda app: app.registry.backend().check(),
         lambda app: kq.Consumer(app, queue).receive(timeout=0.1),
     ]
