@@ -206,3 +206,27 @@ def test_reload_is_all_or_nothing(local: Project) -> None:
     local.until("second 4")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(PATIENCE) == 0
+
+
+def test_term_wins_over_a_reload(local: Project) -> None:
+    """TERM ends a worker that is finishing what runs in order to start anew, and lets that finish."""
+    os.mkfifo(local.folder / "gate")
+    local.write(
+        "handlers.py",
+        "import logging\ndef f(payload):\n    logging.getLogger().info('begun')\n    open('gate').read()\n",
+    )
+    file = "namespace: shop\nentries:\n  - {id: w, kind: queue.consumer, queue: q, method: f}\n"
+    local.write("kq.yaml", file)
+    worker = local.worker("-p", "1")
+    local.run("publish", "shop:q", "1")
+    local.until("begun")
+    local.write("kq.yaml", file + "settings: {max_body: 1000}\n")
+    worker.send_signal(signal.SIGHUP)
+    local.until("finishing what runs, then starting anew")
+
+    worker.send_signal(signal.SIGTERM)
+    (local.folder / "gate").write_text("open")
+
+    assert worker.wait(PATIENCE) == 0
+    assert local.log().count("kq worker of") == 1
+    assert "1 done" in local.log()
