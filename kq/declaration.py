@@ -65,7 +65,10 @@ class Declarations:
     Args:
         document: What the configuration files say.
         registry: Where the result goes.
-        module: The module that made the app; bare method names are looked up in it.
+        module: See the attribute.
+
+    Attributes:
+        module: The module that made the app, in which bare method names are looked up; None for none.
 
     Raises:
         Invalid: If an entry says what cannot be; the message names its place.
@@ -74,7 +77,7 @@ class Declarations:
     def __init__(self, document: Document, registry: Registry, module: str | None) -> None:
         self._registry = registry
         self._document = document
-        self._module = module
+        self.module = module
         self._queues: dict[str, Said] = {}
         self._in_python: dict[str, Said] = {}
         self._pending = list(document.consumers.values())
@@ -134,7 +137,7 @@ class Declarations:
             entry = self._pending[0]
             method = entry.given.values["method"]
             try:
-                handler = find_handler(method, folder=entry.folder, source=entry.source, module=self._module)
+                handler = find_handler(method, folder=entry.folder, source=entry.source, module=self.module)
             except Invalid as error:
                 raise Invalid(f"{entry.given.places['method']}: consumer {entry.id}: {error.message}") from error
             self._add(entry, handler)

@@ -230,3 +230,12 @@ def test_term_wins_over_a_reload(local: Project) -> None:
     assert worker.wait(PATIENCE) == 0
     assert local.log().count("kq worker of") == 1
     assert "1 done" in local.log()
+
+
+def test_a_worker_without_handlers_says_what_is_missing(local: Project) -> None:
+    """Whoever forgot handlers.py, or has a name in it that a library has too, hears of their own files alone."""
+    local.write("kq.yaml", "entries: [{id: w, kind: queue.consumer, queue: 'a:q', method: echo}]\n")
+    for command in (("worker",), ("check", "--offline")):
+        done = local.run(*command)
+        assert (done.returncode, "click" in done.stderr) == (78, False)
+        assert "kq.yaml:1: consumer w: method: there is no handlers.py to find 'echo' in" in done.stderr

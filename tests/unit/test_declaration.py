@@ -147,3 +147,11 @@ def test_an_app_is_named_after_its_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert kq.App.from_file(str(path), broker="memory://y").registry.settings.broker == "memory://y"
     monkeypatch.chdir(tmp_path)
     assert kq.App.from_file().name == "shop"
+
+
+def test_an_app_of_a_file_has_no_module(tmp_path: Path) -> None:
+    """Bare method names are never looked up in whatever called kq, such as the library for command lines."""
+    (tmp_path / "kq.yaml").write_text("entries: [{kind: queue.consumer, id: w, queue: a:b, method: on_email}]\n")
+    app = kq.App.from_file(str(tmp_path / "kq.yaml"))
+    with pytest.raises(errors.Invalid, match=r"there is no .*handlers\.py to find 'on_email' in; name a source"):
+        app.declarations.load_handlers()
