@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from kq.backend import QueueSpec
 from kq.config_file import Document, Entry, Given, Place, policy
-from kq.driver import MAIN, Driver, Tls
+from kq.driver import MAIN, Driver, Tls, naming
 from kq.errors import Conflict, Invalid
 from kq.handler import find_handler
 from kq.registry import Registry, queue_spec
@@ -84,6 +84,8 @@ class Declarations:
         self._pending = list(document.consumers.values())
         #: Those that an entry describes: two entries are two consumers, whatever function they name.
         self._of_entries: list[Consumer] = []
+        #: What was said of each consumer of an entry, by queue and name.
+        self._consumers: dict[tuple[str, str], tuple[Said, ...]] = {}
         in_file = registry.settings.origins.get("broker")
         mistakes = _Mistakes()
         for id, entry in document.drivers.items():
@@ -132,6 +134,42 @@ class Declarations:
                 return said.place_of(name)
         return "default"
 
+    def check_drivers(self) -> None:
+        """See to it that every driver can be used, short of connecting.
+
+        Raises:
+            Invalid: If a URL is ill-formed, or a file that it takes cannot be read; with the place.
+        """
+        mistakes = _Mistakes()
+        for name in self._registry.drivers:
+            with mistakes.at(self.driver_origin(name), ""), naming(name):
+                self._registry.backend(name)
+        mistakes.check()
+
+    def driver_origin(self, name: str, field: str = "url") -> str:
+        """Return where a field of a driver was said; ``default`` where nobody said it."""
+        drivers, main = self._document.drivers, self._document.main
+        entry = drivers.get(name if name != MAIN else main or "")
+        if name == MAIN:
+            origin = self._registry.settings.origins.get("broker", "default")
+            if field == "url" or entry is None or origin != str(entry.given.places["url"]):
+                return origin if field == "url" else "default"
+        if entry is None:
+            return "argument"
+        places = entry.given.places
+        if field.startswith("reconnect_") and "reconnect" in places:
+            field = field.removeprefix("reconnect_")
+            places = entry.given.values["reconnect"].places
+        return str(places[field]) if field in places else "default"
+
+    def consumer_origin(self, consumer: Consumer, name: str) -> str:
+        """Return where a field of a consumer was said; ``default`` where nobody said it."""
+        for said in self._consumers.get((consumer.queue, consumer.name), ()):
+            if name in said.values:
+                return said.place_of(name)
+        in_python = (consumer.queue, consumer.name) not in self._consumers and bool(getattr(consumer, name))
+        return consumer.place if in_python else "default"
+
     def load_handlers(self) -> None:
         """Import the handlers that files name, and register their consumers. Idempotent.
 
@@ -151,7 +189,9 @@ class Declarations:
     def fingerprint(self) -> str:
         """Return a text that is another one whenever a worker's supervisor would have to work otherwise."""
         registry, document = self._registry, self._document
-        consumers = [[getattr(consumer, name) for name in ("queue", "name", *_OPTIONS)] for consumer in registry.router]
+        consumers = [
+            [getattr(consumer, name) for name in ("queue", "name", *CONSUMER_OPTIONS)] for consumer in registry.router
+        ]
         specs = sorted(registry.queues(), key=lambda spec: spec.id)
         drivers = sorted((astuple(driver) for driver in registry.drivers.values()), key=lambda values: str(values[1]))
         said = [
@@ -177,13 +217,15 @@ class Declarations:
             made = Consumer(queue=queue_id, name=entry.id, handler=handler, place=said.place, **said.values)
             router.add(made)
             self._of_entries.append(made)
+            self._consumers[queue_id, entry.id] = (said,)
             return
-        given: dict[str, Any] = {name: value for name in _OPTIONS if (value := getattr(twin, name))}
+        given: dict[str, Any] = {name: value for name in CONSUMER_OPTIONS if (value := getattr(twin, name))}
         in_python = Said(twin.place, given)
         values = merge(f"consumer {entry.id} of queue {queue_id}", said, in_python)
         made = Consumer(queue=queue_id, name=entry.id, handler=handler, place=said.place, **values)
         router.replace(twin, made)
         self._of_entries.append(made)
+        self._consumers[queue_id, entry.id] = (said, in_python)
 
 
 class _Mistakes:
@@ -193,7 +235,7 @@ class _Mistakes:
         self._found: list[Invalid | Conflict] = []
 
     @contextmanager
-    def at(self, place: Place, what: str) -> Iterator[None]:
+    def at(self, place: Place | str, what: str) -> Iterator[None]:
         """Note what is wrong with one entry, and go on."""
         try:
             yield
@@ -212,7 +254,7 @@ class _Mistakes:
 
 
 #: What both a file and Python may say of a consumer.
-_OPTIONS: Final = ("concurrency", "prefetch", "timeout", "auto_ack", "max_attempts", "backoff")
+CONSUMER_OPTIONS: Final = ("concurrency", "prefetch", "timeout", "auto_ack", "max_attempts", "backoff")
 
 
 def caller() -> Caller:
@@ -291,10 +333,13 @@ def declared_signing(document: Document) -> Signing | None:
 
 def consumer(entry: Entry) -> Said:
     """Return what an entry says of a consumer, as fields of `kq.router.Consumer`."""
-    values: dict[str, Any] = {name: entry.given.values[name] for name in _OPTIONS if name in entry.given.values}
+    values: dict[str, Any] = {name: entry.given.values[name] for name in CONSUMER_OPTIONS if name in entry.given.values}
     if "retry" in entry.given.values:
         values["backoff"] = backoff(entry.given.values["retry"])
-    return Said(str(entry.place), values, {name: str(place) for name, place in entry.given.places.items()})
+    places = {name: str(place) for name, place in entry.given.places.items()}
+    if "retry" in places:
+        places["backoff"] = places["retry"]
+    return Said(str(entry.place), values, places)
 
 
 def backoff(given: Given) -> Backoff:
