@@ -456,6 +456,8 @@ class Worker:
             logger.info("finishing what runs, then starting anew", extra={"action": "reload"})
             self.restart = not self._stop.is_set()
             self._stop.set()
+            # Else it would wait for something to do before it looks.
+            self._wake()
 
     def _idle(self) -> None:
         self._stop.set()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -284,3 +285,17 @@ def test_a_worker_without_handlers_says_what_is_missing(local: Project) -> None:
         done = local.run(*command)
         assert (done.returncode, "click" in done.stderr) == (78, False)
         assert "kq.yaml:1: consumer w: method: there is no handlers.py to find 'echo' in" in done.stderr
+
+
+def test_an_idle_worker_starts_anew_at_once(local: Project) -> None:
+    """Once it is known that it has to start anew, a worker with nothing in hand does not wait for anything."""
+    local.write("handlers.py", "def f(payload): pass\n")
+    file = "entries:\n  - {id: w, kind: queue.consumer, queue: 'a:q', method: f}\n"
+    local.write("kq.yaml", file)
+    worker = local.worker("-p", "1", "--log-format", "json")
+    local.write("kq.yaml", file + "settings: {max_body: 1000}\n")
+    worker.send_signal(signal.SIGHUP)
+    local.until("kq worker of", 2)
+    lines = [json.loads(line) for line in local.log().splitlines()]
+    times = {line["action"]: datetime.fromisoformat(line["time"]) for line in lines if "action" in line}
+    assert (times["stopped"] - times["reload"]).total_seconds() < 4
