@@ -91,7 +91,7 @@ def _print_configuration(app: App) -> None:
     rows += _worker_options(app.document.worker)
     table(["setting", "value", "from"], rows)
     for driver in app.registry.drivers.values():
-        click.echo(f"\n{f'driver {driver.name}' if driver.name else 'the own driver'}")
+        click.echo(f"\n{f'driver {driver.name}' if driver.name else 'driver of the app'}")
         rows = []
         for name, value in asdict(driver).items():
             # What is in there, by whatever name, may be a secret.
