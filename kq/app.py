@@ -127,6 +127,8 @@ class App:
     def from_file(cls, config: str | None = None, *, broker: str | None = None) -> App:
         """Return the app that a configuration file describes, named after the file's namespace.
 
+        It has no module of its own: bare method names are found in ``source``, else in ``handlers.py``.
+
         Args:
             config: The file; else ``KQ_CONFIG``, else ``kq.yaml`` if there is one.
             broker: The broker's URL; wins over the file's.
@@ -134,7 +136,10 @@ class App:
         Raises:
             Invalid: If the file, or a setting in the environment, is not what it must be.
         """
-        return cls(config_file.load(config).namespace or "kq", broker=broker, config=config)
+        app = cls(config_file.load(config).namespace or "kq", broker=broker, config=config)
+        # Whoever calls this, be it a library for command lines, is not where the handlers are.
+        app.declarations.module = None
+        return app
 
     @property
     def name(self) -> str:

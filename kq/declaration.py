@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from typing import Any, Final
 
 from kq.backend import QueueSpec
-from kq.config_file import Document, Entry, Given, policy
-from kq.driver import MAIN, Driver, Tls
+from kq.config_file import Document, Entry, Given, Place, policy
+from kq.driver import MAIN, Driver, Tls, naming
 from kq.errors import Conflict, Invalid
 from kq.handler import find_handler
 from kq.registry import Registry, queue_spec
@@ -65,7 +66,10 @@ class Declarations:
     Args:
         document: What the configuration files say.
         registry: Where the result goes.
-        module: The module that made the app; bare method names are looked up in it.
+        module: See the attribute.
+
+    Attributes:
+        module: The module that made the app, in which bare method names are looked up; None for none.
 
     Raises:
         Invalid: If an entry says what cannot be; the message names its place.
@@ -74,25 +78,32 @@ class Declarations:
     def __init__(self, document: Document, registry: Registry, module: str | None) -> None:
         self._registry = registry
         self._document = document
-        self._module = module
+        self.module = module
         self._queues: dict[str, Said] = {}
         self._in_python: dict[str, Said] = {}
         self._pending = list(document.consumers.values())
+        #: Those that an entry describes: two entries are two consumers, whatever function they name.
+        self._of_entries: list[Consumer] = []
+        #: What was said of each consumer of an entry, by queue and name.
+        self._consumers: dict[tuple[str, str], tuple[Said, ...]] = {}
         in_file = registry.settings.origins.get("broker")
+        mistakes = _Mistakes()
         for id, entry in document.drivers.items():
-            if id != document.main:
-                registry.add_driver(driver(entry, id))
-            elif in_file == str(entry.given.places["url"]):
-                # Somebody may have named another broker, to which nothing else in this entry applies.
-                registry.add_driver(driver(entry, MAIN))
+            with mistakes.at(entry.place, f"driver {id}"):
+                if id != document.main:
+                    registry.add_driver(driver(entry, id))
+                elif in_file == str(entry.given.places["url"]):
+                    # Somebody may have named another broker, to which nothing else in this entry applies.
+                    registry.add_driver(driver(entry, MAIN))
         for id, entry in document.queues.items():
-            said = self._queues[id] = queue(entry, document)
-            try:
+            with mistakes.at(entry.place, f"queue {id}"):
+                said = self._queues[id] = queue(entry, document)
                 registry.declare(queue_spec(id, **said.values))
-            except Invalid as error:
-                raise Invalid(f"{said.place}: queue {id}: {error.message}") from None
         for entry in self._pending:
-            registry.imply(entry.given.values["queue"])
+            with mistakes.at(entry.place, f"consumer {entry.id}"):
+                consumer(entry)
+                registry.imply(entry.given.values["queue"])
+        mistakes.check()
 
     def queue(self, queue_id: str, values: Mapping[str, Any]) -> QueueSpec:
         """Declare a queue in Python, and return it with what a file says of it.
@@ -123,6 +134,42 @@ class Declarations:
                 return said.place_of(name)
         return "default"
 
+    def check_drivers(self) -> None:
+        """See to it that every driver can be used, short of connecting.
+
+        Raises:
+            Invalid: If a URL is ill-formed, or a file that it takes cannot be read; with the place.
+        """
+        mistakes = _Mistakes()
+        for name in self._registry.drivers:
+            with mistakes.at(self.driver_origin(name), ""), naming(name):
+                self._registry.backend(name)
+        mistakes.check()
+
+    def driver_origin(self, name: str, field: str = "url") -> str:
+        """Return where a field of a driver was said; ``default`` where nobody said it."""
+        drivers, main = self._document.drivers, self._document.main
+        entry = drivers.get(name if name != MAIN else main or "")
+        if name == MAIN:
+            origin = self._registry.settings.origins.get("broker", "default")
+            if field == "url" or entry is None or origin != str(entry.given.places["url"]):
+                return origin if field == "url" else "default"
+        if entry is None:
+            return "argument"
+        places = entry.given.places
+        if field.startswith("reconnect_") and "reconnect" in places:
+            field = field.removeprefix("reconnect_")
+            places = entry.given.values["reconnect"].places
+        return str(places[field]) if field in places else "default"
+
+    def consumer_origin(self, consumer: Consumer, name: str) -> str:
+        """Return where a field of a consumer was said; ``default`` where nobody said it."""
+        for said in self._consumers.get((consumer.queue, consumer.name), ()):
+            if name in said.values:
+                return said.place_of(name)
+        in_python = (consumer.queue, consumer.name) not in self._consumers and bool(getattr(consumer, name))
+        return consumer.place if in_python else "default"
+
     def load_handlers(self) -> None:
         """Import the handlers that files name, and register their consumers. Idempotent.
 
@@ -130,50 +177,84 @@ class Declarations:
             Invalid: If one cannot be found, with its place.
             Conflict: If a consumer is declared otherwise in Python; the message names both places.
         """
-        while self._pending:
-            entry = self._pending[0]
-            method = entry.given.values["method"]
-            try:
-                handler = find_handler(method, folder=entry.folder, source=entry.source, module=self._module)
-            except Invalid as error:
-                raise Invalid(f"{entry.given.places['method']}: consumer {entry.id}: {error.message}") from error
-            self._add(entry, handler)
-            self._pending.pop(0)
+        mistakes = _Mistakes()
+        for entry in list(self._pending):
+            with mistakes.at(entry.given.places["method"], f"consumer {entry.id}"):
+                method = entry.given.values["method"]
+                handler = find_handler(method, folder=entry.folder, source=entry.source, module=self.module)
+                self._add(entry, handler)
+                self._pending.remove(entry)
+        mistakes.check()
 
     def fingerprint(self) -> str:
         """Return a text that is another one whenever a worker's supervisor would have to work otherwise."""
         registry, document = self._registry, self._document
-        consumers = [[getattr(consumer, name) for name in ("queue", "name", *_OPTIONS)] for consumer in registry.router]
+        consumers = [
+            [getattr(consumer, name) for name in ("queue", "name", *CONSUMER_OPTIONS)] for consumer in registry.router
+        ]
         specs = sorted(registry.queues(), key=lambda spec: spec.id)
+        drivers = sorted((astuple(driver) for driver in registry.drivers.values()), key=lambda values: str(values[1]))
         said = [
             _plain(value)
             for value in (
-                *document.drivers.values(),
                 document.worker,
                 document.security,
                 document.signing,
                 *document.policies.values(),
             )
         ]
-        whole = repr([astuple(registry.settings)[:-1], specs, consumers, said])
+        whole = repr([astuple(registry.settings)[:-1], specs, drivers, consumers, said])
         return hashlib.sha256(whole.encode()).hexdigest()
 
     def _add(self, entry: Entry, handler: Any) -> None:
         router = self._registry.router
         said = consumer(entry)
         queue_id = entry.given.values["queue"]
-        twin = next((other for other in router.of(queue_id) if other.handler is handler), None)
+        twin = next(
+            (other for other in router.of(queue_id) if other.handler is handler and other not in self._of_entries), None
+        )
         if twin is None:
-            router.add(Consumer(queue=queue_id, name=entry.id, handler=handler, place=said.place, **said.values))
+            made = Consumer(queue=queue_id, name=entry.id, handler=handler, place=said.place, **said.values)
+            router.add(made)
+            self._of_entries.append(made)
+            self._consumers[queue_id, entry.id] = (said,)
             return
-        given: dict[str, Any] = {name: value for name in _OPTIONS if (value := getattr(twin, name))}
+        given: dict[str, Any] = {name: value for name in CONSUMER_OPTIONS if (value := getattr(twin, name))}
         in_python = Said(twin.place, given)
         values = merge(f"consumer {entry.id} of queue {queue_id}", said, in_python)
-        router.replace(twin, Consumer(queue=queue_id, name=entry.id, handler=handler, place=said.place, **values))
+        made = Consumer(queue=queue_id, name=entry.id, handler=handler, place=said.place, **values)
+        router.replace(twin, made)
+        self._of_entries.append(made)
+        self._consumers[queue_id, entry.id] = (said, in_python)
+
+
+class _Mistakes:
+    """What is wrong with the entries of a file; all of it is told at once, each with its place."""
+
+    def __init__(self) -> None:
+        self._found: list[Invalid | Conflict] = []
+
+    @contextmanager
+    def at(self, place: Place | str, what: str) -> Iterator[None]:
+        """Note what is wrong with one entry, and go on."""
+        try:
+            yield
+        except (Invalid, Conflict) as error:
+            # Some say themselves which thing of the two they are about.
+            name = "" if error.message.startswith(what) else f"{what}: "
+            found = type(error)(f"{place}: {name}{error.message}")
+            found.__cause__ = error
+            self._found.append(found)
+
+    def check(self) -> None:
+        """Raise all that was noted, as what the first one is."""
+        if self._found:
+            first = self._found[0]
+            raise type(first)("\n".join(error.message for error in self._found)) from first
 
 
 #: What both a file and Python may say of a consumer.
-_OPTIONS: Final = ("concurrency", "prefetch", "timeout", "auto_ack", "max_attempts", "backoff")
+CONSUMER_OPTIONS: Final = ("concurrency", "prefetch", "timeout", "auto_ack", "max_attempts", "backoff")
 
 
 def caller() -> Caller:
@@ -252,10 +333,13 @@ def declared_signing(document: Document) -> Signing | None:
 
 def consumer(entry: Entry) -> Said:
     """Return what an entry says of a consumer, as fields of `kq.router.Consumer`."""
-    values: dict[str, Any] = {name: entry.given.values[name] for name in _OPTIONS if name in entry.given.values}
+    values: dict[str, Any] = {name: entry.given.values[name] for name in CONSUMER_OPTIONS if name in entry.given.values}
     if "retry" in entry.given.values:
         values["backoff"] = backoff(entry.given.values["retry"])
-    return Said(str(entry.place), values, {name: str(place) for name, place in entry.given.places.items()})
+    places = {name: str(place) for name, place in entry.given.places.items()}
+    if "retry" in places:
+        places["backoff"] = places["retry"]
+    return Said(str(entry.place), values, places)
 
 
 def backoff(given: Given) -> Backoff:

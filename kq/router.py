@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,23 +69,13 @@ class Router:
                 names both.
         """
         others = self.of(consumer.queue)
-        for other in others:
-            if other.name == consumer.name:
-                raise Conflict(
-                    f"queue {consumer.queue} has the consumer {other.name!r} already{_at(other)}; expected another "
-                    f"name for each consumer of a queue, got {consumer.name!r} as well{_at(consumer)}"
-                )
-            if other.auto_ack != consumer.auto_ack:
-                raise Conflict(
-                    f"queue {consumer.queue} has the consumer {other.name!r}{_at(other)} with "
-                    f"auto_ack={other.auto_ack}; expected the same for all consumers of a queue, got "
-                    f"{consumer.name!r}{_at(consumer)} with auto_ack={consumer.auto_ack}"
-                )
+        _check_beside(others, consumer)
         self._consumers.append(consumer)
         self._by_queue[consumer.queue] = (*others, consumer)
 
     def replace(self, old: Consumer, new: Consumer) -> None:
-        """Put a consumer in the place of another one of the same queue."""
+        """Put a consumer in the place of another one of the same queue; raises as `add`."""
+        _check_beside([other for other in self.of(old.queue) if other is not old], new)
         self._consumers[self._consumers.index(old)] = new
         self._by_queue[old.queue] = tuple(new if other is old else other for other in self.of(old.queue))
 
@@ -113,6 +103,22 @@ class Router:
 
     def __len__(self) -> int:
         return len(self._consumers)
+
+
+def _check_beside(others: Iterable[Consumer], consumer: Consumer) -> None:
+    """See to it that a consumer can be one of a queue's, beside the others; raises as `Router.add`."""
+    for other in others:
+        if other.name == consumer.name:
+            raise Conflict(
+                f"queue {consumer.queue} has the consumer {other.name!r} already{_at(other)}; expected another "
+                f"name for each consumer of a queue, got {consumer.name!r} as well{_at(consumer)}"
+            )
+        if other.auto_ack != consumer.auto_ack:
+            raise Conflict(
+                f"queue {consumer.queue} has the consumer {other.name!r}{_at(other)} with "
+                f"auto_ack={other.auto_ack}; expected the same for all consumers of a queue, got "
+                f"{consumer.name!r}{_at(consumer)} with auto_ack={consumer.auto_ack}"
+            )
 
 
 def _at(consumer: Consumer) -> str:

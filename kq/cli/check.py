@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import click
 
 from kq.cli.acl import show
 from kq.cli.option import ConfigurationError, common, find_app, table
+from kq.config_file.kind import WORKER
+from kq.declaration import CONSUMER_OPTIONS
 from kq.errors import Conflict, Invalid
 
 if TYPE_CHECKING:
     from kq.app import App
+    from kq.config_file import Given
     from kq.driver import Driver
     from kq.registry import Registry
 
@@ -105,9 +109,19 @@ def _print_configuration(app: App) -> None:
         value = getattr(settings, name)
         shown = config.hide_password(value) if name == "broker" else _show(value)
         rows.append([name, shown, settings.origins.get(name, "default")])
-    for name, value in app.document.worker.values.items():
-        rows.append([f"worker.{name}", _show(value), str(app.document.worker.places[name])])
+    rows += _worker_options(app.document.worker)
     table(["setting", "value", "from"], rows)
+    for driver in app.registry.drivers.values():
+        click.echo(f"\n{f'driver {driver.name}' if driver.name else 'driver of the app'}")
+        rows = []
+        for name, value in asdict(driver).items():
+            # What is in there, by whatever name, may be a secret.
+            shown = (
+                config.hide_password(value) if name == "url" else "given" if name == "tls" and value else _show(value)
+            )
+            if name != "name":
+                rows.append([name, shown, app.declarations.driver_origin(driver.name, name)])
+        table(["field", "value", "from"], rows)
     for spec in app.registry.queues():
         click.echo()
         fields = {
@@ -120,8 +134,27 @@ def _print_configuration(app: App) -> None:
         click.echo(f"queue {spec.id}")
         table(["field", "value", "from"], rows)
         for consumer in app.registry.router.of(spec.id):
-            click.echo(f"consumer {consumer.name}  ({consumer.place})")
+            click.echo(f"\nconsumer {consumer.name}  ({consumer.place})")
+            rows = [
+                [name, _show(getattr(consumer, name)), app.declarations.consumer_origin(consumer, name)]
+                for name in CONSUMER_OPTIONS
+            ]
+            table(["field", "value", "from"], rows)
     click.echo()
+
+
+def _worker_options(file: Given) -> list[list[Any]]:
+    """Return what ``kq worker`` runs with unless its command line says otherwise."""
+    rows: list[list[Any]] = []
+    for field in WORKER.fields:
+        variable = f"KQ_{field.name.upper()}"
+        if os.environ.get(variable):
+            rows.append([f"worker.{field.name}", os.environ[variable], variable])
+        elif field.name in file.values:
+            rows.append([f"worker.{field.name}", _show(file.values[field.name]), str(file.places[field.name])])
+        else:
+            rows.append([f"worker.{field.name}", field.default, "default"])
+    return rows
 
 
 def _show(value: Any) -> str:
@@ -129,6 +162,6 @@ def _show(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g} s"
-    if value is None or value == {}:
+    if value is None or value in ({}, (), ""):
         return "-"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

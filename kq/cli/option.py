@@ -168,17 +168,9 @@ def pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _use_file(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
-    """Have apps find the file, here and in children, and options take their defaults from it."""
+    """Have apps find the file, here and in children."""
     if path is not None:
         os.environ["KQ_CONFIG"] = os.path.abspath(path)
-    if ctx.info_name == "worker":
-        from kq import config_file
-
-        try:
-            values = config_file.load().worker.values
-        except errors.Invalid as error:
-            raise ConfigurationError(error.message) from None
-        ctx.default_map = {**values, **({"queues": ",".join(values["queues"])} if "queues" in values else {})}
 
 
 def find_app(app_path: str | None, broker: str | None) -> App:
@@ -198,6 +190,7 @@ def find_app(app_path: str | None, broker: str | None) -> App:
             app = load_app(app_path)
         if broker is not None:
             app.registry.override(broker=broker)
+        app.declarations.check_drivers()
         acting: Acting | None = click.get_current_context().obj
         if acting is not None and acting.actor is not None:
             click.get_current_context().with_resource(app.registry.guard.acting(acting.actor, acting.groups))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from kq.cli.option import CONFIGURATION, DURATION, ConfigurationError, common, end, exit_code, fail, find_app
 from kq.errors import Error, Invalid
 
 
+def _split(ctx: click.Context, param: click.Parameter, text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
 @click.command()
 @click.argument("app", required=False, metavar="[APP]")
-@click.option("-Q", "--queues", envvar="KQ_QUEUES", show_envvar=True, metavar="ID,ID",
+@click.option("-Q", "--queues", callback=_split, envvar="KQ_QUEUES", show_envvar=True, metavar="ID,ID",
               help="Queues to consume, separated by commas; default: all that have a handler.")  # fmt: skip
 @click.option("-p", "--processes", type=click.IntRange(1, 512), envvar="KQ_PROCESSES", show_envvar=True,
               help="Child processes; default: one for each CPU.")  # fmt: skip
@@ -38,16 +45,7 @@ def worker(
     app: str | None,
     app_path: str | None,
     broker: str | None,
-    queues: str | None,
-    processes: int | None,
-    concurrency: int,
-    pool: str | None,
-    prefetch: int | None,
-    grace: float,
-    connect_timeout: float,
-    burst: bool,
-    log_level: str,
-    log_format: str,
+    **given: Any,
 ) -> None:
     """Consume queues and run their handlers.
 
@@ -68,22 +66,13 @@ def worker(
             "name the app, as package.module:attribute, e.g. kq worker shop:app; "
             "or a configuration file that declares consumers, e.g. kq worker --config kq.yaml"
         )
-    configure(log_level, log_format)
+    # Before the app's module can do so, and once more when it is known what its file says.
+    configure(given["log_level"], given["log_format"])
     found = find_app(path, broker)
     try:
+        options = WorkerOptions(**_with_file(given, found.document.worker.values))
+        configure(options.log_level, options.log_format)
         found.declarations.load_handlers()
-        options = WorkerOptions(
-            queues=None if queues is None else [queue.strip() for queue in queues.split(",") if queue.strip()],
-            processes=processes,
-            concurrency=concurrency,
-            pool=pool,
-            prefetch=prefetch,
-            grace=grace,
-            burst=burst,
-            connect_timeout=connect_timeout,
-            log_level=log_level,
-            log_format=log_format,
-        )
         running = Worker(found, app_path=path or "", options=options)
         running.run()
     except Invalid as error:
@@ -98,3 +87,10 @@ def worker(
         found.close()
     if running.restart:
         start_anew()
+
+
+def _with_file(given: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options, from the file where neither the command line nor the environment says anything."""
+    source = click.get_current_context().get_parameter_source
+    unsaid = {name for name in given if source(name) is ParameterSource.DEFAULT}
+    return {name: file.get(name, value) if name in unsaid else value for name, value in given.items()}

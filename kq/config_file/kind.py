@@ -77,9 +77,16 @@ def _url_of(schemes: tuple[str, ...]) -> One:
     return checked(f"a URL with {expected}", make, "|".join(f"^{scheme}://" for scheme in schemes) + r"|^\$\{env:")
 
 
+def _namespace(text: str) -> str:
+    try:
+        return limit.queue_id(f"{text}:x").removesuffix(":x")
+    except Invalid:
+        raise ValueError from None
+
+
 _NAMESPACE: Final = checked(
     "a name of letters, digits, '.', '_' and '-'",
-    lambda text: limit.queue_id(f"{text}:x").partition(":")[0],
+    _namespace,
     r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
 )
 _GROUPS: Final = Many(TEXT)

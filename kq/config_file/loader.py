@@ -98,7 +98,8 @@ class _Loader:
             if other is not section:
                 self._problems.add(section.place, f"{name} is in {other.place} already; expected it in one file only")
         self._entries(given.get("entries"), namespace, folder, given.get("source"))
-        for name in given.get("include", ()):
+        # What is no text is noted already.
+        for name in filter(None, given.get("include", ())):
             self._include(given, os.path.join(folder, name), (*including, real))
         return namespace if isinstance(namespace, str) else None
 
@@ -208,7 +209,9 @@ class _Loader:
         try:
             limit.queue_id(id)
         except Invalid as error:
-            self._problems.add(given.places[field], f"{place}: {field}: {error.message}")
+            written = given.written.get(field)
+            why = error.message if written is None else f"expected a queue id such as app:emails, got {written!r}"
+            self._problems.add(given.places[field], f"{place}: {field}: {why}")
 
     def _check_policy(self, id: str, given: Given, place: str) -> None:
         """Have the policy itself say what is wrong with it."""
@@ -234,8 +237,9 @@ class _Loader:
         for entry in queues.values():
             name = entry.given.get("driver")
             if name is not None and name not in drivers:
-                known = f"{', '.join(drivers) or 'no driver'}{near(name, drivers)}"
-                why = f"queue {entry.id}: driver: there is no driver {name!r}; the files have {known}"
+                written = entry.given.written.get("driver")
+                known = f"{', '.join(drivers) or 'no driver'}{'' if written else near(name, drivers)}"
+                why = f"queue {entry.id}: driver: there is no driver {written or name!r}; the files have {known}"
                 self._problems.add(entry.given.places["driver"], why)
 
     def _check_signing(self, signing: Given | None) -> None:
@@ -244,8 +248,9 @@ class _Loader:
         keys, key = signing.get("keys", {}), signing.get("sign_with")
         if key is not None and key not in keys:
             known = ", ".join(keys) or "none"
+            shown = signing.written.get("sign_with", key)
             self._problems.add(
-                signing.places["sign_with"], f"signing: sign_with: there is no key {key!r}; keys has {known}"
+                signing.places["sign_with"], f"signing: sign_with: there is no key {shown!r}; keys has {known}"
             )  # fmt: skip
 
 

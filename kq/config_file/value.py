@@ -309,11 +309,13 @@ class Given:
         place: Where the section stands.
         values: By field name; what is left out is not there. Never shown: there are passwords and keys in it.
         places: Where each stands.
+        written: As written, what variables stand in, by field name: what these held is not to be shown.
     """
 
     place: Place
     values: dict[str, Any] = field(default_factory=dict, repr=False)
     places: dict[str, Place] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a field's value, or ``default`` if it is not given."""
@@ -335,7 +337,7 @@ class Section:
     def read(self, node: Node, label: str, reading: Reading) -> Given | None:
         """See `Value.read`."""
         if isinstance(node, Scalar) and node.plain and node.text in ("", "~", "null"):
-            return Given(node.place)
+            node = Mapping(node.place, {})
         if not isinstance(node, Mapping):
             reading.problems.add(node.place, f"{label}: expected {self.expected}, got {_shape(node)}")
             return None
@@ -356,6 +358,8 @@ class Section:
             found = known.value.read(item, f"{label}: {name}", reading)
             if found is not None or isinstance(known.value, Anything):
                 given.values[known.name] = found
+            if isinstance(item, Scalar) and VARIABLE.search(item.text):
+                given.written[known.name] = item.text
         for known in self.fields:
             if known.required and known.name not in given.places:
                 reading.problems.add(node.place, f"{label}: {known.name} is missing; expected {known.value.expected}")

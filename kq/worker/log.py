@@ -38,7 +38,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, style: str) -> None:
-    """Send logs to stderr, unless the program has arranged for them itself.
+    """Send logs to stderr, unless the program has arranged for them itself. May be called again.
 
     Args:
         level: A name that `logging` knows.
@@ -48,7 +48,9 @@ def configure(level: str, style: str) -> None:
     root.setLevel(level.upper())
     # At debug level py-amqp tells of every heartbeat.
     logging.getLogger("amqp").setLevel(logging.WARNING)
+    ours = [handler for handler in root.handlers if isinstance(handler.formatter, (TextFormatter, JsonFormatter))]
     if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        ours = [logging.StreamHandler(sys.stderr)]
+        root.addHandler(ours[0])
+    for handler in ours:
         handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
-        root.addHandler(handler)

@@ -11,12 +11,16 @@ import sys
 
 from kq.errors import Error
 from kq.target import open_app
+from kq.worker.worker import Worker
 
 
 def main(app_path: str) -> int:
     """Print the fingerprint of the app as it is now; the exit code says whether it loads."""
     try:
         app = open_app(app_path, json.load(sys.stdin))
+        app.declarations.check_drivers()
+        # It refuses what it could not work on.
+        Worker(app, app_path=app_path)
     except Error as error:
         sys.stderr.write(error.message + "\n")
         return 78

@@ -249,7 +249,7 @@ class Worker:
             known = ", ".join(dict.fromkeys(consumer.queue for consumer in router)) or "none"
             raise Invalid(
                 f"nothing to consume: app {self._registry.name!r} has handlers for {known}; "
-                "declare one with @app.consumer(queue_id)"
+                "declare one with @app.consumer(queue_id), or as a queue.consumer in the configuration file"
             )
         return consumers
 
@@ -425,6 +425,9 @@ class Worker:
         return max(0.0, min(_IDLE_TURN, left))
 
     def _obey(self, pool: Pool) -> None:
+        if self._stop.is_set():
+            # What was told to stop is not to start anything, itself least of all.
+            self._replace, self._trial = False, None
         if self._replace and self._app_path is None:
             self._replace = False
             pool.replace()
@@ -451,8 +454,10 @@ class Worker:
             pool.replace()
         else:
             logger.info("finishing what runs, then starting anew", extra={"action": "reload"})
-            self.restart = True
+            self.restart = not self._stop.is_set()
             self._stop.set()
+            # Else it would wait for something to do before it looks.
+            self._wake()
 
     def _idle(self) -> None:
         self._stop.set()
@@ -468,7 +473,9 @@ class Worker:
             return {}
 
         def stop(number: int, frame: object) -> None:
-            self._hurry = self._stop.is_set()
+            # A worker that is about to start anew is told to stop for the first time.
+            self._hurry = self._stop.is_set() and not self.restart
+            self.restart = False
             self._stop.set()
             self._wake()
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ import pytest
 from tests.broker import Broker
 from tests.integration.conftest import PATIENCE, children_of, wait_for
 
+_TWO_DRIVERS = (
+    "  - {id: other, kind: queue.driver.redis, url: 'redis://h:port'}\n"
+    "  - {id: broker, kind: queue.driver.memory, url: 'memory://'}\n"
+)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "configured"
 
 
@@ -116,6 +121,25 @@ def test_options_of_a_worker_come_from_the_file(local: Project) -> None:
     assert "2 processes x 5 handlers" in local.run("worker", "--burst", "-p", "2", KQ_PROCESSES="1").stderr
 
 
+def test_options_of_a_worker_come_from_the_app_s_own_file(local: Project) -> None:
+    """An app that names its file has its worker's options from there, in the worker and for ``kq check``."""
+    local.write("kq.yaml", "worker: {processes: 1}\n")
+    local.write("other.yaml", "worker: {processes: 3, concurrency: 5, log_format: json, queues: [shop:q]}\n")
+    local.write(
+        "shop.py",
+        "import kq\napp = kq.App('shop', config='other.yaml')\n@app.consumer('shop:q')\ndef f(payload): pass\n"
+        "@app.consumer('shop:r')\ndef g(payload): pass\n",
+    )
+    lines = [json.loads(line) for line in local.run("worker", "shop:app", "--burst").stderr.splitlines()]
+    assert "3 processes x 5 handlers" in lines[0]["message"]
+    assert "shop:r" not in lines[0]["message"]
+    done = local.run("check", "--offline", "-A", "shop:app", KQ_CONCURRENCY="7")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["worker.processes", "3", "other.yaml:1"] in rows
+    assert ["worker.concurrency", "7", "KQ_CONCURRENCY"] in rows
+    assert ["worker.grace", "30s", "default"] in rows
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [
@@ -126,6 +150,11 @@ def test_options_of_a_worker_come_from_the_file(local: Project) -> None:
         ("entries: [{id: w, kind: queue.consumr}]\n", "did you mean queue.consumer?"),
         ("worker: {processes: 0}\n", "processes: expected an integer from 1 to 512, got '0'"),
         ("entries: []\n", "nothing to consume"),
+        (
+            "entries: [{id: broker, kind: queue.driver.redis, url: 'redis://h', tls: {}},"
+            " {id: w, kind: queue.consumer, queue: 'a:q', method: f}]\n",
+            "kq.yaml:1: broker: tls: redis://h is not encrypted",
+        ),
     ],
 )
 def test_a_wrong_file_ends_with_78(local: Project, text: str, why: str) -> None:
@@ -133,7 +162,7 @@ def test_a_wrong_file_ends_with_78(local: Project, text: str, why: str) -> None:
     local.write("handlers.py", "def f(payload): pass\n")
     local.write("kq.yaml", text)
     for command in (("worker",), ("check", "--offline")):
-        done = local.run(*command)
+        done = local.run(*command, KQ_BROKER_URL="")
         if command[0] == "check" and "nothing to consume" in why:
             continue
         assert done.returncode == 78
@@ -154,7 +183,10 @@ def test_check_prints_what_is_in_force(local: Project) -> None:
     local.write(
         "kq.yaml",
         "namespace: shop\nsettings: {lease: 7s}\nentries:\n  - {name: q, kind: queue.queue, max_length: 10}\n"
-        "  - {id: w, kind: queue.consumer, queue: q, method: f}\n",
+        "  - {id: w, kind: queue.consumer, queue: q, method: f, timeout: 9s}\n"
+        "  - {id: other, kind: queue.driver.redis, url: 'redis://user:c4nary@127.0.0.1:1',\n"
+        "     connection_name: other, reconnect: {initial: 1s}}\n"
+        "  - {id: broker, kind: queue.driver.sqlite, url: 'sqlite:///kq.db'}\n",
     )
     done = local.run("check", "--offline", KQ_BROKER_URL="redis://user:c4nary@127.0.0.1:1", KQ_LEASE="")
     assert done.returncode == 0, done.stderr
@@ -163,6 +195,12 @@ def test_check_prints_what_is_in_force(local: Project) -> None:
     assert ["broker", "redis://user:**@127.0.0.1:1", "KQ_BROKER_URL"] in rows
     assert ["max_length", "10", "kq.yaml:4"] in rows
     assert ["max_attempts", "5", "default"] in rows
+    assert ["queue", "shop:q"] in rows
+    assert ["timeout", "9", "s", "kq.yaml:5"] in rows
+    assert ["connection_name", "other", "kq.yaml:7"] in rows
+    assert ["url", "redis://user:**@127.0.0.1:1", "kq.yaml:6"] in rows
+    assert ["reconnect_initial", "1", "s", "kq.yaml:7"] in rows
+    assert ["reconnect_max", "2", "s", "default"] in rows
     assert "c4nary" not in done.stdout + done.stderr
     schema = json.loads(local.run("check", "--schema").stdout)
     assert schema["properties"]["entries"]
@@ -185,12 +223,20 @@ def test_reload_is_all_or_nothing(local: Project) -> None:
     local.write("kq.yaml", file + "  - {id: v, kind: queue.consumer, queue: other, method: missing}\n")
     worker.send_signal(signal.SIGHUP)
     local.until("nothing is reloaded", 2)
+    local.write("kq.yaml", "namespace: shop\nentries: []\n")
+    worker.send_signal(signal.SIGHUP)
+    local.until("nothing is reloaded", 3)
+    assert "nothing to consume" in local.log()
+    local.write("kq.yaml", file + _TWO_DRIVERS)
+    worker.send_signal(signal.SIGHUP)
+    local.until("nothing is reloaded", 4)
+    assert "kq.yaml:4: driver other: broker: expected redis://" in local.log()
+    local.write("kq.yaml", file)
     local.run("publish", "shop:q", "2")
     local.until("first 2")
     assert children_of(worker.pid) == children
 
     # New code, the same configuration: children are replaced, one by one.
-    local.write("kq.yaml", file)
     local.write("handlers.py", "import logging\ndef f(payload): logging.getLogger().info('second %s', payload)\n")
     worker.send_signal(signal.SIGHUP)
     wait_for(lambda: children_of(worker.pid) and not set(children_of(worker.pid)) & set(children), "new children")
@@ -206,3 +252,50 @@ def test_reload_is_all_or_nothing(local: Project) -> None:
     local.until("second 4")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(PATIENCE) == 0
+
+
+def test_term_wins_over_a_reload(local: Project) -> None:
+    """TERM ends a worker that is finishing what runs in order to start anew, and lets that finish."""
+    os.mkfifo(local.folder / "gate")
+    local.write(
+        "handlers.py",
+        "import logging\ndef f(payload):\n    logging.getLogger().info('begun')\n    open('gate').read()\n",
+    )
+    file = "namespace: shop\nentries:\n  - {id: w, kind: queue.consumer, queue: q, method: f}\n"
+    local.write("kq.yaml", file)
+    worker = local.worker("-p", "1")
+    local.run("publish", "shop:q", "1")
+    local.until("begun")
+    local.write("kq.yaml", file + "settings: {max_body: 1000}\n")
+    worker.send_signal(signal.SIGHUP)
+    local.until("finishing what runs, then starting anew")
+
+    worker.send_signal(signal.SIGTERM)
+    (local.folder / "gate").write_text("open")
+
+    assert worker.wait(PATIENCE) == 0
+    assert local.log().count("kq worker of") == 1
+    assert "1 done" in local.log()
+
+
+def test_a_worker_without_handlers_says_what_is_missing(local: Project) -> None:
+    """Whoever forgot handlers.py, or has a name in it that a library has too, hears of their own files alone."""
+    local.write("kq.yaml", "entries: [{id: w, kind: queue.consumer, queue: 'a:q', method: echo}]\n")
+    for command in (("worker",), ("check", "--offline")):
+        done = local.run(*command)
+        assert (done.returncode, "click" in done.stderr) == (78, False)
+        assert "kq.yaml:1: consumer w: method: there is no handlers.py to find 'echo' in" in done.stderr
+
+
+def test_an_idle_worker_starts_anew_at_once(local: Project) -> None:
+    """Once it is known that it has to start anew, a worker with nothing in hand does not wait for anything."""
+    local.write("handlers.py", "def f(payload): pass\n")
+    file = "entries:\n  - {id: w, kind: queue.consumer, queue: 'a:q', method: f}\n"
+    local.write("kq.yaml", file)
+    worker = local.worker("-p", "1", "--log-format", "json")
+    local.write("kq.yaml", file + "settings: {max_body: 1000}\n")
+    worker.send_signal(signal.SIGHUP)
+    local.until("kq worker of", 2)
+    lines = [json.loads(line) for line in local.log().splitlines()]
+    times = {line["action"]: datetime.fromisoformat(line["time"]) for line in lines if "action" in line}
+    assert (times["stopped"] - times["reload"]).total_seconds() < 4

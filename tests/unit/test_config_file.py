@@ -159,6 +159,17 @@ def test_a_variable_s_value_is_not_shown(write: Write) -> None:
     why = refused(write("settings: {lease: '${env:SECRET}', max_body: '${env:SECRET}'}\n"), SECRET="c4nary")
     assert "c4nary" not in why
     assert "got '${env:SECRET}'" in why
+    why = refused(
+        write(
+            "signing: {keys: {k1: abc}, sign_with: '${env:SECRET}'}\n"
+            "entries:\n  - {kind: queue.queue, id: '${env:SECRET}'}\n"
+            "  - {kind: queue.queue, id: 'a:q', driver: '${env:SECRET}'}\n"
+            "  - {kind: queue.consumer, id: w, queue: '${env:SECRET} x', method: f}\n"
+        ),
+        SECRET="c4nary",
+    )
+    assert "c4nary" not in why
+    assert len(why.splitlines()) == 4
 
 
 def test_every_mistake_is_named_with_its_line(write: Write) -> None:
@@ -209,6 +220,10 @@ def test_every_mistake_is_named_with_its_line(write: Write) -> None:
         ("entries: [5]\n", "entry 1: expected a mapping"),
         ("include: kq.yaml\n", "includes itself"),
         ("include: missing.yaml\n", "there is no file"),
+        ("include: [[a]]\n", "include[0]: expected a single value"),
+        ("signing:\n", "keys is missing"),
+        ("entries: [{kind: security.policy, id: p, policy: }]\n", "actions is missing"),
+        ("namespace: a b\n", "namespace: expected a name of letters"),
     ],
 )
 def test_hostile_files_are_refused_at_once(write: Write, text: str, why: str) -> None:

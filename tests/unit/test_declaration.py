@@ -147,3 +147,68 @@ def test_an_app_is_named_after_its_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert kq.App.from_file(str(path), broker="memory://y").registry.settings.broker == "memory://y"
     monkeypatch.chdir(tmp_path)
     assert kq.App.from_file().name == "shop"
+
+
+def test_an_app_of_a_file_has_no_module(tmp_path: Path) -> None:
+    """Bare method names are never looked up in whatever called kq, such as the library for command lines."""
+    (tmp_path / "kq.yaml").write_text("entries: [{kind: queue.consumer, id: w, queue: a:b, method: on_email}]\n")
+    app = kq.App.from_file(str(tmp_path / "kq.yaml"))
+    with pytest.raises(errors.Invalid, match=r"there is no .*handlers\.py to find 'on_email' in; name a source"):
+        app.declarations.load_handlers()
+
+
+def test_all_that_is_wrong_with_values_is_told_at_once(configured: MakeApp) -> None:
+    """Drivers, queues and consumers that cannot be are named together, each with its place."""
+    with pytest.raises(errors.Invalid) as caught:
+        configured(
+            "  - {name: slow, kind: queue.driver.redis, url: 'redis://h', reconnect: {initial: 10s, max: 1s}}\n"
+            "  - {id: broker, kind: queue.driver.memory, url: 'memory://'}\n"
+            "  - {name: q, kind: queue.queue, dead_letter: {queue: q}}\n"
+            "  - {name: w, kind: queue.consumer, queue: q, method: f, retry: {max: 99999d}}\n"
+        )
+    lines = [line.partition("kq.yaml:")[2] for line in caught.value.message.splitlines()]
+    assert [line.partition(": ")[0] for line in lines] == ["3", "5", "6"]
+    assert lines[0].startswith("3: driver app:slow: reconnect_max")
+
+
+def test_all_missing_handlers_are_told_at_once(configured: MakeApp) -> None:
+    """Each consumer whose function is not found is named; those that are found are registered."""
+    app = configured(
+        "".join(
+            f"  - {{id: {name}, kind: queue.consumer, queue: q, method: '{__name__}:{name}'}}\n"
+            for name in ("nope", "on_email", "nada")
+        )
+    )
+    with pytest.raises(errors.Invalid, match=r"has no function 'nope'(.*)\n(.*)has no function 'nada'"):
+        app.declarations.load_handlers()
+    assert [consumer.name for consumer in app.registry.router] == ["on_email"]
+
+
+def test_two_entries_of_one_function_are_two_consumers(configured: MakeApp) -> None:
+    """An entry stands for a consumer of its own; only one of them is the one that Python declares."""
+    entries = "".join(
+        f"  - {{id: {name}, kind: queue.consumer, queue: q, method: '{__name__}:on_email', concurrency: {n}}}\n"
+        for n, name in enumerate(("a", "b"), 1)
+    )
+    app = configured(entries)
+    app.declarations.load_handlers()
+    assert [(made.name, made.concurrency) for made in app.registry.router] == [("a", 1), ("b", 2)]
+    app = configured(entries)
+    app.consumer("app:q", timeout=3)(on_email)
+    app.declarations.load_handlers()
+    assert [(made.name, made.timeout) for made in app.registry.router] == [("a", 3.0), ("b", None)]
+
+
+def test_what_both_say_fits_beside_the_others(configured: MakeApp) -> None:
+    """An entry cannot give one of a queue's consumers another ``auto_ack`` than the others have."""
+    app = configured(f"  - {{id: a, kind: queue.consumer, queue: q, method: '{__name__}:on_email', auto_ack: true}}\n")
+    app.consumer("app:q")(on_email)
+    app.consumer("app:q")(on_order)
+    with pytest.raises(errors.Conflict, match="expected the same for all consumers of a queue"):
+        app.declarations.load_handlers()
+
+
+def test_the_fingerprint_knows_drivers_of_python() -> None:
+    """A worker has to start anew when a driver changes, wherever it was said."""
+    prints = {kq.App("test", broker="memory://", drivers={"o": f"memory://{n}"}).fingerprint() for n in (1, 1, 2)}
+    assert len(prints) == 2
