@@ -80,7 +80,7 @@ class App:
         policies: Iterable[Policy] = (),
         strict_mode: bool | None = None,
         actor: Actor | str | None = None,
-        groups: Sequence[str] | None = None,
+        groups: str | Sequence[str] | None = None,
         on_publish: Sequence[PublishMiddleware] = (),
         on_handle: Sequence[HandleMiddleware] = (),
     ) -> None:
@@ -98,7 +98,7 @@ class App:
                 "max_deliveries": max_deliveries,
                 "strict_mode": strict_mode,
                 "actor": actor.id if isinstance(actor, Actor) else actor,
-                "groups": None if groups is None else tuple(groups),
+                "groups": None if groups is None else (groups,) if isinstance(groups, str) else tuple(groups),
             },
             document=document,
         )
@@ -350,7 +350,7 @@ class App:
         limit.queue_id(queue_id)
         return DeadLetters(self.registry, queue_id)
 
-    def acting(self, actor: Actor | None, groups: Iterable[str] = ()) -> AbstractContextManager[None]:
+    def acting(self, actor: Actor | None, groups: str | Iterable[str] = ()) -> AbstractContextManager[None]:
         """Return a context in which ``actor`` acts under the app's policies; None for nobody.
 
         It goes along into tasks, coroutines and threads that are started with a copied context.

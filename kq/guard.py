@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from kq.errors import Conflict
-from kq.security import Actor, Policy, Scope, context, current_actor, decide, require
+from kq.security import Actor, Policy, Scope, context, current_actor, current_scope, decide, require
+from kq.security.policy import group_names
 
 PUBLISH: Final = "queue.publish"
 PUBLISH_QUEUE: Final = "queue.publish.queue"
@@ -41,12 +42,12 @@ class Guard:
         *,
         strict: bool = False,
         actor: Actor | None = None,
-        groups: Iterable[str] = (),
+        groups: str | Iterable[str] = (),
     ) -> None:
         self.policies = tuple(policies)
         self.strict = strict
         self.actor = actor
-        self.groups = frozenset(groups)
+        self.groups = group_names(groups)
         names: set[str] = set()
         for policy in self.policies:
             if policy.name in names:
@@ -56,9 +57,13 @@ class Guard:
         self.in_force = bool(self.policies or strict or actor)
         self._scopes: dict[frozenset[str], Scope] = {}
 
-    def scope(self, groups: Iterable[str] = ()) -> Scope:
-        """Return the app's policies as they are for members of some groups."""
-        key = frozenset(groups)
+    def scope(self, groups: str | Iterable[str] = ()) -> Scope:
+        """Return the app's policies as they are for members of some groups.
+
+        Raises:
+            Invalid: If a group's name is none.
+        """
+        key = group_names(groups)
         found = self._scopes.get(key)
         if found is None:
             if len(self._scopes) >= _SCOPES:
@@ -66,7 +71,7 @@ class Guard:
             found = self._scopes[key] = Scope(self.policies, groups=key)
         return found
 
-    def acting(self, actor: Actor | None, groups: Iterable[str] = ()) -> AbstractContextManager[None]:
+    def acting(self, actor: Actor | None, groups: str | Iterable[str] = ()) -> AbstractContextManager[None]:
         """Return a context in which ``actor`` acts under the app's policies for some groups."""
         return context(actor, self.scope(groups))
 
@@ -82,8 +87,8 @@ class Guard:
         """
         if not self.strict and current_actor() is None:
             return
-        require(PUBLISH, "", headers, strict=self.strict)
-        require(PUBLISH_QUEUE, queue_id, headers, strict=self.strict)
+        self._require(PUBLISH, "", headers)
+        self._require(PUBLISH_QUEUE, queue_id, headers)
 
     def consume(self, queue_id: str) -> None:
         """Ask whether the current actor may consume a queue.
@@ -91,7 +96,7 @@ class Guard:
         Raises:
             PermissionDenied: If not.
         """
-        require(CONSUME_QUEUE, queue_id, strict=self.strict)
+        self._require(CONSUME_QUEUE, queue_id)
 
     def administer(self, queue_id: str) -> None:
         """Ask whether the current actor may look into a queue, empty it, and deal with its dead letters.
@@ -99,7 +104,16 @@ class Guard:
         Raises:
             PermissionDenied: If not.
         """
-        require(ADMIN_QUEUE, queue_id, strict=self.strict)
+        self._require(ADMIN_QUEUE, queue_id)
+
+    def _require(self, action: str, resource: str, headers: Mapping[str, Any] | None = None) -> None:
+        actor = current_actor()
+        if actor is not None and self.policies and current_scope() is None:
+            # Whoever names an actor and no scope has not said that the app's policies are not to count.
+            with self.acting(actor):
+                require(action, resource, headers, strict=self.strict)
+        else:
+            require(action, resource, headers, strict=self.strict)
 
     def objection(self, actor: Actor | None, groups: Iterable[str], queue_id: str, headers: Mapping[str, Any]) -> str:
         """Say why somebody else may not publish a message to a queue, or nothing if they may.
