@@ -117,7 +117,9 @@ class App:
                 replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)
             )
         self.declarations = Declarations(document, self.registry, caller().module)
-        set_strict(settings.strict_mode)
+        if settings.strict_mode:
+            # Never off again: an app that is not strict must not loosen what another one, or the program, has set.
+            set_strict(True)
         self._on_handle = list(on_handle)
         self._producer = Producer(self, middleware=list(on_publish))
         _remember(self)

@@ -28,7 +28,7 @@ class Guard:
 
     Args:
         policies: All of them, of whatever group.
-        strict: Whether whoever acts without an actor or a scope is denied.
+        strict: Whether whoever acts without an actor or a scope is denied; None: as the context or the process says.
         actor: Under whom workers consume and handlers run; None for nobody.
         groups: The groups of that actor.
 
@@ -40,7 +40,7 @@ class Guard:
         self,
         policies: Iterable[Policy] = (),
         *,
-        strict: bool = False,
+        strict: bool | None = False,
         actor: Actor | None = None,
         groups: str | Iterable[str] = (),
     ) -> None:
@@ -73,7 +73,7 @@ class Guard:
 
     def acting(self, actor: Actor | None, groups: str | Iterable[str] = ()) -> AbstractContextManager[None]:
         """Return a context in which ``actor`` acts under the app's policies for some groups."""
-        return context(actor, self.scope(groups))
+        return context(actor, self.scope(groups), strict=self.strict)
 
     def serving(self) -> AbstractContextManager[None]:
         """Return the context in which workers consume and handlers run."""
@@ -85,7 +85,7 @@ class Guard:
         Raises:
             PermissionDenied: If not; ``details["action"]`` says which of the two it was.
         """
-        if not self.strict and current_actor() is None:
+        if self.strict is False and current_actor() is None:
             return
         self._require(PUBLISH, "", headers)
         self._require(PUBLISH_QUEUE, queue_id, headers)

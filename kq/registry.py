@@ -77,8 +77,8 @@ class Registry:
     def __init__(self, name: str, settings: config.Settings) -> None:
         self.name = name
         self.settings = settings
-        #: What asks the app's policies.
-        self.guard = Guard()
+        #: What asks the app's policies. Where there is no app, strict mode is as everywhere in the process.
+        self.guard = Guard(strict=settings.strict_mode or None)
         #: What signs and verifies messages, if there are keys.
         self.signing: Signing | None = None
         #: What has been changed by `override`, by name.

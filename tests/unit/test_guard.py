@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+import kq
 from kq.errors import PermissionDenied
 from kq.guard import Guard
-from kq.security import Actor, Policy, Scope, context
+from kq.security import Actor, Policy, Scope, can, context, set_strict
 
 ANN = Actor("user:ann")
 CLERKS = Policy("clerks", actions="queue.publish*", resources="*", groups=["clerks"])
@@ -34,3 +35,34 @@ def test_one_group_is_a_name_and_not_its_letters() -> None:
     for serving in (guard.acting(ANN, "clerks"), guard.serving()):
         with serving:
             guard.publish("a:b", {})
+
+
+def test_a_lax_app_does_not_loosen_a_strict_process() -> None:
+    """Strict mode, once set by the program or an app, stays; each app's own checks follow that app alone."""
+    set_strict(True)
+    lax = kq.App("lax", broker="memory://")
+    assert not can("queue.publish", "")
+    lax.publish("a:b", 1)
+    with lax.acting(None):
+        assert can("queue.publish", "")
+    set_strict(False)
+    strict = kq.App("strict", broker="memory://", strict_mode=True)
+    kq.App("lax", broker="memory://")
+    assert not can("queue.publish", "")
+    with pytest.raises(PermissionDenied):
+        strict.publish("a:b", 1)
+
+
+@pytest.mark.parametrize("by_environment", [True, False])
+def test_strict_mode_binds_producers_and_pullers_without_an_app(
+    monkeypatch: pytest.MonkeyPatch, by_environment: bool
+) -> None:
+    """What is made of a URL is as strict as its environment or the process."""
+    if by_environment:
+        monkeypatch.setenv("KQ_STRICT_MODE", "1")
+    else:
+        set_strict(True)
+    with kq.Producer("memory://") as producer, pytest.raises(PermissionDenied, match="strict mode"):
+        producer.publish("a:b", 1)
+    with pytest.raises(PermissionDenied, match="strict mode"):
+        kq.Consumer("memory://", "a:b")
