@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from kq.errors import Conflict
-from kq.security import Actor, Policy, Scope, context, current_actor, current_scope, decide, require
+from kq.security import Actor, Policy, Scope, context, current_actor, current_scope, decide, denied, require
 from kq.security.policy import group_names
 
 PUBLISH: Final = "queue.publish"
@@ -118,16 +118,22 @@ class Guard:
     def objection(self, actor: Actor | None, groups: Iterable[str], queue_id: str, headers: Mapping[str, Any]) -> str:
         """Say why somebody else may not publish a message to a queue, or nothing if they may.
 
+        A denial is logged on ``kq.audit``, as one of the present actor's is.
+
         Args:
             actor: Who published it.
             groups: The groups they acted in.
             queue_id: Where to.
             headers: The message's.
+
+        Raises:
+            Invalid: If a group's name is none.
         """
         with self.acting(actor, groups):
             for action, resource in ((PUBLISH, ""), (PUBLISH_QUEUE, queue_id)):
                 decision = decide(action, resource, headers, strict=self.strict)
                 if not decision.allowed:
+                    denied(None if actor is None else actor.id, action, resource, decision)
                     who = "nobody" if actor is None else repr(actor.id)
                     return f"signed by {who}, who may not do {action} here: {decision.reason}"
         return ""

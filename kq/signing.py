@@ -127,12 +127,12 @@ class Signing:
             return "replayed: a message of this id has been completed already"
         if not guard.in_force:
             return ""
+        headers = {key: value for key, value in envelope.headers.items() if not key.startswith("x_")}
         try:
             actor = None if claims.actor_id is None else Actor(claims.actor_id, claims.actor_meta)
+            return guard.objection(actor, claims.groups, queue_id, headers)
         except Invalid as error:
-            return f"signed by an actor who is none: {error.message}"
-        headers = {key: value for key, value in envelope.headers.items() if not key.startswith("x_")}
-        return guard.objection(actor, claims.groups, queue_id, headers)
+            return f"signed by an actor, or for groups, that cannot be: {error.message}"
 
 
 def _signed(queue_id: str, envelope: Envelope) -> Signed:
