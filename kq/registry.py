@@ -195,7 +195,7 @@ class Registry:
         origin = envelope.headers.get("x_original_queue")
         from_origin = isinstance(origin, str) and origin != spec.id and self.spec(origin).dead_letter == spec.id
         queue_id = str(origin) if from_origin else spec.id
-        return self.signing.distrust(queue_id, envelope, self.guard, replayed=replayed)
+        return self.signing.distrust(queue_id, envelope, self.guard, replayed=replayed, dead=from_origin)
 
     def _under_rules(self, spec: QueueSpec) -> QueueSpec:
         """Return a queue as it is under what holds for all queues."""

@@ -90,12 +90,8 @@ class Signing:
         revived = clean(letter)
         if HEADER not in letter.headers or not self.signs:
             return revived
-        original = dict(letter.headers)
-        if DEAD_EXPIRY in original:
-            original["x_expires_at"] = original.pop(DEAD_EXPIRY)
-        signed = Signed(queue_id, letter.id, original, letter.properties, letter.body)
         try:
-            claims = verify(self._keyring, letter.headers[HEADER], signed, now=None)
+            claims = verify(self._keyring, letter.headers[HEADER], _signed(queue_id, letter, dead=True), now=None)
         except Unverified:
             return revived
         now = time()
@@ -110,7 +106,9 @@ class Signing:
         )
         return revived
 
-    def distrust(self, queue_id: str, envelope: Envelope, guard: Guard, *, replayed: bool = False) -> str:
+    def distrust(
+        self, queue_id: str, envelope: Envelope, guard: Guard, *, replayed: bool = False, dead: bool = False
+    ) -> str:
         """Say why a message is not to be trusted, or nothing.
 
         Args:
@@ -118,9 +116,11 @@ class Signing:
             envelope: The message.
             guard: Whether whoever signed it may publish there is asked anew, by the policies as they are here.
             replayed: Whether a message of its id has been completed before.
+            dead: Whether it is a dead letter of that queue, whose expiry is written elsewhere.
         """
+        signed = _signed(queue_id, envelope, dead=dead)
         try:
-            claims = verify(self._keyring, envelope.headers.get(HEADER), _signed(queue_id, envelope), now=time())
+            claims = verify(self._keyring, envelope.headers.get(HEADER), signed, now=time())
         except Unverified as error:
             return str(error)
         if replayed:
@@ -135,5 +135,8 @@ class Signing:
             return f"signed by an actor, or for groups, that cannot be: {error.message}"
 
 
-def _signed(queue_id: str, envelope: Envelope) -> Signed:
-    return Signed(queue_id, envelope.id, envelope.headers, envelope.properties, envelope.body)
+def _signed(queue_id: str, envelope: Envelope, *, dead: bool = False) -> Signed:
+    headers = envelope.headers
+    if dead and DEAD_EXPIRY in headers:
+        headers = {**headers, "x_expires_at": headers[DEAD_EXPIRY]}
+    return Signed(queue_id, envelope.id, headers, envelope.properties, envelope.body)

@@ -370,7 +370,7 @@ def test_dead_letters_keep_their_signature(
 
 
 def test_dead_letters_can_be_consumed(make_app: MakeApp, queue_id: str, handled: list[Any]) -> None:
-    """A dead letter is signed for the queue it came from, and trusted where it is that queue's."""
+    """A dead letter is signed for the queue it came from, and trusted where it is that queue's; also with an expiry."""
     app = make_app(signing=kq.Signing({"k1": KEY}, "k1", require=True))
 
     @app.consumer(queue_id, max_attempts=1)
@@ -379,8 +379,9 @@ def test_dead_letters_can_be_consumed(make_app: MakeApp, queue_id: str, handled:
 
     app.consumer(queue_id + ".dead")(handled.append)
     app.publish(queue_id, "a letter")
-    assert app.drain(20) == 2
-    assert handled == ["a letter"]
+    app.publish(queue_id, "with an expiry", expires=3600)
+    assert app.drain(20) == 4
+    assert sorted(handled) == ["a letter", "with an expiry"]
 
 
 def test_a_queue_cannot_ask_for_what_nobody_can_check(make_app: MakeApp, queue_id: str) -> None:
