@@ -24,7 +24,7 @@ from kq.producer import Producer, PublishMiddleware
 from kq.registry import Registry, count
 from kq.retry import Backoff
 from kq.router import Consumer
-from kq.security import Actor, Policy, set_strict
+from kq.security import Actor, Policy, current_actor, set_strict
 from kq.signing import Signing
 
 if TYPE_CHECKING:
@@ -447,7 +447,8 @@ class _Active:
     def __enter__(self) -> None:
         self._token = _active.set(self._app)
         guard = self._app.registry.guard
-        if guard.in_force:
+        # Async handlers inherit the context of whoever calls `drain`, who is not the one that acts in them.
+        if guard.in_force or current_actor() is not None:
             self._serving = guard.serving()
             self._serving.__enter__()
 

@@ -7,7 +7,7 @@ import pytest
 import kq
 from kq.errors import PermissionDenied
 from kq.guard import Guard
-from kq.security import Actor, Policy, Scope, can, context, set_strict
+from kq.security import Actor, Policy, Scope, can, context, current_actor, set_strict
 
 ANN = Actor("user:ann")
 CLERKS = Policy("clerks", actions="queue.publish*", resources="*", groups=["clerks"])
@@ -66,3 +66,23 @@ def test_strict_mode_binds_producers_and_pullers_without_an_app(
         producer.publish("a:b", 1)
     with pytest.raises(PermissionDenied, match="strict mode"):
         kq.Consumer("memory://", "a:b")
+
+
+def test_handlers_do_not_act_as_whoever_drains() -> None:
+    """A handler, sync or async, acts as its app, which may be nobody, whoever has it run."""
+    app = kq.App("drained", broker="memory://")
+    acting: list[Actor | None] = []
+
+    @app.consumer("drained:async")
+    async def wait(payload: object) -> None:
+        acting.append(current_actor())
+
+    @app.consumer("drained:sync")
+    def work(payload: object) -> None:
+        acting.append(current_actor())
+
+    with context(ANN, Scope([Policy("all", actions="*", resources="*")])):
+        for queue in ("drained:async", "drained:sync"):
+            app.publish(queue, 1)
+        assert app.drain(20) == 2
+    assert acting == [None, None]
