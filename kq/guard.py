@@ -57,6 +57,10 @@ class Guard:
         self.in_force = bool(self.policies or strict or actor)
         self._scopes: dict[frozenset[str], Scope] = {}
 
+    def serving_as(self, actor: Actor, groups: str | Iterable[str]) -> Guard:
+        """Return a guard of the same policies, with another actor for workers and handlers."""
+        return Guard(self.policies, strict=self.strict, actor=actor, groups=groups)
+
     def scope(self, groups: str | Iterable[str] = ()) -> Scope:
         """Return the app's policies as they are for members of some groups.
 

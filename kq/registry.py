@@ -25,6 +25,7 @@ from kq.errors import Conflict, Internal, Invalid
 from kq.guard import Guard
 from kq.retry import Backoff, RetryPolicy
 from kq.router import Router
+from kq.security import Actor
 from kq.signing import Signing
 
 #: Built in, so that a checkout works as it is and nothing is scanned at start.
@@ -99,23 +100,35 @@ class Registry:
         """Whether publishing to an undeclared queue makes it."""
         return self.settings.create_queues
 
-    def override(self, **settings: Any) -> None:
+    def override(self, *, actor_meta: Mapping[str, Any] | None = None, **settings: Any) -> None:
         """Change settings before the first connection; what the command line says wins over code.
 
-        Another broker is spoken to as by default: what was said of the app's own was said of the other one.
+        Another broker is spoken to as by default: what was said of the app's own was said of the other one. So
+        another actor has the meta that is given with it, and no other.
+
+        Args:
+            actor_meta: What is known of the setting ``actor``.
+            settings: By name.
 
         Raises:
+            Invalid: If the actor is none.
             Conflict: If the app is connected already.
         """
         with self._lock:
             if self._backends:
                 raise Conflict("the app is connected already; settings can only be changed before its first use")
+            if "groups" in settings:
+                # From another process it comes as a list.
+                settings["groups"] = tuple(settings["groups"])
             changed = replace(self.settings, **settings)
             find_backend(changed.broker)
             if changed.broker != self.settings.broker:
                 self.drivers[MAIN] = Driver(changed.broker)
             self.settings = replace(changed, origins={**changed.origins, **dict.fromkeys(settings, COMMAND_LINE)})
             self.overrides.update(settings)
+            if "actor" in settings:
+                self.overrides["actor_meta"] = dict(actor_meta or {})
+                self.guard = self.guard.serving_as(Actor(changed.actor, actor_meta), changed.groups)
 
     def add_driver(self, driver: Driver) -> Driver:
         """Register one more broker, for queues to name; the same again is fine.
