@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from dataclasses import replace
 from datetime import datetime
+from hashlib import sha256
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -417,7 +418,13 @@ class App:
 
     def fingerprint(self) -> str:
         """Return a text that is another one whenever a worker would have to work otherwise. For workers."""
-        return self.declarations.fingerprint()
+        signing = self.registry.signing
+        whole = [
+            self.declarations.fingerprint(),
+            self.registry.guard.fingerprint(),
+            "" if signing is None else signing.fingerprint(),
+        ]
+        return sha256(repr(whole).encode()).hexdigest()
 
     def close(self) -> None:
         """Give up connections; the next use opens new ones. Idempotent."""

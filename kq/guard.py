@@ -13,6 +13,7 @@ from typing import Any, Final
 from kq.errors import Conflict
 from kq.security import Actor, Policy, Scope, context, current_actor, current_scope, decide, denied, require
 from kq.security.policy import group_names
+from kq.security.value import mutable
 
 PUBLISH: Final = "queue.publish"
 PUBLISH_QUEUE: Final = "queue.publish.queue"
@@ -56,6 +57,15 @@ class Guard:
         #: Whether there is anything to ask, or anybody to act as.
         self.in_force = bool(self.policies or strict or actor)
         self._scopes: dict[frozenset[str], Scope] = {}
+
+    def fingerprint(self) -> str:
+        """Return a text that is another one where another decision can be made."""
+        rules = [
+            [repr(policy), *map(str, policy.tests), *sorted(policy.groups)]
+            for policy in sorted(self.policies, key=lambda policy: policy.name)
+        ]
+        actor = None if self.actor is None else [self.actor.id, mutable(self.actor.meta)]
+        return repr([rules, self.strict, actor, sorted(self.groups)])
 
     def serving_as(self, actor: Actor, groups: str | Iterable[str]) -> Guard:
         """Return a guard of the same policies, with another actor for workers and handlers."""

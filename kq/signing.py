@@ -56,6 +56,10 @@ class Signing:
         """Whether there is a key to sign with."""
         return self._keyring.sign_with is not None
 
+    def fingerprint(self) -> str:
+        """Return a text that is another one for other keys and other rules; holds no secret."""
+        return repr([self, self._keyring.marks(), self.replay_window])
+
     def __repr__(self) -> str:
         return f"<Signing, {self._keyring!r}, max_age={self.max_age:g}, require={self.require}>"
 

@@ -86,3 +86,18 @@ def test_handlers_do_not_act_as_whoever_drains() -> None:
             app.publish(queue, 1)
         assert app.drain(20) == 2
     assert acting == [None, None]
+
+
+def test_a_supervisor_works_otherwise_under_other_rules_and_keys() -> None:
+    """Policies, actor and keys that Python declares are in the fingerprint, by which a reload tells what changed."""
+
+    def fingerprint(role: str = "clerk", meta: int = 1, key: str = "k" * 32, groups: str = "g") -> str:
+        policy = Policy("p", actions="*", resources="*", groups=groups, conditions=[
+            {"field": "actor.meta.role", "operator": "eq", "value": role}])  # fmt: skip
+        return kq.App(
+            "app", broker="memory://", policies=[policy], actor=Actor("a", {"m": meta}), signing=kq.Signing({"k": key})
+        ).fingerprint()
+
+    others = [fingerprint("boss"), fingerprint(meta=2), fingerprint(key="x" * 32), fingerprint(groups="h")]
+    assert fingerprint() == fingerprint()
+    assert len({fingerprint(), *others}) == 5
