@@ -12,7 +12,8 @@ from typing import Any
 
 from kq import codec
 from kq.backend import Envelope, QueueSpec, unpack
-from kq.outcome import EXPIRED, UNDECODABLE, UNVERIFIED
+from kq.errors import INVALID
+from kq.outcome import EXPIRED, MAX_MESSAGE, UNDECODABLE, UNVERIFIED, Failure, Outcome, clip
 
 #: Says why a message is not to be trusted, or nothing: ``(queue, envelope, replayed) -> why``.
 Distrust = Callable[[QueueSpec, Envelope, bool], str]
@@ -30,6 +31,16 @@ class Refused(Exception):
         super().__init__(reason, why)
         self.reason = reason
         self.why = why
+
+    def outcome(self, attempts: int, crashes: int) -> Outcome:
+        """Return the end of the delivery, which is charged no attempt.
+
+        Args:
+            attempts: Charged before.
+            crashes: Likewise.
+        """
+        failure = Failure(INVALID, clip(self.why, MAX_MESSAGE), False)
+        return Outcome("dead", 0.0, attempts, crashes, self.reason, failure)
 
 
 class Admission:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from dataclasses import replace
 from datetime import datetime
+from hashlib import sha256
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +25,7 @@ from kq.producer import Producer, PublishMiddleware
 from kq.registry import Registry, count
 from kq.retry import Backoff
 from kq.router import Consumer
-from kq.security import Actor, Policy, set_strict
+from kq.security import Actor, Policy, current_actor, set_strict
 from kq.signing import Signing
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class App:
         policies: Iterable[Policy] = (),
         strict_mode: bool | None = None,
         actor: Actor | str | None = None,
-        groups: Sequence[str] | None = None,
+        groups: str | Sequence[str] | None = None,
         on_publish: Sequence[PublishMiddleware] = (),
         on_handle: Sequence[HandleMiddleware] = (),
     ) -> None:
@@ -98,7 +99,7 @@ class App:
                 "max_deliveries": max_deliveries,
                 "strict_mode": strict_mode,
                 "actor": actor.id if isinstance(actor, Actor) else actor,
-                "groups": None if groups is None else tuple(groups),
+                "groups": None if groups is None else (groups,) if isinstance(groups, str) else tuple(groups),
             },
             document=document,
         )
@@ -118,7 +119,9 @@ class App:
                 replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)
             )
         self.declarations = Declarations(document, self.registry, caller().module)
-        set_strict(settings.strict_mode)
+        if settings.strict_mode:
+            # Never off again: an app that is not strict must not loosen what another one, or the program, has set.
+            set_strict(True)
         self._on_handle = list(on_handle)
         self._producer = Producer(self, middleware=list(on_publish))
         _remember(self)
@@ -356,7 +359,7 @@ class App:
         limit.queue_id(queue_id)
         return DeadLetters(self.registry, queue_id)
 
-    def acting(self, actor: Actor | None, groups: Iterable[str] = ()) -> AbstractContextManager[None]:
+    def acting(self, actor: Actor | None, groups: str | Iterable[str] = ()) -> AbstractContextManager[None]:
         """Return a context in which ``actor`` acts under the app's policies; None for nobody.
 
         It goes along into tasks, coroutines and threads that are started with a copied context.
@@ -421,7 +424,13 @@ class App:
 
     def fingerprint(self) -> str:
         """Return a text that is another one whenever a worker would have to work otherwise. For workers."""
-        return self.declarations.fingerprint()
+        signing = self.registry.signing
+        whole = [
+            self.declarations.fingerprint(),
+            self.registry.guard.fingerprint(),
+            "" if signing is None else signing.fingerprint(),
+        ]
+        return sha256(repr(whole).encode()).hexdigest()
 
     def close(self) -> None:
         """Give up connections; the next use opens new ones. Idempotent."""
@@ -451,7 +460,8 @@ class _Active:
     def __enter__(self) -> None:
         self._token = _active.set(self._app)
         guard = self._app.registry.guard
-        if guard.in_force:
+        # Async handlers inherit the context of whoever calls `drain`, who is not the one that acts in them.
+        if guard.in_force or current_actor() is not None:
             self._serving = guard.serving()
             self._serving.__enter__()
 

@@ -141,7 +141,7 @@ class Consumer:
             envelope = self._admission.open(spec, delivery.raw, delivery.replayed)
             payload = self._admission.decode(spec, envelope)
         except Refused as refused:
-            self._bury(delivery, refused.reason, refused.why)
+            self._settle(delivery, refused.outcome(delivery.attempts, delivery.crashes))
             return None
 
         def settle(how: Settled, delay: float | None) -> None:
@@ -163,10 +163,6 @@ class Consumer:
             crashes=delivery.crashes,
             on_settle=settle,
         )
-
-    def _bury(self, delivery: Delivery, reason: str, why: str) -> None:
-        failure = Failure(errors.INVALID, why, False)
-        self._settle(delivery, Outcome("dead", 0.0, delivery.attempts, delivery.crashes, reason, failure))
 
     def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
         self._intake.settle([Settlement(delivery, outcome)])

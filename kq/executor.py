@@ -134,8 +134,7 @@ class Executor:
                 raise Refused(NO_HANDLER, f"no handler for {what} on queue {job.queue} in this worker")
             payload = self._admission.decode(spec, envelope)
         except Refused as refused:
-            failure = Failure(errors.INVALID, clip(refused.why, MAX_MESSAGE), False)
-            return Outcome("dead", 0.0, job.attempts, job.crashes, refused.reason, failure)
+            return refused.outcome(job.attempts, job.crashes)
         policy = consumer.policy(spec.policy)
 
         def on_settle(how: Settled, delay: float | None) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from threading import Event, Lock, Thread
 from time import monotonic
 
+from kq.admission import Admission, Refused
 from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement, Settling
 from kq.driver import Driver
 from kq.errors import Error, PermissionDenied
@@ -38,7 +39,8 @@ class Fetcher(Thread):
         prefetch: Deliveries in hand at most, ever.
         lease: Seconds that a delivery stays ours without renewal.
         limits: Deliveries in hand at most of single queues, by id.
-        auto_ack: Queues whose deliveries are settled as done before anybody sees them.
+        auto_ack: Queues whose deliveries are settled as done before anybody sees them...
+        admission: ...but not those that it refuses: they are handed over unsettled, as refused.
         on_deliveries: Called in this thread with what was fetched.
         idleness: Told when nothing is in hand, ready or due before ``idle_until()``.
         idle_until: Returns the moment, on the monotonic clock, until which to wait for what is due.
@@ -54,6 +56,7 @@ class Fetcher(Thread):
         lease: float,
         limits: Mapping[str, int] | None = None,
         auto_ack: Container[str] = (),
+        admission: Admission | None = None,
         on_deliveries: Callable[[list[Delivery]], None],
         idleness: Idleness | None = None,
         idle_until: Callable[[], float] = monotonic,
@@ -67,6 +70,8 @@ class Fetcher(Thread):
         self._renew_every = lease / 3
         self._limits = dict(limits or {})
         self._auto_ack = auto_ack
+        self._admission = admission
+        self._specs = {queue.id: queue for queue in self._queues}
         self._on_deliveries = on_deliveries
         self._idleness = idleness
         if idleness is not None:
@@ -247,12 +252,26 @@ class Fetcher(Thread):
 
     def _acknowledge(self, feed: Feed, deliveries: list[Delivery]) -> list[Delivery]:
         """Settle at once what runs at most once; what cannot be settled is not to run."""
-        at_once = [Settlement(delivery, DONE) for delivery in deliveries if delivery.queue in self._auto_ack]
+        at_once = [
+            Settlement(delivery, DONE)
+            for delivery in deliveries
+            if delivery.queue in self._auto_ack and self._admits(delivery)
+        ]
         if not at_once:
             return deliveries
         late, failed = feed.settle(at_once)
         lost = {id(settlement.delivery) for settlement in (*late, *(settlement for settlement, _ in failed))}
         return [delivery for delivery in deliveries if id(delivery) not in lost]
+
+    def _admits(self, delivery: Delivery) -> bool:
+        if self._admission is None:
+            return True
+        try:
+            self._admission.open(self._specs[delivery.queue], delivery.raw, delivery.replayed)
+        except Refused as refused:
+            delivery.refused = refused.outcome(delivery.attempts, delivery.crashes)
+            return False
+        return True
 
     def _room(self) -> tuple[int, dict[str, int]]:
         with self._lock:

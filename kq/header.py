@@ -67,7 +67,7 @@ def check(headers: Mapping[str, Any] | None) -> dict[str, Value]:
     total = sum(_key_size(key) + _value_size(key, value) for key, value in headers.items())
     if total > MAX_TOTAL:
         raise Invalid(f"headers: expected at most {MAX_TOTAL:,} bytes together, got {total:,}")
-    checked = dict(headers)
+    checked = {str.__str__(key): _plain(value) for key, value in headers.items()}
     if "priority" in checked:
         priority(checked["priority"])
     return checked
@@ -98,6 +98,15 @@ def properties(headers: Mapping[str, Value]) -> dict[str, str]:
             if len(text.encode()) <= MAX_PROPERTY:
                 found[name] = text
     return found
+
+
+def _plain(value: Value) -> Value:
+    """Return what a broker carries of a value: of its own type, not of one that enums and others derive from it."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, bool):
+        return value
+    return int.__int__(value) if isinstance(value, int) else float.__float__(value)
 
 
 def _key_size(key: Any) -> int:

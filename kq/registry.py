@@ -25,6 +25,7 @@ from kq.errors import Conflict, Internal, Invalid
 from kq.guard import Guard
 from kq.retry import Backoff, RetryPolicy
 from kq.router import Router
+from kq.security import Actor
 from kq.signing import Signing
 
 #: Built in, so that a checkout works as it is and nothing is scanned at start.
@@ -79,8 +80,8 @@ class Registry:
         self.settings = settings
         #: Variables of the environment that the app's configuration file names.
         self.variables: frozenset[str] = frozenset()
-        #: What asks the app's policies.
-        self.guard = Guard()
+        #: What asks the app's policies. Where there is no app, strict mode is as everywhere in the process.
+        self.guard = Guard(strict=settings.strict_mode or None)
         #: What signs and verifies messages, if there are keys.
         self.signing: Signing | None = None
         #: What has been changed by `override`, by name.
@@ -101,23 +102,35 @@ class Registry:
         """Whether publishing to an undeclared queue makes it."""
         return self.settings.create_queues
 
-    def override(self, **settings: Any) -> None:
+    def override(self, *, actor_meta: Mapping[str, Any] | None = None, **settings: Any) -> None:
         """Change settings before the first connection; what the command line says wins over code.
 
-        Another broker is spoken to as by default: what was said of the app's own was said of the other one.
+        Another broker is spoken to as by default: what was said of the app's own was said of the other one. So
+        another actor has the meta that is given with it, and no other.
+
+        Args:
+            actor_meta: What is known of the setting ``actor``.
+            settings: By name.
 
         Raises:
+            Invalid: If the actor is none.
             Conflict: If the app is connected already.
         """
         with self._lock:
             if self._backends:
                 raise Conflict("the app is connected already; settings can only be changed before its first use")
+            if "groups" in settings:
+                # From another process it comes as a list.
+                settings["groups"] = tuple(settings["groups"])
             changed = replace(self.settings, **settings)
             find_backend(changed.broker)
             if changed.broker != self.settings.broker:
                 self.drivers[MAIN] = Driver(changed.broker)
             self.settings = replace(changed, origins={**changed.origins, **dict.fromkeys(settings, COMMAND_LINE)})
             self.overrides.update(settings)
+            if "actor" in settings:
+                self.overrides["actor_meta"] = dict(actor_meta or {})
+                self.guard = self.guard.serving_as(Actor(changed.actor, actor_meta), changed.groups)
 
     def add_driver(self, driver: Driver) -> Driver:
         """Register one more broker, for queues to name; the same again is fine.
@@ -197,7 +210,7 @@ class Registry:
         origin = envelope.headers.get("x_original_queue")
         from_origin = isinstance(origin, str) and origin != spec.id and self.spec(origin).dead_letter == spec.id
         queue_id = str(origin) if from_origin else spec.id
-        return self.signing.distrust(queue_id, envelope, self.guard, replayed=replayed)
+        return self.signing.distrust(queue_id, envelope, self.guard, replayed=replayed, dead=from_origin)
 
     def _under_rules(self, spec: QueueSpec) -> QueueSpec:
         """Return a queue as it is under what holds for all queues."""

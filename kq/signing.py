@@ -56,6 +56,10 @@ class Signing:
         """Whether there is a key to sign with."""
         return self._keyring.sign_with is not None
 
+    def fingerprint(self) -> str:
+        """Return a text that is another one for other keys and other rules; holds no secret."""
+        return repr([self, self._keyring.marks(), self.replay_window])
+
     def __repr__(self) -> str:
         return f"<Signing, {self._keyring!r}, max_age={self.max_age:g}, require={self.require}>"
 
@@ -90,12 +94,8 @@ class Signing:
         revived = clean(letter)
         if HEADER not in letter.headers or not self.signs:
             return revived
-        original = dict(letter.headers)
-        if DEAD_EXPIRY in original:
-            original["x_expires_at"] = original.pop(DEAD_EXPIRY)
-        signed = Signed(queue_id, letter.id, original, letter.properties, letter.body)
         try:
-            claims = verify(self._keyring, letter.headers[HEADER], signed, now=None)
+            claims = verify(self._keyring, letter.headers[HEADER], _signed(queue_id, letter, dead=True), now=None)
         except Unverified:
             return revived
         now = time()
@@ -111,7 +111,14 @@ class Signing:
         return revived
 
     def distrust(
-        self, queue_id: str, envelope: Envelope, guard: Guard, *, replayed: bool = False, now: float | None = None
+        self,
+        queue_id: str,
+        envelope: Envelope,
+        guard: Guard,
+        *,
+        replayed: bool = False,
+        dead: bool = False,
+        now: float | None = None,
     ) -> str:
         """Say why a message is not to be trusted, or nothing.
 
@@ -120,24 +127,29 @@ class Signing:
             envelope: The message.
             guard: Whether whoever signed it may publish there is asked anew, by the policies as they are here.
             replayed: Whether a message of its id has been completed before.
+            dead: Whether it is a dead letter of that queue, whose expiry is written elsewhere.
             now: Seconds since the epoch, where it is not the present.
         """
         at = time() if now is None else now
+        signed = _signed(queue_id, envelope, dead=dead)
         try:
-            claims = verify(self._keyring, envelope.headers.get(HEADER), _signed(queue_id, envelope), now=at)
+            claims = verify(self._keyring, envelope.headers.get(HEADER), signed, now=at)
         except Unverified as error:
             return str(error)
         if replayed:
             return "replayed: a message of this id has been completed already"
         if not guard.in_force:
             return ""
+        headers = {key: value for key, value in envelope.headers.items() if not key.startswith("x_")}
         try:
             actor = None if claims.actor_id is None else Actor(claims.actor_id, claims.actor_meta)
+            return guard.objection(actor, claims.groups, queue_id, headers)
         except Invalid as error:
-            return f"signed by an actor who is none: {error.message}"
-        headers = {key: value for key, value in envelope.headers.items() if not key.startswith("x_")}
-        return guard.objection(actor, claims.groups, queue_id, headers)
+            return f"signed by an actor, or for groups, that cannot be: {error.message}"
 
 
-def _signed(queue_id: str, envelope: Envelope) -> Signed:
-    return Signed(queue_id, envelope.id, envelope.headers, envelope.properties, envelope.body)
+def _signed(queue_id: str, envelope: Envelope, *, dead: bool = False) -> Signed:
+    headers = envelope.headers
+    if dead and DEAD_EXPIRY in headers:
+        headers = {**headers, "x_expires_at": headers[DEAD_EXPIRY]}
+    return Signed(queue_id, envelope.id, headers, envelope.properties, envelope.body)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import kq
+from kq.security import set_strict
 from tests import broker as brokers
 from tests.broker import Broker
 
@@ -20,6 +21,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("KQ_") and not name.startswith("KQ_TEST_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _lax_process() -> Iterator[None]:
+    """Let no strict app make the tests after its own strict."""
+    yield
+    set_strict(False)
 
 
 @pytest.fixture(params=brokers.ALL)

@@ -193,10 +193,29 @@ def find_app(app_path: str | None, broker: str | None) -> App:
         app.declarations.check_drivers()
         acting: Acting | None = click.get_current_context().obj
         if acting is not None and acting.actor is not None:
+            _serve_as(app, acting)
             click.get_current_context().with_resource(app.registry.guard.acting(acting.actor, acting.groups))
         return app
     except errors.Error as error:
         raise ConfigurationError(error.message) from error
+
+
+def _serve_as(app: App, acting: Acting) -> None:
+    """Have workers of the app consume, and handlers run, as whoever gives the command, meta included.
+
+    The environment names an actor for apps that name none; only the command line wins over code.
+    """
+    from kq.security.value import mutable
+
+    assert acting.actor is not None
+    context = click.get_current_context()
+
+    def is_given(option: str) -> bool:
+        return context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
+
+    if is_given("actor") or (acting.actor.meta and app.registry.settings.actor == acting.actor.id):
+        groups = {"groups": acting.groups} if is_given("groups") else {}
+        app.registry.override(actor=acting.actor.id, actor_meta=mutable(acting.actor.meta), **groups)
 
 
 def end(error: errors.Error) -> NoReturn:

@@ -272,6 +272,9 @@ class Supervisor:
                 self._next_tag += 1
                 self._flights[flight.tag] = flight
                 self._size += (len(delivery.raw) - self._size) / 64
+                if delivery.refused is not None:
+                    self._settle(flight, delivery.refused)
+                    continue
                 auto_ack = delivery.queue in self._auto_ack
                 if delivery.deliveries >= self._max_deliveries and not auto_ack:
                     self._settle(flight, self._given_up(delivery))

@@ -20,6 +20,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from kq import config, limit
+from kq.admission import Admission
 from kq.backend import Backend, QueueSpec
 from kq.driver import Driver, naming
 from kq.errors import Internal, Invalid
@@ -398,6 +399,7 @@ class Worker:
             lease=self._registry.settings.lease,
             limits=_limits(consumers),
             auto_ack={queue for queue, competing in consumers.items() if competing[0].auto_ack},
+            admission=Admission(self._registry.settings.max_body, self._registry.distrust),
             on_deliveries=supervisor.arrived,
             idleness=idleness,
             idle_until=lambda: self._idle_until or monotonic() + _BURST_HORIZON,

@@ -281,6 +281,25 @@ def test_what_is_not_signed_is_not_handled(
     assert why in str(dead.error_message)
 
 
+def test_what_is_settled_beforehand_is_verified_before_that(
+    make_app: MakeApp, broker: Broker, queue_id: str, handled: list[Any]
+) -> None:
+    """On a queue that runs messages at most once, too, what is not trusted is dead-lettered and not just dropped."""
+    app = make_app(signing=kq.Signing({"k1": KEY}, "k1"))
+    app.queue(queue_id, require_signature=True)
+    app.consumer(queue_id, auto_ack=True)(handled.append)
+    forged = caught(app, queue_id)
+    forged.body = b'"forged"'
+    put(broker, queue_id, forged)
+    app.publish(queue_id, "genuine")
+    app.publish(queue_id, "too late", expires=0)
+    assert app.drain(20) == 3
+    assert handled == ["genuine"]
+    found = {(dead.reason, dead.error_message, dead.body) for dead in app.dead(queue_id).list()}
+    assert ("unverified", "altered", b'"forged"') in found
+    assert {reason for reason, _, _ in found} == {"unverified", "expired"}
+
+
 def test_moved_messages_and_unknown_keys_are_told(
     make_app: MakeApp, broker: Broker, queue_id: str, handled: list[Any]
 ) -> None:
@@ -370,7 +389,7 @@ def test_dead_letters_keep_their_signature(
 
 
 def test_dead_letters_can_be_consumed(make_app: MakeApp, queue_id: str, handled: list[Any]) -> None:
-    """A dead letter is signed for the queue it came from, and trusted where it is that queue's."""
+    """A dead letter is signed for the queue it came from, and trusted where it is that queue's; also with an expiry."""
     app = make_app(signing=kq.Signing({"k1": KEY}, "k1", require=True))
 
     @app.consumer(queue_id, max_attempts=1)
@@ -379,8 +398,9 @@ def test_dead_letters_can_be_consumed(make_app: MakeApp, queue_id: str, handled:
 
     app.consumer(queue_id + ".dead")(handled.append)
     app.publish(queue_id, "a letter")
-    assert app.drain(20) == 2
-    assert handled == ["a letter"]
+    app.publish(queue_id, "with an expiry", expires=3600)
+    assert app.drain(20) == 4
+    assert sorted(handled) == ["a letter", "with an expiry"]
 
 
 def test_a_queue_cannot_ask_for_what_nobody_can_check(make_app: MakeApp, queue_id: str) -> None:

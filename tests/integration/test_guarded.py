@@ -143,3 +143,39 @@ def test_secrets_are_not_shown(local: Guarded) -> None:
             done = local.run(*command, KQ_SIGNING_KEY=key)
             assert "c4nary" not in done.stdout + done.stderr
     assert "at least 32 bytes" in done.stderr
+
+
+@pytest.mark.parametrize("pool", ["threads", "processes"])
+def test_a_worker_serves_as_the_command_line_says(local: Guarded, pool: str) -> None:
+    """Actor, groups and meta of the command line win over the app's own, in children too; the environment does not."""
+    local.write(
+        "own.py",
+        f"""\
+import kq
+from kq.security import Actor, Policy, current_actor, current_scope
+
+app = kq.App(
+    "own", config="empty.yaml", strict_mode=True, actor=Actor("service:own", {{"role": "own"}}), groups=["owners"],
+    policies=[Policy("roles", actions="*", resources="*",
+                     conditions=[{{"field": "actor.meta.role", "operator": "exists"}}])],
+)
+
+
+@app.consumer("{local.queue}")
+def show(payload):
+    print("served by", current_actor().id, current_actor().meta["role"], *sorted(current_scope().groups))
+""",
+    )
+    local.write("empty.yaml", 'version: "1.0"\nnamespace: own\n')
+    command = ("worker", "own:app", "--burst", "--pool", pool)
+    given = ("--actor", "service:given", "--groups", "night,day", "--actor-meta", "role=given")
+    for options, environment, served in (
+        (given, {}, "service:given given day night"),
+        ((), {"KQ_ACTOR": "service:env", "KQ_ACTOR_META": "role=env"}, "service:own own owners"),
+    ):
+        assert local.run("publish", "-A", "own:app", local.queue, "1", *given).returncode == 0
+        done = local.run(*command, *options, **environment)
+        assert done.returncode == 0, done.stderr
+        assert f"served by {served}\n" in done.stdout + done.stderr
+    # Another actor has nothing of what is known of the first one.
+    assert "queue.consume.queue" in refusal(local.run(*command, "--actor", "service:other"))

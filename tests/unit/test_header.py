@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from enum import Enum
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -178,3 +180,25 @@ def test_too_long_for_a_property_stays_a_header() -> None:
     """A value of more than 255 bytes is not mirrored."""
     assert header.properties({"correlation_id": "c" * 255}) == {"correlation_id": "c" * 255}
     assert header.properties({"correlation_id": "c" * 256, "reply_to": "é" * 128}) == {}
+
+
+def test_values_are_those_that_travel() -> None:
+    """An enum, or another type that derives from text or a number, becomes the plain value that policies see too."""
+
+    class Level(str, Enum):
+        HIGH = "high"
+
+    class Odd(str):
+        def __eq__(self, other: object) -> bool:
+            return False
+
+        __hash__ = str.__hash__
+
+    class Ratio(float):
+        pass
+
+    values = {"priority": Level.HIGH, Odd("odd"): Odd("text"), "number": HTTPStatus.OK, "ratio": Ratio(0.5)}
+    checked = header.check(values)
+    assert checked == {"priority": "high", "odd": "text", "number": 200, "ratio": 0.5}
+    assert [type(value) for value in checked.values()] == [str, str, int, float]
+    assert {type(key) for key in checked} == {str}
