@@ -247,11 +247,10 @@ class _Loader:
             return
         keys, key = signing.get("keys", {}), signing.get("sign_with")
         if key is not None and key not in keys:
-            known = ", ".join(keys) or "none"
-            shown = signing.written.get("sign_with", key)
+            # Neither is shown: names and secrets may be the wrong way round.
             self._problems.add(
-                signing.places["sign_with"], f"signing: sign_with: there is no key {shown!r}; keys has {known}"
-            )  # fmt: skip
+                signing.places["sign_with"], f"signing: sign_with: expected the name of one of the {len(keys)} keys"
+            )
 
 
 def _role(kind: str) -> str:

@@ -1,7 +1,9 @@
 """The program ``python -m kq.worker.probe APP``: would a worker of this app start?
 
 It loads the app, the configuration and every handler, in a fresh interpreter, and prints the configuration's
-fingerprint; or says on stderr what is wrong. Settings that win over all others come as JSON on stdin.
+fingerprint; or says on stderr what is wrong. If the configuration is not that of the worker that runs, it also
+asks the policies, reaches the brokers and declares the queues, as a worker does at its start. What it has to
+know of the worker that runs comes as JSON on stdin.
 """
 
 from __future__ import annotations
@@ -11,16 +13,19 @@ import sys
 
 from kq.errors import Error
 from kq.target import open_app
-from kq.worker.worker import Worker
+from kq.worker.worker import Worker, WorkerOptions
 
 
 def main(app_path: str) -> int:
     """Print the fingerprint of the app as it is now; the exit code says whether it loads."""
+    running = json.load(sys.stdin)
     try:
-        app = open_app(app_path, json.load(sys.stdin))
+        app = open_app(app_path, running["overrides"])
         app.declarations.check_drivers()
         # It refuses what it could not work on.
-        Worker(app, app_path=app_path)
+        worker = Worker(app, app_path=app_path, options=WorkerOptions(**running["options"]), quiet=True)
+        if app.fingerprint() != running["fingerprint"]:
+            worker.rehearse()
     except Error as error:
         sys.stderr.write(error.message + "\n")
         return 78

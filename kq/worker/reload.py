@@ -24,6 +24,8 @@ class Trial(Thread):
     Args:
         app_path: ``module:attribute``; empty for the app that the configuration file describes.
         overrides: Settings that the command line changed, by name.
+        fingerprint: What `App.fingerprint` says of the worker that runs.
+        options: Of its `WorkerOptions` those that say what it consumes and how long it tries to connect.
         on_end: Called in this thread when the answer is there.
 
     Attributes:
@@ -32,11 +34,18 @@ class Trial(Thread):
         mistake: Why nothing can be reloaded, or empty.
     """
 
-    def __init__(self, app_path: str, overrides: Mapping[str, Any], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        app_path: str,
+        overrides: Mapping[str, Any],
+        fingerprint: str,
+        options: Mapping[str, Any],
+        on_end: Callable[[], None],
+    ) -> None:
         super().__init__(name="kq-reload", daemon=True)
         self._command = [sys.executable, "-m", "kq.worker.probe", app_path]
         # Not among the arguments, which everybody on the machine can read: there may be a password in it.
-        self._input = json.dumps(dict(overrides))
+        self._input = json.dumps({"overrides": dict(overrides), "fingerprint": fingerprint, "options": dict(options)})
         self._on_end = on_end
         self.ended = False
         self.fingerprint: str | None = None

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread, current_thread, main_thread
 from time import monotonic
@@ -173,6 +173,24 @@ class Worker:
             Conflict: If a queue exists with other values than declared.
             StartFailed: If the children cannot load the app.
         """
+        with ExitStack() as stack:
+            backends = stack.enter_context(self._backends())
+            for number, handler in self._install_signals().items():
+                stack.callback(signal.signal, number, handler)
+            self._connect(backends)
+            self._work(backends)
+
+    def rehearse(self) -> None:
+        """Do what `run` does before it works: ask the policies, reach the brokers, declare the queues.
+
+        Raises as `run` does.
+        """
+        with self._backends() as backends:
+            self._connect(backends)
+
+    @contextmanager
+    def _backends(self) -> Iterator[dict[str, Backend]]:
+        """Open a backend for each driver that is consumed, if consuming is allowed; closed at the end."""
         guard = self._registry.guard
         with guard.serving():
             for queue in self._consumers:
@@ -182,10 +200,7 @@ class Worker:
             for driver in self._drivers:
                 backends[driver] = self._registry.open(driver)
                 stack.callback(backends[driver].close)
-            for number, handler in self._install_signals().items():
-                stack.callback(signal.signal, number, handler)
-            self._connect(backends)
-            self._work(backends)
+            yield backends
 
     def start(self) -> None:
         """Run in a thread of its own, and return once it fetches.
@@ -435,7 +450,12 @@ class Worker:
             pool.replace()
         elif self._replace and self._app_path is not None and self._trial is None:
             self._replace = False
-            self._trial = Trial(self._app_path, self._registry.overrides, self._wake)
+            queues = self.options.queues
+            options = {
+                "queues": None if queues is None else list(queues),
+                "connect_timeout": self.options.connect_timeout,
+            }
+            self._trial = Trial(self._app_path, self._registry.overrides, self._app.fingerprint(), options, self._wake)
             self._trial.start()
         if self._trial is not None and self._trial.ended:
             trial, self._trial = self._trial, None

@@ -66,6 +66,10 @@ class Project:
         """Wait until the log says something."""
         wait_for(lambda: self.log().count(text) >= count, f"{count} x {text!r} in the log:\n{self.log()}")
 
+    def main(self) -> str:
+        """Return the entry of the project's own broker."""
+        return f"  - {{name: broker, kind: queue.driver.sqlite, url: '{self.broker.url}'}}\n"
+
     def close(self) -> None:
         """End what is left."""
         for worker in self.workers:
@@ -211,7 +215,7 @@ def test_reload_is_all_or_nothing(local: Project) -> None:
     local.write("handlers.py", "import logging\ndef f(payload): logging.getLogger().info('first %s', payload)\n")
     file = "namespace: shop\nentries:\n  - {id: w, kind: queue.consumer, queue: q, method: f, concurrency: 1}\n"
     local.write("kq.yaml", file)
-    worker = local.worker("-p", "1")
+    worker = local.worker("-p", "1", "--connect-timeout", "0.5")
     local.run("publish", "shop:q", "1")
     local.until("first 1")
     children = children_of(worker.pid)
@@ -230,11 +234,20 @@ def test_reload_is_all_or_nothing(local: Project) -> None:
     local.write("kq.yaml", file + _TWO_DRIVERS)
     worker.send_signal(signal.SIGHUP)
     local.until("nothing is reloaded", 4)
-    assert "kq.yaml:4: driver other: broker: expected redis://" in local.log()
+    assert "kq.yaml:4: driver other: broker: expected a URL such as redis://" in local.log()
     local.write("kq.yaml", file)
     local.run("publish", "shop:q", "2")
     local.until("first 2")
     assert children_of(worker.pid) == children
+
+    unreachable = "  - {id: broker, kind: queue.driver.redis, url: 'redis://127.0.0.1:1'}\n"
+    elsewhere = "  - {name: q, kind: queue.queue, driver: redis}\n"
+    local.write("kq.yaml", file + unreachable.replace("id: broker", "name: redis") + elsewhere + local.main())
+    worker.send_signal(signal.SIGHUP)
+    local.until("nothing is reloaded", 5)
+    assert "127.0.0.1:1" in local.log().rpartition("nothing is reloaded")[2]
+    assert children_of(worker.pid) == children
+    local.write("kq.yaml", file)
 
     # New code, the same configuration: children are replaced, one by one.
     local.write("handlers.py", "import logging\ndef f(payload): logging.getLogger().info('second %s', payload)\n")

@@ -311,7 +311,13 @@ def test_wrong_entries_are_refused(write: Write, entry: str, why: str) -> None:
 
 def test_a_key_that_is_not_there_cannot_sign(write: Write) -> None:
     """``sign_with`` names one of the keys."""
-    assert "there is no key 'k2'; keys has k1" in refused(write("signing: {keys: {k1: abc}, sign_with: k2}\n"))
+    assert "expected the name of one of the 1 keys" in refused(write("signing: {keys: {k1: abc}, sign_with: k2}\n"))
+
+
+def test_keys_the_wrong_way_round_show_no_secret(write: Write) -> None:
+    """Whoever writes the secret where the name belongs does not find it in a log."""
+    assert "c4nary" not in refused(write("signing: {keys: {c4nary: k1}, sign_with: k1}\n"))
+    assert "c4nary" not in refused(write("signing: {keys: {k1: k1}, sign_with: c4nary}\n"))
 
 
 # What values mean.
