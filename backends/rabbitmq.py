@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from amqp import spec
 from amqp.exceptions import PreconditionFailed
 
-from kq.backend import Capabilities, Envelope, Publication, QueueInfo, QueueSpec, Role
+from kq.backend import BackendOptions, Capabilities, Envelope, Publication, QueueInfo, QueueSpec, Role
 from kq.backends import rabbitmq_acl
 from kq.backends import tls as secure
 from kq.backends.rabbitmq_feed import RabbitFeed
@@ -37,7 +37,6 @@ from kq.backends.rabbitmq_topology import (
 )
 from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound, PermissionDenied
-from kq.registry import BackendOptions
 
 _T = TypeVar("_T")
 

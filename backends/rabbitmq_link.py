@@ -18,12 +18,12 @@ from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, Prec
 from kombu.exceptions import KombuError
 
 from kq import errors
+from kq.backend import BackendOptions
 from kq.backends.rabbitmq_frame import lenient_frame_handler
 from kq.backends.rabbitmq_tls import TlsClient, UnsafeConnection
 from kq.backends.tls import explain
 from kq.config import hide_password
 from kq.errors import Conflict, Internal, Invalid, PermissionDenied
-from kq.registry import BackendOptions
 
 #: Milliseconds that sent data may stay unacknowledged before the kernel gives a connection up; py-amqp's
 #: own default of one second kills connections that are merely slow.

@@ -29,7 +29,8 @@ PUBLISHER: Final[dict[str, tuple[str, ...]]] = {
 #: What a worker does, and whoever looks after queues.
 WORKER: Final = (
     "blpop", "exists", "get", "hdel", "hexists", "hget", "hlen", "hmget", "hset", "hsetnx", "incrby", "lindex", "llen",
-    "lpop", "lrange", "lrem", "rpush", "setnx", "unlink", "zadd", "zcard", "zcount", "zrange", "zrangebyscore", "zrem",
+    "lpop", "lrange", "lrem", "pexpire", "pttl", "rpush", "setnx", "unlink", "zadd", "zcard", "zcount", "zrange",
+    "zrangebyscore", "zrem", "zremrangebyrank", "zscore",
 )  # fmt: skip
 
 _PUBLISHER_TEXT: Final = """\

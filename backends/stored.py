@@ -17,6 +17,7 @@ from uuid import uuid4
 import kombu
 
 from kq.backend import (
+    BackendOptions,
     Capabilities,
     Delivery,
     Envelope,
@@ -37,7 +38,6 @@ from kq.backends.tls import separate
 from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound
 from kq.header import NORMAL
-from kq.registry import BackendOptions
 
 #: Seconds after which a feed looks at a quiet queue although nothing woke it: the insurance against
 #: a wake-up that died with the worker it went to.

@@ -24,11 +24,10 @@ from uuid import uuid4
 from kombu.transport import base, virtual
 from kombu.utils.url import as_url, parse_url
 
-from kq.backend import Envelope, pack, unpack_or_wrap
+from kq.backend import BackendOptions, Envelope, pack, unpack_or_wrap
 from kq.backends.store import BrokerAway, Ending, Entry, Lease, Store
 from kq.config import hide_password
 from kq.errors import Error, Internal, Invalid
-from kq.registry import BackendOptions
 
 #: Messages that one pass delivers to a consumer without a prefetch limit.
 _BATCH: Final = 100

@@ -12,19 +12,23 @@ from hashlib import sha256
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kq import config_file, limit, registry
+from kq import config_file, limit
 from kq.backend import QueueInfo, QueueSpec
 from kq.config import hide_password, resolve
 from kq.dead_letter import DeadLetters
-from kq.declaration import Declarations, caller, declared_policies, declared_signing
+from kq.declaration import Declarations
 from kq.driver import Driver
+from kq.entry import policies_of, signing_of
 from kq.errors import Invalid
 from kq.executor import Executor, HandleMiddleware
 from kq.guard import Guard
+from kq.limit import count
 from kq.producer import Producer, PublishMiddleware
-from kq.registry import Registry, count
+from kq.registry import Registry
 from kq.retry import Backoff
 from kq.router import Consumer
+from kq.said import caller
+from kq.scheme import find_backend
 from kq.security import Actor, Policy, current_actor, set_strict
 from kq.signing import Signing
 
@@ -103,17 +107,17 @@ class App:
             },
             document=document,
         )
-        registry.find_backend(settings.broker)
+        find_backend(settings.broker)
         self.registry = Registry(name, settings)
         self.document = document
         self.registry.variables = document.variables
         self.registry.guard = Guard(
-            [*declared_policies(document), *policies],
+            [*policies_of(document), *policies],
             strict=settings.strict_mode,
             actor=actor if isinstance(actor, Actor) else Actor(settings.actor) if settings.actor else None,
             groups=settings.groups,
         )
-        self.registry.signing = signing or declared_signing(document)
+        self.registry.signing = signing or signing_of(document)
         for driver_name, driver in (drivers or {}).items():
             self.registry.add_driver(
                 replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
+from kq.driver import Tls
 from kq.errors import Error, Invalid
 from kq.outcome import Outcome
 from kq.retry import RetryPolicy
@@ -128,6 +129,27 @@ class QueueSpec:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     replay_window: float = 0.0
     driver: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendOptions:
+    """What a backend is opened with. Durations are seconds.
+
+    Attributes:
+        lease: For how long a delivery stays with a worker that does not renew it.
+        heartbeat: How often a silent connection is probed.
+        timeout: How long a single call to the broker may take.
+        name: Who connects, for the broker's own list of connections.
+        connect_timeout: How long connecting may take.
+        tls: How connections are encrypted; None for the defaults, which verify.
+    """
+
+    lease: float
+    heartbeat: float
+    timeout: float
+    name: str
+    connect_timeout: float = 5.0
+    tls: Tls | None = None
 
 
 class Publication(msgspec.Struct, frozen=True):

@@ -10,7 +10,8 @@ from typing import Any, Final
 from kq import codec
 from kq.backend import Backend, Envelope
 from kq.errors import NotFound
-from kq.registry import Registry, count
+from kq.limit import count
+from kq.registry import Registry
 
 #: How many dead letters one look reads while it searches for an id.
 _PAGE: Final = 200

@@ -1,63 +1,21 @@
-"""What files say, as kq's own values, and what files and Python say of one thing made one.
-
-Each field of a queue or consumer is taken from where it is said. Where both say it they must say the same:
-which of two places won would be anybody's guess.
-"""
+"""What files and Python declare on an app, made one."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
-from typing import Any, Final
+from collections.abc import Mapping
+from dataclasses import astuple, replace
+from typing import Any
 
 from kq.backend import QueueSpec
-from kq.config_file import Document, Entry, Given, Place, policy
-from kq.driver import MAIN, Driver, Tls, naming
-from kq.errors import Conflict, Invalid
+from kq.config_file import Document, Entry
+from kq.driver import MAIN, naming
+from kq.entry import CONSUMER_OPTIONS, consumer_of, driver_of, plain, queue_of
 from kq.handler import find_handler
-from kq.registry import Registry, queue_spec
-from kq.retry import Backoff
+from kq.queue_spec import queue_spec
+from kq.registry import Registry
 from kq.router import Consumer
-from kq.security import Policy
-from kq.signing import Signing
-
-_HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What one place says of a queue or consumer.
-
-    Attributes:
-        place: The place, for people: ``shop.py:12`` or ``kq.yaml:9``.
-        values: Its fields by name; what is not said is not there.
-        places: Where single fields are said, if not at ``place``.
-    """
-
-    place: str
-    values: Mapping[str, Any]
-    places: Mapping[str, str] = field(default_factory=dict)
-
-    def place_of(self, name: str) -> str:
-        """Return where a field is said."""
-        return self.places.get(name, self.place)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who called kq.
-
-    Attributes:
-        module: The name of the module.
-        place: File and line, for people.
-    """
-
-    module: str | None
-    place: str
+from kq.said import Mistakes, Said, caller, merge
 
 
 class Declarations:
@@ -86,22 +44,26 @@ class Declarations:
         self._of_entries: list[Consumer] = []
         #: What was said of each consumer of an entry, by queue and name.
         self._consumers: dict[tuple[str, str], tuple[Said, ...]] = {}
-        in_file = registry.settings.origins.get("broker")
-        mistakes = _Mistakes()
+        origins = registry.settings.origins
+        # What the program or the environment says of all connections wins over what a file says of one.
+        own_heartbeat = origins.get("heartbeat") in (None, str(document.settings.places.get("heartbeat")))
+        in_file = origins.get("broker")
+        mistakes = Mistakes()
         for id, entry in document.drivers.items():
             with mistakes.at(entry.place, f"driver {id}"):
-                if id != document.main:
-                    registry.add_driver(driver(entry, id))
-                elif in_file == str(entry.given.places["url"]):
-                    # Somebody may have named another broker, to which nothing else in this entry applies.
-                    registry.add_driver(driver(entry, MAIN))
+                is_main = id == document.main
+                if is_main and in_file != str(entry.given.places["url"]):
+                    # Somebody has named another broker, to which nothing else in this entry applies.
+                    continue
+                described = driver_of(entry, MAIN if is_main else id)
+                registry.add_driver(described if own_heartbeat else replace(described, heartbeat=None))
         for id, entry in document.queues.items():
             with mistakes.at(entry.place, f"queue {id}"):
-                said = self._queues[id] = queue(entry, document)
+                said = self._queues[id] = queue_of(entry, document)
                 registry.declare(queue_spec(id, **said.values))
         for entry in self._pending:
             with mistakes.at(entry.place, f"consumer {entry.id}"):
-                consumer(entry)
+                consumer_of(entry)
                 registry.imply(entry.given.values["queue"])
         mistakes.check()
 
@@ -140,7 +102,7 @@ class Declarations:
         Raises:
             Invalid: If a URL is ill-formed, or a file that it takes cannot be read; with the place.
         """
-        mistakes = _Mistakes()
+        mistakes = Mistakes()
         for name in self._registry.drivers:
             with mistakes.at(self.driver_origin(name), ""), naming(name):
                 self._registry.backend(name)
@@ -177,7 +139,7 @@ class Declarations:
             Invalid: If one cannot be found, with its place.
             Conflict: If a consumer is declared otherwise in Python; the message names both places.
         """
-        mistakes = _Mistakes()
+        mistakes = Mistakes()
         for entry in list(self._pending):
             with mistakes.at(entry.given.places["method"], f"consumer {entry.id}"):
                 method = entry.given.values["method"]
@@ -195,7 +157,7 @@ class Declarations:
         specs = sorted(registry.queues(), key=lambda spec: spec.id)
         drivers = sorted((astuple(driver) for driver in registry.drivers.values()), key=lambda values: str(values[1]))
         said = [
-            _plain(value)
+            plain(value)
             for value in (
                 document.worker,
                 document.security,
@@ -208,7 +170,7 @@ class Declarations:
 
     def _add(self, entry: Entry, handler: Any) -> None:
         router = self._registry.router
-        said = consumer(entry)
+        said = consumer_of(entry)
         queue_id = entry.given.values["queue"]
         twin = next(
             (other for other in router.of(queue_id) if other.handler is handler and other not in self._of_entries), None
@@ -226,162 +188,3 @@ class Declarations:
         router.replace(twin, made)
         self._of_entries.append(made)
         self._consumers[queue_id, entry.id] = (said, in_python)
-
-
-class _Mistakes:
-    """What is wrong with the entries of a file; all of it is told at once, each with its place."""
-
-    def __init__(self) -> None:
-        self._found: list[Invalid | Conflict] = []
-
-    @contextmanager
-    def at(self, place: Place | str, what: str) -> Iterator[None]:
-        """Note what is wrong with one entry, and go on."""
-        try:
-            yield
-        except (Invalid, Conflict) as error:
-            # Some say themselves which thing of the two they are about.
-            name = "" if error.message.startswith(what) else f"{what}: "
-            found = type(error)(f"{place}: {name}{error.message}")
-            found.__cause__ = error
-            self._found.append(found)
-
-    def check(self) -> None:
-        """Raise all that was noted, as what the first one is."""
-        if self._found:
-            first = self._found[0]
-            raise type(first)("\n".join(error.message for error in self._found)) from first
-
-
-#: What both a file and Python may say of a consumer.
-CONSUMER_OPTIONS: Final = ("concurrency", "prefetch", "timeout", "auto_ack", "max_attempts", "backoff")
-
-
-def caller() -> Caller:
-    """Return the nearest caller that is not kq itself."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
-        frame = frame.f_back
-    if frame.f_code.co_filename.startswith(_HERE):
-        return Caller(None, "kq")
-    name = frame.f_globals.get("__name__")
-    return Caller(name if isinstance(name, str) else None, f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}")
-
-
-def merge(what: str, first: Said, second: Said) -> dict[str, Any]:
-    """Return the fields of a thing that two places speak of.
-
-    Args:
-        what: The thing, for people, e.g. ``queue app:emails``.
-        first: What one place says.
-        second: What the other one says.
-
-    Raises:
-        Conflict: If both say something else of one field; the message names both places.
-    """
-    for name in first.values.keys() & second.values.keys():
-        one, other = first.values[name], second.values[name]
-        if one != other:
-            raise Conflict(
-                f"{what}: {name}={one!r} at {first.place_of(name)}, but {name}={other!r} at {second.place_of(name)}; "
-                "say it in one of the two places, or alike in both"
-            )
-    return {**first.values, **second.values}
-
-
-def queue(entry: Entry, document: Document) -> Said:
-    """Return what an entry says of a queue, as arguments of `kq.registry.queue_spec`."""
-    values: dict[str, Any] = {}
-    places: dict[str, str] = {}
-
-    def take(given: Given, **names: str) -> None:
-        for name, argument in names.items():
-            if name in given.values:
-                values[argument], places[argument] = given.values[name], str(given.places[name])
-
-    given = entry.given
-    take(given, codec="codec", max_length="max_length", max_priority="max_priority", options="options", retry="retry",
-         require_signature="require_signature", driver="driver")  # fmt: skip
-    if "dead_letter" in given.values:
-        take(given.values["dead_letter"], queue="dead_letter", max_attempts="max_attempts", max_crashes="max_crashes")
-    if "retry" in values:
-        values["retry"] = backoff(values["retry"])
-    if values.get("driver") is not None and values["driver"] == document.main:
-        values["driver"] = MAIN
-    return Said(str(entry.place), values, places)
-
-
-def declared_policies(document: Document) -> list[Policy]:
-    """Return the policies that the files declare."""
-    return [policy(entry.id, entry.given) for entry in document.policies.values()]
-
-
-def declared_signing(document: Document) -> Signing | None:
-    """Return the keys and rules of the files' section ``signing``, if there is one.
-
-    Raises:
-        Invalid: If a key is too short; the message names the place.
-    """
-    given = document.signing
-    if not given.values:
-        return None
-    try:
-        return Signing(**given.values)
-    except Invalid as error:
-        raise Invalid(f"{given.place}: {error.message}") from None
-
-
-def consumer(entry: Entry) -> Said:
-    """Return what an entry says of a consumer, as fields of `kq.router.Consumer`."""
-    values: dict[str, Any] = {name: entry.given.values[name] for name in CONSUMER_OPTIONS if name in entry.given.values}
-    if "retry" in entry.given.values:
-        values["backoff"] = backoff(entry.given.values["retry"])
-    places = {name: str(place) for name, place in entry.given.places.items()}
-    if "retry" in places:
-        places["backoff"] = places["retry"]
-    return Said(str(entry.place), values, places)
-
-
-def backoff(given: Given) -> Backoff:
-    """Return a backoff of the fields that a file gives."""
-    return Backoff(**given.values)
-
-
-def driver(entry: Entry, name: str) -> Driver:
-    """Return the driver that an entry describes, under a name."""
-    values: dict[str, Any] = {}
-    for field_name, value in entry.given.values.items():
-        if field_name == "reconnect":
-            values.update(reconnect_initial=value.get("initial", 0.1), reconnect_max=value.get("max", 2.0))
-        elif field_name == "tls":
-            values["tls"] = _tls(value, entry.folder)
-        elif field_name not in ("kind", "name", "id"):
-            values[field_name] = value
-    return Driver(name=name, **values)
-
-
-def _tls(given: Given, folder: str) -> Tls:
-    values: dict[str, Any] = dict(given.values)
-    for name in ("ca", "certificate", "key"):
-        if name in values:
-            values[name] = _beside(values[name], folder)
-    return Tls(**values)
-
-
-def _plain(value: Any) -> Any:
-    """Return what a file gives without its places, for comparison."""
-    if isinstance(value, Entry):
-        return [value.kind, value.id, _plain(value.given)]
-    if isinstance(value, Given):
-        return sorted((name, _plain(item)) for name, item in value.values.items())
-    return [_plain(item) for item in value] if isinstance(value, list) else repr(value)
-
-
-def _beside(value: str, folder: str) -> str:
-    """Return PEM text as it is, and a path as one from the folder of the file that names it."""
-    return value if "-----BEGIN" in value else os.path.join(folder, value)
-
-
-def _short(path: str) -> str:
-    relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative

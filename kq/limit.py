@@ -52,6 +52,13 @@ def queue_id(value: Any) -> str:
     )
 
 
+def count(name: str, value: Any, low: int, high: int) -> int:
+    """Return ``value`` if it is an integer from ``low`` to ``high``, else raise ``Invalid``."""
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return value
+    raise Invalid(f"{name}: expected an integer from {low} to {high:,}, got {value!r}")
+
+
 def duration(text: str) -> float | None:
     """Return the seconds that a text such as ``5``, ``250ms``, ``10m`` or ``1d`` means; None if it means none."""
     found = DURATION.fullmatch(text.strip())

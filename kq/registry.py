@@ -11,58 +11,23 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
-from importlib import import_module
-from importlib.metadata import entry_points
+from dataclasses import fields, replace
 from threading import RLock
 from typing import Any, Final, Protocol
 
-from kq import codec as codecs
 from kq import config, limit
 from kq.backend import Backend, Envelope, QueueSpec, clean
-from kq.driver import MAIN, Driver, Tls, address, check, naming
-from kq.errors import Conflict, Internal, Invalid
+from kq.driver import MAIN, Driver, check, naming
+from kq.errors import Conflict, Invalid
 from kq.guard import Guard
-from kq.retry import Backoff, RetryPolicy
+from kq.queue_spec import default_spec, difference
 from kq.router import Router
+from kq.scheme import find_backend, open_backend
 from kq.security import Actor
 from kq.signing import Signing
 
-#: Built in, so that a checkout works as it is and nothing is scanned at start.
-BUILT_IN: Final[Mapping[str, str]] = {
-    "memory": "kq.backends.stored:StoredBackend",
-    "sqlite": "kq.backends.stored:StoredBackend",
-    "redis": "kq.backends.stored:StoredBackend",
-    "rediss": "kq.backends.stored:StoredBackend",
-    "amqp": "kq.backends.rabbitmq:RabbitBackend",
-    "amqps": "kq.backends.rabbitmq:RabbitBackend",
-}
-
 #: The origin of settings that have been overridden.
 COMMAND_LINE: Final = "command line"
-#: Backend names that queue options are grouped by, beside those of third parties.
-_OPTION_GROUPS: Final = frozenset({"memory", "sqlite", "redis", "amqp"})
-
-
-@dataclass(frozen=True, slots=True)
-class BackendOptions:
-    """What a backend is opened with. Durations are seconds.
-
-    Attributes:
-        lease: For how long a delivery stays with a worker that does not renew it.
-        heartbeat: How often a silent connection is probed.
-        timeout: How long a single call to the broker may take.
-        name: Who connects, for the broker's own list of connections.
-        connect_timeout: How long connecting may take.
-        tls: How connections are encrypted; None for the defaults, which verify.
-    """
-
-    lease: float
-    heartbeat: float
-    timeout: float
-    name: str
-    connect_timeout: float = 5.0
-    tls: Tls | None = None
 
 
 class Registry:
@@ -352,132 +317,6 @@ class HasRegistry(Protocol):
         ...
 
 
-def default_spec(queue_id: str) -> QueueSpec:
-    """Return a queue nobody described: default values, dead letters beside it."""
-    dead = None if queue_id.endswith(limit.DEAD_SUFFIX) else queue_id + limit.DEAD_SUFFIX
-    return QueueSpec(queue_id, dead_letter=dead)
-
-
-def queue_spec(
-    queue_id: str,
-    *,
-    codec: Any = "json/plain",
-    dead_letter: Any = None,
-    max_attempts: Any = 5,
-    max_crashes: Any = 3,
-    retry: Any = Backoff(),  # noqa: B008 - a frozen value
-    max_length: Any = None,
-    max_priority: Any = None,
-    require_signature: Any = False,
-    options: Any = None,
-    driver: Any = None,
-) -> QueueSpec:
-    """Return a checked queue declaration.
-
-    Raises:
-        Invalid: If a value is not what it must be; the message names it.
-    """
-    limit.queue_id(queue_id)
-    codecs.named(codec)
-    if dead_letter is None:
-        dead_letter = default_spec(queue_id).dead_letter
-    else:
-        limit.queue_id(dead_letter)
-        if dead_letter == queue_id:
-            raise Invalid(f"dead_letter: expected another queue than {queue_id} itself")
-    if not isinstance(retry, Backoff):
-        raise Invalid(f"retry: expected a kq.Backoff, got {type(retry).__name__}")
-    if not isinstance(require_signature, bool):
-        raise Invalid(f"require_signature: expected true or false, got {require_signature!r}")
-    if driver is not None and driver != MAIN:
-        limit.driver_name(driver)
-    return QueueSpec(
-        queue_id,
-        codec=codec,
-        dead_letter=dead_letter,
-        policy=RetryPolicy(
-            count("max_attempts", max_attempts, 1, 1_000_000), count("max_crashes", max_crashes, 1, 1_000_000), retry
-        ),
-        max_length=None if max_length is None else count("max_length", max_length, 1, 2**31 - 1),
-        max_priority=None if max_priority is None else count("max_priority", max_priority, 1, 255),
-        require_signature=require_signature,
-        options=_options(options),
-        driver=driver or MAIN,
-    )
-
-
-def count(name: str, value: Any, low: int, high: int) -> int:
-    """Return ``value`` if it is an integer from ``low`` to ``high``, else raise ``Invalid``."""
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-        return value
-    raise Invalid(f"{name}: expected an integer from {low} to {high:,}, got {value!r}")
-
-
-def difference(known: QueueSpec, other: QueueSpec) -> str:
-    """Say which argument two declarations of a queue disagree on."""
-    pairs = [
-        ("codec", known.codec, other.codec),
-        ("dead_letter", known.dead_letter, other.dead_letter),
-        ("max_attempts", known.policy.max_attempts, other.policy.max_attempts),
-        ("max_crashes", known.policy.max_crashes, other.policy.max_crashes),
-        ("retry", known.policy.backoff, other.policy.backoff),
-        ("max_length", known.max_length, other.max_length),
-        ("max_priority", known.max_priority, other.max_priority),
-        ("require_signature", known.require_signature, other.require_signature),
-        ("options", known.options, other.options),
-        ("driver", known.driver, other.driver),
-    ]
-    name, old, new = next(pair for pair in pairs if pair[1] != pair[2])
-    return f"queue {known.id} is declared already, with {name}={old!r}; got {name}={new!r}"
-
-
-def find_backend(broker: str) -> str:
-    """Return the ``module:class`` that serves a broker URL, without importing it.
-
-    Raises:
-        Invalid: If the URL has no scheme, or nothing is registered for it.
-    """
-    scheme = config.scheme(broker)
-    if scheme in BUILT_IN:
-        return BUILT_IN[scheme]
-    found = {point.name: point.value for point in entry_points(group="kq.backends")}
-    if scheme in found:
-        return found[scheme]
-    known = ", ".join(f"{name}://" for name in sorted({*BUILT_IN, *found}))
-    raise Invalid(f"broker: no backend for {scheme}://; expected one of {known}")
-
-
-def open_backend(settings: config.Settings, name: str, driver: Driver | None = None) -> Backend:
-    """Return a new backend for a broker, unconnected.
-
-    Args:
-        settings: What the driver does not say itself.
-        name: Who connects, likewise.
-        driver: The broker; None for that of the settings.
-
-    Raises:
-        Invalid: If no backend is registered for its scheme, or the URL is ill-formed.
-    """
-    driver = Driver(settings.broker) if driver is None else driver
-    target = find_backend(driver.url)
-    scheme = config.scheme(driver.url)
-    module, _, attribute = target.partition(":")
-    try:
-        factory: Callable[[str, BackendOptions], Backend] = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise Internal(f"broker: the backend for {scheme}:// does not load: {error}", retryable=False) from error
-    options = BackendOptions(
-        lease=settings.lease,
-        heartbeat=settings.heartbeat if driver.heartbeat is None else driver.heartbeat,
-        timeout=settings.publish_timeout if driver.timeout is None else driver.timeout,
-        name=driver.connection_name or name,
-        tls=driver.tls,
-    )
-    if driver.connect_timeout is not None:
-        options = replace(options, connect_timeout=driver.connect_timeout)
-    return factory(address(driver), options)
-
-
 def _check_driver(driver: Driver) -> None:
     if driver.name != MAIN:
         limit.driver_name(driver.name)
@@ -515,20 +354,6 @@ def _check_together(first: QueueSpec, second: QueueSpec) -> None:
             f"dead_letter: {first.dead_letter} holds the dead letters of {first.id} on driver {first.driver!r}; "
             f"expected another queue for those of {second.id} on driver {second.driver!r}"
         )
-
-
-def _options(options: Any) -> dict[str, dict[str, Any]]:
-    if options is None:
-        return {}
-    if not isinstance(options, Mapping):
-        raise Invalid(f'options: expected a mapping such as {{"amqp": {{...}}}}, got {type(options).__name__}')
-    known = _OPTION_GROUPS | {point.name for point in entry_points(group="kq.backends")}
-    for group, values in options.items():
-        if group not in known:
-            raise Invalid(f"options: unknown backend {group!r}; expected one of {', '.join(sorted(known))}")
-        if not isinstance(values, Mapping):
-            raise Invalid(f"options: {group}: expected a mapping, got {type(values).__name__}")
-    return {group: dict(values) for group, values in options.items()}
 
 
 _registries: weakref.WeakSet[Registry] = weakref.WeakSet()

@@ -65,9 +65,9 @@ class Broker:
                 message = amqp.Message(raw, content_type="application/octet-stream")
                 channel.basic_publish(message, routing_key=queue_id)
         else:
+            from kq.backend import BackendOptions
             from kq.backends.store import Entry
             from kq.backends.virtual import open_store
-            from kq.registry import BackendOptions
 
             store = open_store(self.url, BackendOptions(30, 30, 10, "test"))
             store.put(queue_id, [Entry(uuid4().hex, raw, 4)], None)

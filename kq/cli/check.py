@@ -12,7 +12,7 @@ import click
 from kq.cli.acl import show
 from kq.cli.option import ConfigurationError, common, find_app, table
 from kq.config_file.kind import WORKER
-from kq.declaration import CONSUMER_OPTIONS
+from kq.entry import CONSUMER_OPTIONS
 from kq.errors import Conflict, Invalid
 
 if TYPE_CHECKING:

@@ -190,11 +190,11 @@ def find_app(app_path: str | None, broker: str | None) -> App:
             app = load_app(app_path)
         if broker is not None:
             app.registry.override(broker=broker)
-        app.declarations.check_drivers()
         acting: Acting | None = click.get_current_context().obj
         if acting is not None and acting.actor is not None:
             _serve_as(app, acting)
             click.get_current_context().with_resource(app.registry.guard.acting(acting.actor, acting.groups))
+        app.declarations.check_drivers()
         return app
     except errors.Error as error:
         raise ConfigurationError(error.message) from error

@@ -13,7 +13,8 @@ from kq.backend import Backend, Delivery, Envelope, Feed, Publication, QueueSpec
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.stored import StoredBackend
 from kq.config import Settings
-from kq.registry import default_spec, open_backend
+from kq.queue_spec import default_spec
+from kq.scheme import open_backend
 from tests.broker import Broker, amqp_channel
 
 #: Seconds of a lease in these tests.

@@ -17,7 +17,7 @@ import kq
 from kq import errors
 from kq.backend import Granting, Role, Settlement, clean
 from kq.outcome import Failure, Outcome
-from kq.registry import default_spec
+from kq.queue_spec import default_spec
 from tests.account import account
 from tests.broker import Broker
 from tests.conformance.conftest import LEASE, ON_RABBITMQ, ON_REDIS, Bench

@@ -23,7 +23,7 @@ from kq.backends.store import BrokerAway
 from kq.backends.stored import StoredBackend, StoredFeed
 from kq.config import Settings
 from kq.outcome import DONE, RELEASE, Failure, Outcome
-from kq.registry import open_backend
+from kq.scheme import open_backend
 from tests.broker import AMQP_URL, amqp_channel
 from tests.conformance.conftest import LEASE, ON_RABBITMQ, ON_REDIS, ON_SQLITE, ON_STORES, Bench
 from tests.conformance.proxy import Proxy

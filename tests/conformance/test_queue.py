@@ -10,7 +10,7 @@ import pytest
 from kq import errors
 from kq.backend import Capabilities, QueueSpec, Settlement, clean
 from kq.outcome import Failure, Outcome
-from kq.registry import default_spec
+from kq.queue_spec import default_spec
 from tests.conformance.conftest import Bench
 
 #: What each broker claims; changing it is changing a promise.

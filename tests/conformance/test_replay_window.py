@@ -21,7 +21,7 @@ from kq.backends.store import BrokerAway, Ending, Entry, Store
 from kq.backends.stored import StoredBackend, StoredFeed
 from kq.config import Settings
 from kq.outcome import DONE, RELEASE, Outcome
-from kq.registry import open_backend
+from kq.scheme import open_backend
 from tests.broker import Broker
 from tests.conformance.conftest import ON_SQLITE, ON_STORES, Bench
 

@@ -17,8 +17,8 @@ import pytest
 
 import kq
 from kq import errors
+from kq.backend import BackendOptions
 from kq.driver import Driver, Tls
-from kq.registry import BackendOptions
 from kq.worker.log import JsonFormatter, TextFormatter
 from tests.account import account
 from tests.broker import AMQP_URL, REDIS_URL, Broker, find

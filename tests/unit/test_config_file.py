@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
+from time import process_time
 from typing import Any
 
 import jsonschema
@@ -229,9 +229,9 @@ def test_every_mistake_is_named_with_its_line(write: Write) -> None:
 def test_hostile_files_are_refused_at_once(write: Write, text: str, why: str) -> None:
     """What could grow, build objects or say two things is refused, quickly."""
     path = write(text)
-    started = monotonic()
+    started = process_time()
     assert why in refused(path)
-    assert monotonic() - started < 1.0
+    assert process_time() - started < 1.0
 
 
 @given(st.text(max_size=200))

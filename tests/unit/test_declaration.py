@@ -212,3 +212,15 @@ def test_the_fingerprint_knows_drivers_of_python() -> None:
     """A worker has to start anew when a driver changes, wherever it was said."""
     prints = {kq.App("test", broker="memory://", drivers={"o": f"memory://{n}"}).fingerprint() for n in (1, 1, 2)}
     assert len(prints) == 2
+
+
+def test_the_environment_wins_over_a_driver_s_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the environment or the program says of all connections wins over what a file says of one."""
+    path = tmp_path / "kq.yaml"
+    entry = "{name: broker, kind: queue.driver.redis, url: 'redis://localhost', heartbeat: 7s}"
+    path.write_text(f"settings: {{heartbeat: 9s}}\nentries: [{entry}]\n")
+    assert kq.App("test", config=str(path)).registry.driver("").heartbeat == 7.0
+    assert kq.App("test", config=str(path), heartbeat=5).registry.driver("").heartbeat is None
+    monkeypatch.setenv("KQ_HEARTBEAT", "3")
+    app = kq.App("test", config=str(path))
+    assert (app.registry.driver("").heartbeat, app.registry.settings.heartbeat) == (None, 3.0)

@@ -10,7 +10,8 @@ from kq.config import Settings
 from kq.driver import Driver
 from kq.fetcher import Fetcher
 from kq.intake import Intake
-from kq.registry import default_spec, open_backend
+from kq.queue_spec import default_spec
+from kq.scheme import open_backend
 
 
 @pytest.fixture

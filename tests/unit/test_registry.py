@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from kq import errors
-from kq.backend import QueueSpec
+from kq.backend import BackendOptions, QueueSpec
 from kq.config import Settings
 from kq.driver import MAIN, Driver, Tls
-from kq.registry import BackendOptions, Registry, default_spec, difference, open_backend, queue_spec
+from kq.queue_spec import default_spec, difference, queue_spec
+from kq.registry import Registry
 from kq.retry import Backoff, RetryPolicy
+from kq.scheme import open_backend
 
 DEFAULTS: dict[str, Any] = {
     "codec": "json/plain",

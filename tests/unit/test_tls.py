@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kq import errors
+from kq.backend import BackendOptions
 from kq.backends.rabbitmq import RabbitBackend
 from kq.backends.stored import StoredBackend
 from kq.backends.tls import NOT_VERIFIED, PARAMETERS, context, separate, warnings
 from kq.driver import Tls
-from kq.registry import BackendOptions
 
 
 @pytest.fixture(scope="module")
