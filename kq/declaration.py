@@ -72,7 +72,7 @@ class Declarations:
 
         Args:
             queue_id: The queue.
-            values: Arguments of `kq.registry.queue_spec` that were given.
+            values: Arguments of `kq.queue_spec.queue_spec` that were given.
 
         Raises:
             Invalid: If a value is not what it must be.

@@ -18,7 +18,7 @@ CONSUMER_OPTIONS: Final = ("concurrency", "prefetch", "timeout", "auto_ack", "ma
 
 
 def queue_of(entry: Entry, document: Document) -> Said:
-    """Return what an entry says of a queue, as arguments of `kq.registry.queue_spec`."""
+    """Return what an entry says of a queue, as arguments of `kq.queue_spec.queue_spec`."""
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
 

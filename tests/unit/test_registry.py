@@ -384,7 +384,7 @@ def test_queues_are_declared_where_they_live() -> None:
 def test_a_driver_without_words_takes_the_apps_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a driver does not say is the app's setting, or the default; what it says wins."""
     monkeypatch.setitem(sys.modules, "recording", SimpleNamespace(connect=lambda url, options: (url, options)))
-    monkeypatch.setattr("kq.registry.BUILT_IN", {"recording": "recording:connect"})
+    monkeypatch.setattr("kq.scheme.BUILT_IN", {"recording": "recording:connect"})
     settings = Settings(broker="recording://a", lease=5.0, heartbeat=7.0, publish_timeout=9.0)
     silent = Driver("recording://b", "b")
     wordy = Driver(
