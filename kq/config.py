@@ -245,6 +245,10 @@ def _parse(variable: str, text: str, kind: type) -> Any:
                     "no": False, "off": False}[text.strip().lower()]  # fmt: skip
         if kind is tuple:
             return tuple(name.strip() for name in text.split(",") if name.strip())
+        if kind is float:
+            # All of them are durations.
+            seconds = limit.duration(text)
+            return float(text) if seconds is None else seconds
         return kind(text)
     except (KeyError, ValueError):
         raise Invalid(f"{variable}: expected {_a(kind)}, got {text!r}") from None

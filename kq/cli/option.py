@@ -52,6 +52,10 @@ class ConfigurationError(click.ClickException):
 
     exit_code = CONFIGURATION
 
+    def show(self, file: Any = None) -> None:
+        """Print it as every other error is."""
+        click.echo(f"kq: {self.message}", file=file, err=True)
+
 
 def common(command: _F) -> _F:
     """Add ``-A``, ``-b``, ``--config`` and ``--debug`` to a command, and turn its errors into exit codes."""

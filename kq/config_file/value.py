@@ -22,6 +22,8 @@ _INTEGER: Final = re.compile(r"[-+]?[0-9]+", re.ASCII)
 _NUMBER: Final = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", re.ASCII)
 #: Plain words that YAML 1.1 takes for booleans and YAML 1.2 for texts: nobody can know what was meant.
 _AMBIGUOUS: Final = frozenset({"yes", "no", "on", "off", "y", "n"})
+#: Characters of a wrong value that an error shows.
+_SHOWN: Final = 100
 _ANY_TEXT: Final = {"type": "string", "minLength": 1}
 
 
@@ -83,16 +85,21 @@ class One:
         try:
             return self.make(text.value)
         except Invalid as error:
-            why = error.message if not text.looked_up else f"expected {self.expected}, got {text.shown!r}"
+            why = error.message if not text.looked_up else f"expected {self.expected}, got {_clipped(text)}"
             reading.problems.add(node.place, f"{label}: {why}")
         except ValueError:
-            reading.problems.add(node.place, f"{label}: expected {self.expected}, got {text.shown!r}")
+            reading.problems.add(node.place, f"{label}: expected {self.expected}, got {_clipped(text)}")
         return None
 
     def schema(self) -> dict[str, Any]:
         """See `Value.schema`; a variable may stand for every value."""
         json = dict(self.json)
         return json if json == _ANY_TEXT else {"anyOf": [json, {"type": "string", "pattern": VARIABLE.pattern}]}
+
+
+def _clipped(text: Text) -> str:
+    """Return what may be shown of a text, if it is long only its start."""
+    return repr(text.shown) if len(text.shown) <= _SHOWN else repr(text.shown[:_SHOWN]) + "..."
 
 
 def _text(text: str) -> str:
@@ -373,8 +380,10 @@ class Section:
             for name in (known.name, known.alias):
                 if name is not None:
                     properties[name] = described
-        schema: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
         required = [known.name for known in self.fields if known.required and known.alias is None]
+        # A section that requires nothing may be left empty.
+        kind: Any = "object" if required else ["object", "null"]
+        schema: dict[str, Any] = {"type": kind, "properties": properties, "additionalProperties": False}
         return {**schema, "required": required} if required else schema
 
 

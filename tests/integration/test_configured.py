@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import Broker
+from tests.broker import Broker, find
 from tests.integration.conftest import PATIENCE, children_of, wait_for
 
 _TWO_DRIVERS = (
@@ -312,3 +312,31 @@ def test_an_idle_worker_starts_anew_at_once(local: Project) -> None:
     lines = [json.loads(line) for line in local.log().splitlines()]
     times = {line["action"]: datetime.fromisoformat(line["time"]) for line in lines if "action" in line}
     assert (times["stopped"] - times["reload"]).total_seconds() < 4
+
+
+def test_several_drivers_in_one_file(local: Project) -> None:
+    """One worker, from the file alone, serves queues on SQLite, Redis and RabbitMQ; -b moves only the app's own."""
+    found = [find(name, local.folder) for name in ("redis", "rabbitmq")]
+    queues = [broker.queue_id("q") for broker in found]
+    drivers = "".join(
+        f"  - {{name: {broker.name}, kind: queue.driver.{kind}, url: '{broker.url}'}}\n"
+        f"  - {{id: '{queue}', kind: queue.queue, driver: {broker.name}}}\n"
+        f"  - {{name: on_{broker.name}, kind: queue.consumer, queue: '{queue}', method: handle}}\n"
+        for broker, queue, kind in zip(found, queues, ("redis", "amqp"), strict=True)
+    )
+    consumer = "  - {name: own, kind: queue.consumer, queue: q, method: handle}\n"
+    local.write("kq.yaml", f"namespace: shop\nentries:\n{local.main()}{consumer}{drivers}")
+    local.write("handlers.py", "import logging\ndef handle(payload): logging.getLogger().info('got %s', payload)\n")
+    local.environment.pop("KQ_BROKER_URL")
+    try:
+        for number, queue in enumerate(("shop:q", *queues)):
+            assert local.run("publish", queue, str(number + 1)).returncode == 0
+        done = local.run("worker", "--burst")
+        assert done.returncode == 0, done.stderr
+        assert all(f"got {number}" in done.stderr for number in (1, 2, 3))
+        moved = f"sqlite:///{local.folder / 'other.db'}"
+        assert local.run("publish", "shop:q", "4", "-b", moved).returncode == 0
+        assert "got 4" in local.run("worker", "--burst", "-b", moved).stderr
+    finally:
+        for broker in found:
+            broker.forget()

@@ -48,6 +48,12 @@ def test_environment_wins_over_defaults() -> None:
     )
 
 
+def test_durations_have_units() -> None:
+    """A variable takes what a file takes."""
+    assert resolve({}, {"KQ_LEASE": "500ms", "KQ_HEARTBEAT": "1m"}).lease == 0.5
+    assert resolve({}, {"KQ_HEARTBEAT": "1m"}).heartbeat == 60.0
+
+
 def test_arguments_win_over_the_environment() -> None:
     """An argument wins, and None means that there is none."""
     environment = {"KQ_LEASE": "3", "KQ_BROKER_URL": "redis://localhost"}

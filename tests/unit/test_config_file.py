@@ -247,6 +247,11 @@ def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, t
     assert why.startswith(str(path))
 
 
+def test_long_values_are_not_shown_whole(write: Write) -> None:
+    """An error stays readable whatever is wrong."""
+    assert len(refused(write(f"settings: {{lease: {'x' * 100_000}}}\n"))) < 500
+
+
 # Names, includes and references.
 
 
@@ -364,6 +369,10 @@ def test_the_schema_accepts_what_the_loader_accepts() -> None:
     assert not validator.is_valid(document)
     assert not validator.is_valid({"settings": {"lease": "soon"}})
     assert validator.is_valid({"settings": {"lease": "${env:LEASE}"}})
+    assert validator.is_valid({"settings": None})
+    for example in ("configured", "guarded"):
+        path = Path(__file__).parents[2] / "examples" / example / "kq.yaml"
+        assert list(validator.iter_errors(yaml.safe_load(path.read_text()))) == []
 
 
 def test_every_field_is_documented() -> None:
