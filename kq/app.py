@@ -380,10 +380,11 @@ class App:
         """Return a worker that runs in this process: ``run()``, ``start()``, ``stop()``, or a context manager.
 
         Args:
-            options: As in `kq.worker.worker.WorkerOptions`, e.g. ``concurrency=4``. With ``app_path``, the
+            options: As in `kq.worker.option.WorkerOptions`, e.g. ``concurrency=4``. With ``app_path``, the
                 app's ``package.module:attribute``, handlers run in processes; without, in threads.
         """
-        from kq.worker.worker import Worker, WorkerOptions
+        from kq.worker.option import WorkerOptions
+        from kq.worker.worker import Worker
 
         self.declarations.load_handlers()
         app_path = options.pop("app_path", None)
@@ -404,7 +405,8 @@ class App:
         Returns:
             How many messages were handled to their end: done or dead-lettered.
         """
-        from kq.worker.worker import Worker, WorkerOptions
+        from kq.worker.option import WorkerOptions
+        from kq.worker.worker import Worker
 
         self.declarations.load_handlers()
         if not len(self.registry.router):

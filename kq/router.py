@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,22 @@ def _check_beside(others: Iterable[Consumer], consumer: Consumer) -> None:
                 f"auto_ack={other.auto_ack}; expected the same for all consumers of a queue, got "
                 f"{consumer.name!r}{_at(consumer)} with auto_ack={consumer.auto_ack}"
             )
+
+
+def limits(consumers: Mapping[str, Sequence[Consumer]]) -> dict[str, int]:
+    """Return how many messages of single queues to hold: no more than may run, unless asked for."""
+    found = {}
+    for queue, competing in consumers.items():
+        needs = [_need(consumer) for consumer in competing]
+        bounded = [need for need in needs if need is not None]
+        # One consumer without bounds takes whatever comes.
+        if len(bounded) == len(needs):
+            found[queue] = sum(bounded)
+    return found
+
+
+def _need(consumer: Consumer) -> int | None:
+    return max((n for n in (consumer.concurrency, consumer.prefetch) if n is not None), default=None)
 
 
 def _at(consumer: Consumer) -> str:

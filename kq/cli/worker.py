@@ -56,9 +56,10 @@ def worker(
     """
     from kq import config_file
     from kq.worker.log import configure
+    from kq.worker.option import WorkerOptions
     from kq.worker.pool import StartFailed
     from kq.worker.reload import start_anew
-    from kq.worker.worker import Worker, WorkerOptions
+    from kq.worker.worker import Worker
 
     path = app or app_path
     if path is None and config_file.find(None, os.environ) is None:

@@ -13,7 +13,8 @@ import sys
 
 from kq.errors import Error
 from kq.target import open_app
-from kq.worker.worker import Worker, WorkerOptions
+from kq.worker.option import WorkerOptions
+from kq.worker.worker import Worker
 
 
 def main(app_path: str) -> int:

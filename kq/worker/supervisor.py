@@ -68,6 +68,9 @@ class Tally:
     crashes: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
+    def __str__(self) -> str:
+        return f"{self.handled} done, {self.retried} retried, {self.dead} dead-lettered, {self.released} released"
+
 
 class Supervisor:
     """Moves deliveries from the fetchers through the pool and back.

@@ -12,9 +12,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from threading import Event, Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any, Protocol
@@ -30,8 +29,10 @@ from kq.idleness import Idleness
 from kq.intake import Intake
 from kq.message import is_handling
 from kq.registry import HasRegistry
-from kq.router import Consumer
+from kq.router import Consumer, limits
+from kq.worker.announcement import announcement
 from kq.worker.frame import Hello
+from kq.worker.option import WorkerOptions
 from kq.worker.pool import Pool
 from kq.worker.process_pool import ProcessPool
 from kq.worker.reload import Trial
@@ -52,46 +53,6 @@ _SETTLE_PATIENCE = 10.0
 _BURST_HORIZON = 60.0
 #: Seconds between two turns of the loop in which nothing happens.
 _IDLE_TURN = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """How a worker works. Durations are seconds.
-
-    Attributes:
-        queues: The queues to consume; None for all that have a handler.
-        processes: Child processes; None for one for each CPU.
-        concurrency: Handlers at once in each.
-        pool: ``processes`` or ``threads``; None for what fits.
-        prefetch: Messages in hand at most; None for a number that fits. Brokers share it, and each may always
-            have its equal share of it, so with several there may be more for a moment.
-        grace: How long handlers may go on after a stop.
-        burst: Whether to stop when the queues are empty.
-        connect_timeout: How long to try to reach the brokers at the start.
-        log_level: For the children's logs.
-        log_format: ``text`` or ``json``, likewise.
-    """
-
-    queues: Sequence[str] | None = None
-    processes: int | None = None
-    concurrency: int = 8
-    pool: str | None = None
-    prefetch: int | None = None
-    grace: float = 30.0
-    burst: bool = False
-    connect_timeout: float = 10.0
-    log_level: str = "info"
-    log_format: str = "text"
-
-    def __post_init__(self) -> None:
-        for name in ("processes", "concurrency", "prefetch"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise Invalid(f"{name}: expected an integer from 1, got {value!r}")
-        if self.pool not in (None, "processes", "threads"):
-            raise Invalid(f"pool: expected processes or threads, got {self.pool!r}")
-        for name in ("grace", "connect_timeout"):
-            limit.seconds(name, getattr(self, name))
 
 
 class Runnable(HasRegistry, Protocol):
@@ -316,26 +277,11 @@ class Worker:
                 self._stop.wait(_CONNECT_PAUSE)
 
     def _announce(self, warnings: list[str]) -> None:
-        options = self.options
-        where = "threads" if self._threads else "processes"
-        queues = "".join(
-            f"\n    {consumer.queue}  ->  {consumer.name}{_rules(consumer, self._specs[consumer.queue].driver)}"
-            for consumer in self._each_consumer()
-        )
-        brokers = "".join(
-            "\n  broker  " + config.hide_password(driver.url) + (f"  ({driver.name})" if driver.name else "")
-            for driver in self._drivers.values()
-        )
-        logger.info(
-            "kq worker of %s%s\n  pool    %s\n  queues%s",
-            self._registry.name,
-            brokers,
-            f"{self.processes} {where} x {options.concurrency} handlers"
-            if not self._threads
-            else f"{options.concurrency} threads in this process",
-            queues,
-            extra={"action": "start"},
-        )
+        size = self.options.concurrency
+        pool = f"{size} threads in this process" if self._threads else f"{self.processes} processes x {size} handlers"
+        consumers = [(consumer, self._specs[consumer.queue].driver) for consumer in self._each_consumer()]
+        text = announcement(self._registry.name, self._drivers.values(), pool, consumers)
+        logger.info("%s", text, extra={"action": "start"})
         for warning in [*config.unknown_variables(named=self._registry.variables), *warnings]:
             logger.warning("%s", warning, extra={"action": "warning"})
 
@@ -399,7 +345,7 @@ class Worker:
                     extra={"action": "settle_failed"},
                 )
             if not self._quiet:
-                self._say_goodbye(supervisor.tally)
+                logger.info("stopped: %s", supervisor.tally, extra={"action": "stopped"})
 
     def _fetcher(
         self, driver: Driver, backend: Backend, supervisor: Supervisor, prefetch: int, idleness: Idleness | None
@@ -412,7 +358,7 @@ class Worker:
             driver=driver,
             prefetch=prefetch,
             lease=self._registry.settings.lease,
-            limits=_limits(consumers),
+            limits=limits(consumers),
             auto_ack={queue for queue, competing in consumers.items() if competing[0].auto_ack},
             admission=Admission(self._registry.settings.max_body, self._registry.distrust),
             on_deliveries=supervisor.arrived,
@@ -512,39 +458,3 @@ class Worker:
         wanted = {"SIGTERM": stop, "SIGINT": stop, "SIGHUP": reload, "SIGUSR1": dump}
         numbers = {getattr(signal, name): handler for name, handler in wanted.items() if hasattr(signal, name)}
         return {number: signal.signal(number, handler) for number, handler in numbers.items()}
-
-    def _say_goodbye(self, tally: Tally) -> None:
-        logger.info(
-            "stopped: %d done, %d retried, %d dead-lettered, %d released",
-            tally.handled, tally.retried, tally.dead, tally.released,
-            extra={"action": "stopped"},
-        )  # fmt: skip
-
-
-def _limits(consumers: Mapping[str, Sequence[Consumer]]) -> dict[str, int]:
-    """Return how many messages of single queues to hold: no more than may run, unless asked for."""
-    limits = {}
-    for queue, competing in consumers.items():
-        needs = [_need(consumer) for consumer in competing]
-        bounded = [need for need in needs if need is not None]
-        # One consumer without bounds takes whatever comes.
-        if len(bounded) == len(needs):
-            limits[queue] = sum(bounded)
-    return limits
-
-
-def _need(consumer: Consumer) -> int | None:
-    return max((n for n in (consumer.concurrency, consumer.prefetch) if n is not None), default=None)
-
-
-def _rules(consumer: Consumer, driver: str) -> str:
-    rules = [f"on {driver}"] if driver else []
-    if consumer.is_async:
-        rules.append("async")
-    if consumer.timeout is not None:
-        rules.append(f"timeout {consumer.timeout:g} s")
-    if consumer.concurrency is not None:
-        rules.append(f"at most {consumer.concurrency} at once")
-    if consumer.auto_ack:
-        rules.append("auto_ack: at most once")
-    return f"  ({', '.join(rules)})" if rules else ""

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from kq.router import Consumer
+from kq.router import Consumer, limits
 from kq.worker.round_robin import RoundRobin
-from kq.worker.worker import _limits
 
 
 def handle(payload: Any) -> None:
@@ -73,4 +72,4 @@ def test_what_must_run_runs() -> None:
 def test_a_worker_holds_what_the_consumers_of_a_queue_need(rules: list[dict[str, int]], expected: int | None) -> None:
     """The needs of a queue's consumers add up; one without bounds takes them off the queue."""
     competing = [Consumer("app:a", f"c{number}", handle, **each) for number, each in enumerate(rules)]  # type: ignore[arg-type]
-    assert _limits({"app:a": competing}).get("app:a") == expected
+    assert limits({"app:a": competing}).get("app:a") == expected
