@@ -22,7 +22,7 @@ class Proxy:
         self._sockets: list[socket.socket] = []
         self._frozen: set[socket.socket] = set()
         self._until_cut: int | None = None
-        Thread(target=self._accept, daemon=True).start()
+        Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def freeze(self) -> None:
         """Pass on nothing more over the connections there are."""
@@ -34,19 +34,31 @@ class Proxy:
         with self._lock:
             self._until_cut = count
 
+    def reopen(self) -> None:
+        """Listen again at the same address, after `close`."""
+        self._listener = socket.create_server(("127.0.0.1", urlsplit(self.url).port or 0))
+        Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
     def close(self) -> None:
         """Cut everything."""
-        self._listener.close()
-        for one in self._sockets:
-            _cut(one)
+        # Shut down first: closing alone would let a waiting accept take one more.
+        _cut(self._listener)
+        with self._lock:
+            for one in self._sockets:
+                _cut(one)
+            self._sockets.clear()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):
             while True:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
                 broker = socket.create_connection(self._broker)
                 with self._lock:
                     self._sockets += (client, broker)
+                    if listener.fileno() < 0:
+                        # Closed in between.
+                        _cut(client)
+                        _cut(broker)
                 Thread(target=self._pass, args=(client, broker, False), daemon=True).start()
                 Thread(target=self._pass, args=(broker, client, True), daemon=True).start()
 

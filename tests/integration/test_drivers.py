@@ -314,24 +314,31 @@ def test_a_broker_that_hangs_keeps_no_task_from_publishing(tmp_path: Path) -> No
         app.close()
 
 
-def test_a_broker_that_goes_away_keeps_nobody_from_working(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """When one broker is lost the worker says which, and goes on handling the messages of the other."""
-    redis = brokers.find("redis", tmp_path)
-    far, near = redis.queue_id(), near_id()
-    handled = Event()
-    with closing(Proxy(redis.url)) as proxy, caplog.at_level(logging.INFO, "kq.worker"):
+@pytest.mark.parametrize("name", ["redis", "rabbitmq"])
+def test_a_broker_that_goes_away_keeps_nobody_from_working(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """When one broker is lost the worker says which, goes on with the other's messages, and takes it up again."""
+    broker = brokers.find(name, tmp_path)
+    far, near = broker.queue_id(), near_id()
+    handled, back = Event(), Event()
+    with closing(Proxy(broker.url)) as proxy, caplog.at_level(logging.INFO, "kq.worker"):
         app = kq.App(
             "test",
             broker=f"memory://{uuid4().hex}",
             drivers={"far": kq.Driver(proxy.url, reconnect_initial=0.05, reconnect_max=0.05)},
         )
         app.queue(far, driver="far")
-        app.consumer(far)(lambda payload: None)
+        app.consumer(far)(lambda payload: back.set())
         app.consumer(near)(lambda payload: handled.set())
         with app.worker():
             proxy.close()
             wait_for(lambda: "the broker of driver far is away" in caplog.text, "the loss")
             app.publish(near, {"n": 1})
             assert handled.wait(20)
+            with kq.App("other", broker=broker.url) as other:
+                other.publish(far, {"n": 2})
+            proxy.reopen()
+            assert back.wait(20)
         app.close()
-    redis.forget()
+    broker.forget()
