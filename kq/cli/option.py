@@ -58,7 +58,7 @@ class ConfigurationError(click.ClickException):
 
 
 def common(command: _F) -> _F:
-    """Add ``-A``, ``-b``, ``--config`` and ``--debug`` to a command, and turn its errors into exit codes."""
+    """Add what every command takes (app, broker, file, actor, ``--debug``), and turn its errors into exit codes."""
 
     @click.option("-A", "--app", "app_path", metavar="APP", envvar="KQ_APP", show_envvar=True,
                   help="The app, as package.module:attribute.")  # fmt: skip

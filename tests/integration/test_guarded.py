@@ -15,7 +15,7 @@ import redis
 
 from kq.backend import Envelope, pack
 from tests.broker import AMQP_URL, Broker
-from tests.integration.test_configured import Project
+from tests.integration.project import Project
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "guarded"
 ANN = ("--actor", "user:ann", "--groups", "clerks", "--actor-meta", "role=clerk")
