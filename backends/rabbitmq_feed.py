@@ -183,13 +183,18 @@ class RabbitFeed:
         """See `Feed.due_in`; other workers' delays and deliveries are unknown to RabbitMQ's clients."""
         with self._guarded():
             link = self._connected()
-            waiting = sum(link.channel.queue_declare(queue, passive=True).message_count for queue in self._specs)
+            # The broker's channel takes the answer to a count before what came to it earlier: a delivery may
+            # have left the queue and not yet been sent. It is sent before whatever is asked next is answered.
+            waiting = self._count(link) or self._count(link)
             link.drain_all()
         if waiting or any(self._buffers.values()) or self._early:
             return 0.0
         now = time()
         self._due = [at for at in self._due if at > now - _TICK]
         return max(0.02, min(self._due) - now) if self._due else None
+
+    def _count(self, link: Link) -> int:
+        return sum(link.channel.queue_declare(queue, passive=True).message_count for queue in self._specs)
 
     def renew(self) -> None:
         """See `Feed.renew`: the connection is the lease, and heartbeats keep it."""
