@@ -20,8 +20,8 @@ import kq
 from kq import errors, queue
 from tests import broker as brokers
 from tests.broker import Broker
-from tests.conformance.proxy import Proxy
 from tests.integration.conftest import Shop, wait_for
+from tests.proxy import Proxy
 
 
 @pytest.fixture
