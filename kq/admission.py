@@ -7,10 +7,9 @@ known to be small and, where that is asked for, to be signed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import time
 from typing import Any
 
-from kq import codec
+from kq import clock, codec
 from kq.backend import Envelope, QueueSpec, unpack
 from kq.errors import INVALID
 from kq.outcome import EXPIRED, MAX_MESSAGE, UNDECODABLE, UNVERIFIED, Failure, Outcome, clip
@@ -72,7 +71,7 @@ class Admission:
             raise Refused(UNDECODABLE, str(error)) from None
         at = envelope.headers.get("x_expires_at")
         if isinstance(at, (int, float)) and not isinstance(at, bool):
-            late = time() - at
+            late = clock.now() - at
             if late >= 0:
                 raise Refused(EXPIRED, f"expired {late:.1f} s before a worker came to it")
         if len(envelope.body) > self._max_body:

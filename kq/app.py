@@ -54,6 +54,8 @@ class App:
         create_queues: Whether publishing to an undeclared queue makes it; default true.
         max_body: Bytes of the largest body, at most 8 MiB; default 1 MiB.
         max_deliveries: Deliveries in a row that nobody settles before a message is dead-lettered; default 20.
+        durability: ``warned`` (default): a worker warns of broker settings under which acknowledged messages may be
+            lost; ``required``: it refuses to start.
         drivers: More brokers, by the name that `queue` knows them by: URLs, or `kq.Driver` for all that can be
             said of one.
         signing: Keys to sign and verify messages with; else the configuration file's.
@@ -80,6 +82,7 @@ class App:
         create_queues: bool | None = None,
         max_body: int | None = None,
         max_deliveries: int | None = None,
+        durability: str | None = None,
         drivers: Mapping[str, str | Driver] | None = None,
         signing: Signing | None = None,
         policies: Iterable[Policy] = (),
@@ -101,6 +104,7 @@ class App:
                 "create_queues": create_queues,
                 "max_body": max_body,
                 "max_deliveries": max_deliveries,
+                "durability": durability,
                 "strict_mode": strict_mode,
                 "actor": actor.id if isinstance(actor, Actor) else actor,
                 "groups": None if groups is None else (groups,) if isinstance(groups, str) else tuple(groups),

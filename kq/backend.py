@@ -18,7 +18,7 @@ import msgspec
 
 from kq.driver import Tls
 from kq.errors import Error, Invalid
-from kq.outcome import Outcome
+from kq.outcome import Death, Outcome
 from kq.retry import RetryPolicy
 
 #: The version of the wire format, sent as the header ``x_kq``.
@@ -28,6 +28,9 @@ WIRE_VERSION: Final = 1
 COUNTERS: Final = ("x_attempts", "x_crashes")
 #: ...and of a dead letter that somebody handles: the others tell of its first life.
 DEAD_COUNTERS: Final = ("x_dead_attempts", "x_dead_crashes")
+
+#: Deliveries that nobody settled, where a broker's own count does not know of them all.
+DELIVERIES: Final = "x_deliveries"
 
 #: When a dead letter would have expired.
 DEAD_EXPIRY: Final = "x_dead_expires_at"
@@ -248,8 +251,6 @@ class Capabilities:
         counts_delayed: Whether ``info`` can count delayed messages.
         counts_in_flight: Whether ``info`` can count messages that workers hold.
         tells_age: Whether ``info`` knows how old the oldest message is.
-        counts_deliveries: Whether deliveries that nobody settled are counted: ``always``, or
-            ``unless_prioritised`` where only queues without ``max_priority`` count them.
         remembers_completed: Whether the ids of completed messages are kept for `QueueSpec.replay_window`.
     """
 
@@ -260,12 +261,17 @@ class Capabilities:
     counts_delayed: bool
     counts_in_flight: bool
     tells_age: bool
-    counts_deliveries: Literal["always", "unless_prioritised"]
     remembers_completed: bool
 
 
 class Feed(Protocol):
-    """A worker's, or a puller's, connection to its queues. Owned by one thread."""
+    """A worker's, or a puller's, connection to its queues. Owned by one thread.
+
+    Attributes:
+        losses: How many deliveries have been lost to other workers so far; each has its ``lost`` set.
+    """
+
+    losses: int
 
     def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
         """Take what is ready, without waiting.
@@ -286,6 +292,10 @@ class Feed(Protocol):
         cannot be settled now (its dead-letter queue is gone or full) stays ours, and is reported as failed:
         try it again later. After a raised error nothing is known; the same call can be made again.
         """
+        ...
+
+    def put_back(self) -> None:
+        """Give back what has been taken beforehand and not been fetched: nothing more will be, for now."""
         ...
 
     def due_in(self) -> float | None:
@@ -383,7 +393,7 @@ class Backend(Protocol):
         ...
 
     def check(self, handler_timeout: float | None = None) -> list[str]:
-        """Reach the broker and return warnings about settings that endanger messages.
+        """Reach the broker and return warnings about its settings; those that endanger messages are a `Danger`.
 
         Args:
             handler_timeout: Seconds that the slowest handler may take, where that is limited.
@@ -397,6 +407,26 @@ class Backend(Protocol):
     def close(self) -> None:
         """Give up all connections. Idempotent."""
         ...
+
+
+class Danger(str):
+    """A warning about a broker's setting under which acknowledged messages may be lost."""
+
+    __slots__ = ()
+
+
+def insist(warnings: Sequence[str]) -> None:
+    """Refuse a broker that may lose acknowledged messages.
+
+    Args:
+        warnings: What `Backend.check` returned.
+
+    Raises:
+        Invalid: If there is a danger among them; the message has them all.
+    """
+    dangers = [warning for warning in warnings if isinstance(warning, Danger)]
+    if dangers:
+        raise Invalid("durability is required, but " + "; ".join(dangers))
 
 
 #: What an account on a broker is for.
@@ -438,6 +468,15 @@ def clean(envelope: Envelope) -> Envelope:
     return Envelope(envelope.id, headers, envelope.properties, envelope.body)
 
 
+def _of_death(death: Death) -> dict[str, int]:
+    said = {
+        "x_exit_code": death.exit_code,
+        "x_exit_signal": death.exit_signal,
+        "x_peak_memory": death.peak_memory or None,
+    }
+    return {key: value for key, value in said.items() if value is not None}
+
+
 def bury(envelope: Envelope, queue: str, outcome: Outcome, now: float) -> Envelope:
     """Return the dead letter of a message: itself, with headers that say why it is dead.
 
@@ -458,7 +497,7 @@ def bury(envelope: Envelope, queue: str, outcome: Outcome, now: float) -> Envelo
     if "x_expires_at" in headers:
         # What was signed with it can still be verified.
         headers[DEAD_EXPIRY] = headers["x_expires_at"]
-    for key in ("x_due_at", "x_expires_at", *DEAD_COUNTERS):
+    for key in ("x_due_at", "x_delay_left", "x_expires_at", DELIVERIES, *DEAD_COUNTERS):
         # Whoever consumes the dead-letter queue starts at nought, and finds no letter expired.
         headers.pop(key, None)
     failure = outcome.failure
@@ -466,4 +505,6 @@ def bury(envelope: Envelope, queue: str, outcome: Outcome, now: float) -> Envelo
         headers.update(x_error_kind=failure.kind, x_error_message=failure.message)
         if failure.traceback:
             headers["x_error_traceback"] = failure.traceback
+        if failure.death is not None:
+            headers.update(_of_death(failure.death))
     return Envelope(envelope.id, headers, envelope.properties, envelope.body)

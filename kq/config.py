@@ -29,14 +29,20 @@ _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*", re.ASCII)
 #: Parameters of a URL that hold a secret.
 _SECRET: Final = re.compile(r"pass|pwd|secret|token|key|cred|auth", re.IGNORECASE)
 
+#: What `Settings.durability` may be.
+WARNED: Final = "warned"
+REQUIRED: Final = "required"
+#: The origin of what the program itself says.
+ARGUMENT: Final = "argument"
+
 #: Variables that options of commands read, beside those of the settings.
 COMMAND_VARIABLES: Final = frozenset(
     "KQ_" + name
     for name in (
         "ACL", "ACTION", "ACTOR_META", "ALL", "APP", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG",
-        "DELAY", "EXPIRES", "GRACE", "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL", "MESSAGE_ID",
-        "META", "OFFLINE", "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES", "QUEUES", "RESOURCE", "SCHEMA",
-        "YES",
+        "DELAY", "EXPIRES", "GRACE", "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL",
+        "MAX_TASKS_PER_CHILD", "MESSAGE_ID", "META", "OFFLINE", "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES",
+        "QUEUES", "RESOURCE", "SCHEMA", "YES",
     )
 )  # fmt: skip
 
@@ -53,6 +59,8 @@ class Settings:
         create_queues: Whether publishing to an undeclared queue makes it.
         max_body: Bytes of the largest body, at most 8 MiB.
         max_deliveries: Deliveries in a row that nobody settles before a message counts as the reason.
+        durability: ``warned``: a worker warns of broker settings under which acknowledged messages may be lost;
+            ``required``: it refuses them.
         strict_mode: Whether whoever acts without an actor is denied.
         actor: The id of the actor under whom workers consume and handlers run; empty for nobody.
         groups: The groups of that actor.
@@ -66,6 +74,7 @@ class Settings:
     create_queues: bool = True
     max_body: int = limit.MAX_BODY
     max_deliveries: int = 20
+    durability: str = WARNED
     strict_mode: bool = False
     actor: str = ""
     groups: tuple[str, ...] = ()
@@ -74,6 +83,10 @@ class Settings:
     def __post_init__(self) -> None:
         for name in config_file.RANGES:
             _within(name, getattr(self, name), name)
+        if self.durability not in (WARNED, REQUIRED):
+            source = self.origins.get("durability", ARGUMENT)
+            name = "durability" if source == ARGUMENT else source
+            raise Invalid(f"{name}: expected {WARNED} or {REQUIRED}, got {self.durability!r}")
 
     def __repr__(self) -> str:
         rest = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr and f.name != "broker")
@@ -84,8 +97,6 @@ class Settings:
 DEFAULTS: Final[Mapping[str, Any]] = {field.name: field.default for field in fields(Settings) if field.repr}
 #: Those that a file has in its section ``security``.
 _SECURITY: Final = frozenset({"strict_mode", "actor", "groups"})
-#: The origin of what the program itself says.
-ARGUMENT: Final = "argument"
 
 
 def resolve(

@@ -137,6 +137,10 @@ class Consumer:
 
     def _open(self, delivery: Delivery) -> PulledMessage | None:
         spec = self._specs[delivery.queue]
+        if delivery.lost:
+            # It waited here too long, or the connection broke: it is given out again.
+            self._intake.finished(delivery.queue)
+            return None
         try:
             envelope = self._admission.open(spec, delivery.raw, delivery.replayed)
             payload = self._admission.decode(spec, envelope)

@@ -33,6 +33,10 @@ class DeadLetter:
         error_kind: The kind of the last error, or None.
         error_message: Its message, or None.
         dead_at: When it died; None where nobody wrote that down.
+        crashes: How often a process died under its handler.
+        exit_code: What the last of these processes exited with, or None.
+        exit_signal: The number of the signal that killed it, or None.
+        peak_memory: Bytes of memory that it occupied at most, or None.
     """
 
     id: str
@@ -45,6 +49,10 @@ class DeadLetter:
     error_kind: str | None
     error_message: str | None
     dead_at: datetime | None
+    crashes: int = 0
+    exit_code: int | None = None
+    exit_signal: int | None = None
+    peak_memory: int | None = None
 
 
 class DeadLetters:
@@ -134,7 +142,6 @@ class DeadLetters:
         except codec.Undecodable:
             payload = None
         at = headers.get("x_dead_letter_time")
-        attempts = headers.get("x_attempts", 0)
         return DeadLetter(
             id=envelope.id,
             queue_id=str(headers.get("x_original_queue", self._origin.id)),
@@ -142,11 +149,19 @@ class DeadLetters:
             body=envelope.body,
             headers={key: value for key, value in headers.items() if not key.startswith("x_")},
             reason=str(headers.get("x_dead_letter_reason", "rejected")),
-            attempts=attempts if isinstance(attempts, int) else 0,
+            attempts=_integer(headers.get("x_attempts")) or 0,
             error_kind=headers.get("x_error_kind"),
             error_message=headers.get("x_error_message"),
             dead_at=datetime.fromtimestamp(at, timezone.utc) if isinstance(at, (int, float)) else None,
+            crashes=_integer(headers.get("x_crashes")) or 0,
+            exit_code=_integer(headers.get("x_exit_code")),
+            exit_signal=_integer(headers.get("x_exit_signal")),
+            peak_memory=_integer(headers.get("x_peak_memory")),
         )
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _ids(ids: Iterable[str] | None) -> list[str] | None:

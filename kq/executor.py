@@ -68,7 +68,7 @@ class Job(msgspec.Struct, array_like=True):
 class Run:
     """A job that passed every check and is ready to run."""
 
-    __slots__ = ("consumer", "job", "message", "payload", "policy")
+    __slots__ = ("consumer", "job", "message", "out_of_memory", "payload", "policy")
 
     def __init__(self, job: Job, consumer: Consumer, policy: RetryPolicy, message: Message, payload: Any) -> None:
         self.job = job
@@ -76,6 +76,8 @@ class Run:
         self.policy = policy
         self.message = message
         self.payload = payload
+        #: Whether the handler ran out of memory: what it has left behind is in doubt.
+        self.out_of_memory = False
 
 
 class Executor:
@@ -244,6 +246,7 @@ def _returned(run: Run, result: Any) -> Outcome:
 
 def _failed(run: Run, error: BaseException) -> Outcome:
     job = run.job
+    run.out_of_memory = isinstance(error, MemoryError)
     if not isinstance(error, Retry):
         return _after(run, describe(error))
     delay = getattr(error, "delay", None)
@@ -275,6 +278,8 @@ def describe(error: BaseException) -> Failure:
     kind = getattr(error, "kind", None)
     if not isinstance(kind, str) or kind not in errors.RETRYABLE:
         kind = type(error).default_kind
+    # Plain text: what derives from it cannot be sent on.
+    kind = str.__str__(kind)
     retryable = getattr(error, "retryable", None)
     if not isinstance(retryable, bool):
         retryable = errors.RETRYABLE[kind]

@@ -11,6 +11,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from threading import Event, Lock, Thread
 from time import monotonic
 
@@ -19,12 +20,16 @@ from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement, Settling
 from kq.driver import Driver
 from kq.errors import Error, PermissionDenied
 from kq.idleness import Idleness
-from kq.outcome import DONE
+from kq.outcome import DONE, RELEASE
 
 logger = logging.getLogger("kq.worker")
 
 #: Seconds between tries of a settlement that cannot be carried out: the first and the longest.
 _SETTLE_AGAIN = (1.0, 30.0)
+#: Rounds over which the time they take is averaged.
+_ROUNDS = 4
+#: Dead letters that are settled between two looks whether leases must be renewed.
+_DEAD_AT_ONCE = 64
 #: Seconds between tries against a broker that refuses us: it will not change its mind soon.
 _BACKOFF_REFUSED = 30.0
 
@@ -42,6 +47,7 @@ class Fetcher(Thread):
         auto_ack: Queues whose deliveries are settled as done before anybody sees them...
         admission: ...but not those that it refuses: they are handed over unsettled, as refused.
         on_deliveries: Called in this thread with what was fetched.
+        on_lost: Called in this thread when deliveries turn out to be another worker's, as their ``lost`` says.
         idleness: Told when nothing is in hand, ready or due before ``idle_until()``.
         idle_until: Returns the moment, on the monotonic clock, until which to wait for what is due.
     """
@@ -58,6 +64,7 @@ class Fetcher(Thread):
         auto_ack: Container[str] = (),
         admission: Admission | None = None,
         on_deliveries: Callable[[list[Delivery]], None],
+        on_lost: Callable[[], None] = lambda: None,
         idleness: Idleness | None = None,
         idle_until: Callable[[], float] = monotonic,
     ) -> None:
@@ -73,6 +80,8 @@ class Fetcher(Thread):
         self._admission = admission
         self._specs = {queue.id: queue for queue in self._queues}
         self._on_deliveries = on_deliveries
+        self._on_lost = on_lost
+        self._losses = 0
         self._idleness = idleness
         if idleness is not None:
             idleness.add(self)
@@ -85,6 +94,8 @@ class Fetcher(Thread):
         self._inbox: list[Settlement] = []
         #: What could not be settled, each with the moment of its next try and the wait after that.
         self._failed: list[tuple[float, float, Settlement]] = []
+        #: Called once what was handed in so far has been carried out.
+        self._on_settled: Callable[[], None] | None = None
         #: Whether somebody has said something since the last look.
         self._news = False
         self._feed: Feed | None = None
@@ -93,6 +104,8 @@ class Fetcher(Thread):
         self._renew_at = 0.0
         self._failures = 0
         self.in_hand = 0
+        #: Seconds that it takes to settle and to fetch, on average.
+        self.round_trip = 0.0
         self.error: Error | None = None
 
     @property
@@ -138,6 +151,16 @@ class Fetcher(Thread):
             self._news = True
         self._wake()
 
+    def when_settled(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called in this thread, once, when nothing more is wanted and all that was is carried out.
+
+        Or put off, where the broker does not take it now.
+        """
+        with self._lock:
+            self._on_settled = call
+            self._news = True
+        self._wake()
+
     def finished(self, queue: str, count: int = 1) -> None:
         """Say that ``count`` deliveries of a queue are out of our hands, and leave room for others."""
         if self._idleness is not None:
@@ -164,10 +187,13 @@ class Fetcher(Thread):
                 if self._failures:
                     logger.info("%s is back", self._broker, extra={"action": "broker_back"})
                 self._failures, self.error = 0, None
+                self._say_lost()
             except Error as error:
+                self._say_lost()
                 self._back_off(error)
             except Exception:
                 logger.exception("unexpected failure in the fetcher", extra={"action": "fetcher_failed"})
+                self._say_lost()
                 self._back_off(Error("unexpected failure"))
         self._end()
 
@@ -177,12 +203,16 @@ class Fetcher(Thread):
             self._renew_at = monotonic() + self._renew_every
         feed = self._feed
         # Before anything that may fail: nothing else may cost us our leases.
-        if monotonic() >= self._renew_at:
-            feed.renew()
-            self._renew_at = monotonic() + self._renew_every
+        self._renew_if_due(feed)
+        began = monotonic()
         settled = self._settle(feed)
         with self._fetching:
             fetched = self._fetch(feed)
+        if fetched or settled:
+            self.round_trip += (monotonic() - began - self.round_trip) / _ROUNDS
+        if not self._wanted:
+            feed.put_back()
+        self._say_settled()
         if not fetched and not settled:
             self._wait(feed)
 
@@ -190,7 +220,12 @@ class Fetcher(Thread):
         deliveries = feed.fetch(*self._room())
         if not deliveries:
             return False
-        deliveries = self._acknowledge(feed, deliveries)
+        try:
+            deliveries = self._acknowledge(feed, deliveries)
+        except BaseException:
+            # They are ours, and nobody else sees them.
+            self._return_unseen(deliveries)
+            raise
         with self._lock:
             self._in_hand.update(Counter(delivery.queue for delivery in deliveries))
             self.in_hand += len(deliveries)
@@ -207,7 +242,7 @@ class Fetcher(Thread):
         if not batch and not again:
             return False
         try:
-            late, failed = self._carry_out(feed, [*(settlement for _, _, settlement in again), *batch])
+            late, failed = self._carry_out_renewing(feed, [*(settlement for _, _, settlement in again), *batch])
         except BaseException:
             with self._lock:
                 self._inbox = batch + self._inbox
@@ -224,6 +259,39 @@ class Fetcher(Thread):
                 extra={"action": "settled_late"},
             )
         return True
+
+    def _say_lost(self) -> None:
+        if self._feed is not None and self._feed.losses != self._losses:
+            self._losses = self._feed.losses
+            self._on_lost()
+
+    def _say_settled(self) -> None:
+        with self._lock:
+            call = None if self._inbox or self._wanted else self._on_settled
+            if call is not None:
+                self._on_settled = None
+        if call is not None:
+            call()
+
+    def _carry_out_renewing(self, feed: Feed, batch: list[Settlement]) -> Settling:
+        """Carry out settlements, and dead letters, each of which may be a call, without neglecting the leases."""
+        dead = [settlement for settlement in batch if settlement.outcome.action == "dead"]
+        if len(dead) <= _DEAD_AT_ONCE:
+            return self._carry_out(feed, batch)
+        rest = [settlement for settlement in batch if settlement.outcome.action != "dead"]
+        parts = [rest, *(dead[i : i + _DEAD_AT_ONCE] for i in range(0, len(dead), _DEAD_AT_ONCE))]
+        late, failed = list[Settlement](), list[tuple[Settlement, Error]]()
+        for part in parts:
+            self._renew_if_due(feed)
+            settling = self._carry_out(feed, part)
+            late += settling.late
+            failed += settling.failed
+        return Settling(late, failed)
+
+    def _renew_if_due(self, feed: Feed) -> None:
+        if monotonic() >= self._renew_at:
+            feed.renew()
+            self._renew_at = monotonic() + self._renew_every
 
     def _carry_out(self, feed: Feed, batch: list[Settlement]) -> Settling:
         try:
@@ -260,8 +328,13 @@ class Fetcher(Thread):
         if not at_once:
             return deliveries
         late, failed = feed.settle(at_once)
+        self._return_unseen([settlement.delivery for settlement, _ in failed])
         lost = {id(settlement.delivery) for settlement in (*late, *(settlement for settlement, _ in failed))}
         return [delivery for delivery in deliveries if id(delivery) not in lost]
+
+    def _return_unseen(self, deliveries: Sequence[Delivery]) -> None:
+        with self._lock:
+            self._inbox.extend(Settlement(delivery, RELEASE) for delivery in deliveries)
 
     def _admits(self, delivery: Delivery) -> bool:
         if self._admission is None:
@@ -276,7 +349,8 @@ class Fetcher(Thread):
     def _room(self) -> tuple[int, dict[str, int]]:
         with self._lock:
             self._news = False
-            credit = max(0, self._wanted - self.in_hand)
+            # What is put off is nobody's any more, and held all the same.
+            credit = max(0, self._wanted - self.in_hand - len(self._failed))
             caps = {queue: max(0, most - self._in_hand[queue]) for queue, most in self._limits.items()}
         return credit, caps
 
@@ -320,7 +394,18 @@ class Fetcher(Thread):
             delay = min(driver.reconnect_max, driver.reconnect_initial * 2.0 ** min(self._failures - 1, 100))
         if self._failures == 1:
             logger.warning("%s is away: %s; trying again", self._broker, error, extra={"action": "broker_away"})
-        self._stopping.wait(delay * random.uniform(0.5, 1.0))
+        # What it refuses for one queue may be fine for the others, whose leases must be kept.
+        answers = error.details.get("reason") not in ("unavailable", "timeout")
+        self._wait_renewing(delay * random.uniform(0.5, 1.0), self._feed if answers else None)
+
+    def _wait_renewing(self, seconds: float, feed: Feed | None) -> None:
+        """Wait before the next try, and keep the leases of a feed meanwhile."""
+        until = monotonic() + seconds
+        while not self._stopping.wait(max(0.0, min(until, self._renew_at) - monotonic())) and monotonic() < until:
+            self._renew_at = monotonic() + self._renew_every
+            if feed is not None:
+                with suppress(Error):
+                    feed.renew()
 
     def _end(self) -> None:
         feed = self._feed

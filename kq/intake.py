@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from time import monotonic
 
 from kq.backend import Settlement
 from kq.fetcher import Fetcher
+
+
+class Countdown:
+    """Calls ``call`` when it has been counted down from ``number``. Thread-safe."""
+
+    def __init__(self, number: int, call: Callable[[], None]) -> None:
+        self._left = number
+        self._call = call
+        self._lock = Lock()
+
+    def count(self) -> None:
+        """Count one."""
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._call()
 
 
 class Intake:
@@ -21,6 +39,11 @@ class Intake:
     def __init__(self, fetchers: Mapping[str, Fetcher]) -> None:
         self._of = dict(fetchers)
         self._fetchers = list(dict.fromkeys(self._of.values()))
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds that the slowest broker takes to settle and to fetch."""
+        return max(fetcher.round_trip for fetcher in self._fetchers)
 
     def start(self) -> None:
         """Start fetching."""
@@ -62,6 +85,12 @@ class Intake:
             shares.setdefault(self._of[settlement.delivery.queue], []).append(settlement)
         for fetcher, share in shares.items():
             fetcher.settle(share)
+
+    def when_settled(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called once when all that was handed in has been carried out; see `Fetcher.when_settled`."""
+        left = Countdown(len(self._fetchers), call)
+        for fetcher in self._fetchers:
+            fetcher.when_settled(left.count)
 
     def finished(self, queue: str, count: int = 1) -> None:
         """Say that ``count`` deliveries of a queue are out of our hands; see `Fetcher.finished`."""

@@ -6,6 +6,8 @@ if need be. Nothing here does I/O.
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from typing import Final, Literal
 
 import msgspec
@@ -27,6 +29,29 @@ MAX_TRACEBACK: Final = 4096
 MAX_MESSAGE: Final = 1024
 
 
+class Death(msgspec.Struct, frozen=True, array_like=True):
+    """How a process ended that ran a handler.
+
+    Attributes:
+        exit_code: What it exited with, or None where a signal killed it.
+        exit_signal: The number of that signal, or None.
+        peak_memory: Bytes of memory that it occupied at most; 0 where the system does not say.
+    """
+
+    exit_code: int | None = None
+    exit_signal: int | None = None
+    peak_memory: int = 0
+
+    def __str__(self) -> str:
+        if self.exit_signal is None and self.exit_code is None:
+            return "ended, nobody knows how"
+        if self.exit_signal is None:
+            return f"exited with code {self.exit_code}"
+        with contextlib.suppress(ValueError):
+            return f"was killed by signal {self.exit_signal} ({signal.Signals(self.exit_signal).name})"
+        return f"was killed by signal {self.exit_signal}"
+
+
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """What went wrong in one attempt.
 
@@ -35,12 +60,14 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
         message: For people.
         retryable: Whether another attempt can help.
         traceback: Where; may be empty.
+        death: How its process ended, where it did.
     """
 
     kind: str
     message: str
     retryable: bool
     traceback: str = ""
+    death: Death | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True):
@@ -54,6 +81,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
         crashes: Crashes charged so far, likewise.
         reason: Why, for ``dead``.
         failure: What went wrong, where something did.
+        deliveries: For ``release``, deliveries that nobody settled and that stay on the message's account.
     """
 
     action: Action
@@ -62,6 +90,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
     crashes: int = 0
     reason: str = ""
     failure: Failure | None = None
+    deliveries: int = 0
 
 
 DONE: Final = Outcome("done")

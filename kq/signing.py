@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from time import time
 from typing import Any
 
-from kq import limit
+from kq import clock, limit
 from kq.backend import DEAD_EXPIRY, Envelope, clean
 from kq.errors import Invalid
 from kq.guard import Guard
@@ -74,7 +73,7 @@ class Signing:
         Raises:
             Invalid: If it cannot be signed.
         """
-        actor, scope, now = current_actor(), current_scope(), time()
+        actor, scope, now = current_actor(), current_scope(), clock.now()
         return sign(
             self._keyring,
             _signed(queue_id, envelope),
@@ -98,7 +97,7 @@ class Signing:
             claims = verify(self._keyring, letter.headers[HEADER], _signed(queue_id, letter, dead=True), now=None)
         except Unverified:
             return revived
-        now = time()
+        now = clock.now()
         revived.headers[HEADER] = sign(
             self._keyring,
             _signed(queue_id, revived),
@@ -130,7 +129,7 @@ class Signing:
             dead: Whether it is a dead letter of that queue, whose expiry is written elsewhere.
             now: Seconds since the epoch, where it is not the present.
         """
-        at = time() if now is None else now
+        at = clock.now() if now is None else now
         signed = _signed(queue_id, envelope, dead=dead)
         try:
             claims = verify(self._keyring, envelope.headers.get(HEADER), signed, now=at)

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Protocol, TypeVar
+
+
+class Readable(Protocol):
+    """What has a descriptor."""
+
+    def fileno(self) -> int:
+        """Return it."""
+        ...
+
+
+_T = TypeVar("_T", bound=Readable)
+
+
+def readable(sources: Sequence[_T], timeout: float) -> list[_T]:
+    """Return those that can be read, waiting for the first at most ``timeout`` seconds.
+
+    Unlike ``select.select`` it takes descriptors beyond 1023.
+    """
+    with selectors.DefaultSelector() as selector:
+        for source in sources:
+            selector.register(source, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(timeout)]  # type: ignore[misc]
 
 
 class Waker:

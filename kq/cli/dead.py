@@ -125,6 +125,10 @@ def _fields(letter: DeadLetter) -> dict[str, Any]:
         "error_kind": letter.error_kind,
         "error_message": letter.error_message,
         "dead_at": None if letter.dead_at is None else letter.dead_at.isoformat(),
+        "crashes": letter.crashes,
+        "exit_code": letter.exit_code,
+        "exit_signal": letter.exit_signal,
+        "peak_memory": letter.peak_memory,
     }
 
 

@@ -31,6 +31,8 @@ def _split(ctx: click.Context, param: click.Parameter, text: str | None) -> list
               help="Messages in hand at most; default: as many as the handlers' pace asks for.")  # fmt: skip
 @click.option("--grace", type=DURATION, default=30.0, show_default="30s", envvar="KQ_GRACE", show_envvar=True,
               help="How long handlers may go on after TERM.")  # fmt: skip
+@click.option("--max-tasks-per-child", type=click.IntRange(1, 1_000_000_000), envvar="KQ_MAX_TASKS_PER_CHILD",
+              show_envvar=True, help="Messages after which a child is replaced; default: never.")  # fmt: skip
 @click.option("--connect-timeout", type=DURATION, default=10.0, show_default="10s", envvar="KQ_CONNECT_TIMEOUT",
               show_envvar=True, help="How long to try to reach the brokers at the start.")  # fmt: skip
 @click.option("--burst", is_flag=True, envvar="KQ_BURST", show_envvar=True,

@@ -263,6 +263,11 @@ SETTINGS: Final = Section(
             "max_deliveries", integer(1, 1_000_000),
             "Deliveries in a row that nobody settles before a message is dead-lettered.", "20",
         ),
+        Field(
+            "durability", choice("warned", "required"),
+            "Whether a worker warns of broker settings under which acknowledged messages may be lost, or refuses them.",
+            "warned",
+        ),
     )
 )  # fmt: skip
 
@@ -274,6 +279,7 @@ WORKER: Final = Section(
         Field("pool", choice("processes", "threads"), "Where handlers run.", "processes"),
         Field("prefetch", integer(1, 1_000_000), "Messages in hand at most.", "as the handlers' pace asks for"),
         Field("grace", DURATION, "How long handlers may go on after TERM.", "30s"),
+        Field("max_tasks_per_child", integer(1, 1_000_000_000), "Messages after which a child is replaced.", "never"),
         Field("connect_timeout", DURATION, "How long to try to reach the broker at the start.", "10s"),
         Field("log_level", choice("debug", "info", "warning", "error"), "What to log.", "info"),
         Field("log_format", choice("text", "json"), "How to log.", "text"),

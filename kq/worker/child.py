@@ -17,6 +17,7 @@ import sys
 from threading import Lock
 from typing import Any
 
+from kq.errors import Invalid
 from kq.outcome import DONE
 from kq.target import open_app
 from kq.worker import frame
@@ -33,6 +34,7 @@ class Child:
     """Reads frames, feeds the runner, writes frames."""
 
     def __init__(self, connection: socket.socket, slots: SlotTable) -> None:
+        self._pid = os.getpid()
         self._socket = connection
         self._slots = slots
         self._writing = Lock()
@@ -70,7 +72,7 @@ class Child:
         elif isinstance(message, frame.Hello):
             return self._load(message)
         elif isinstance(message, frame.Recall):
-            self._final = message.final
+            self._final = self._final or message.final
             tags = self._runner.recall() if self._runner is not None else []
             with self._counting:
                 self._held -= len(tags)
@@ -94,6 +96,7 @@ class Child:
             shortest_timeout=min(timeouts, default=None),
             slots=self._slots,
             emit=self._emit,
+            on_out_of_memory=lambda: self._send(frame.Exhausted()),
         )
         self._send(frame.Ready())
         return True
@@ -113,11 +116,16 @@ class Child:
                 self._socket.shutdown(socket.SHUT_RD)
 
     def _send(self, message: frame.FromChild) -> None:
-        with self._writing:
-            try:
-                self._socket.sendall(frame.encode(message))
-            except OSError:
-                os._exit(1)
+        if os.getpid() != self._pid:
+            raise Invalid("this process is a fork of the one that handles the message, which alone can settle it")
+        try:
+            data = frame.encode(message)
+            with self._writing:
+                self._socket.sendall(data)
+        except BaseException:
+            # Nothing can be reported from here any more: whatever runs is charged with it, the rest runs elsewhere.
+            logger.critical("cannot answer the supervisor; ending", exc_info=True, extra={"action": "child_mute"})
+            os._exit(1)
 
 
 def main(arguments: list[str]) -> int:
@@ -126,7 +134,16 @@ def main(arguments: list[str]) -> int:
     die_with(parent)
     leave_signals_to_supervisor()
     slots = SlotTable(slot_count, slots_fd)
-    return Child(socket.socket(fileno=connection_fd), slots).run()
+    try:
+        code = Child(socket.socket(fileno=connection_fd), slots).run()
+    except BaseException:
+        logger.critical("a child cannot go on", exc_info=True, extra={"action": "child_failed"})
+        code = 1
+    if code:
+        # Without waiting for threads that the app has started: they may never end.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def leave_signals_to_supervisor() -> None:

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any
 
 from kq.executor import Job
+from kq.outcome import Death
 from kq.worker import frame
 from kq.worker.pool import Place
 from kq.worker.slot import SlotTable
@@ -30,14 +31,18 @@ class ChildProcess(Place):
     hello: frame.Hello = field(kw_only=True)
     window_min: int = field(kw_only=True)
     process: subprocess.Popen[bytes] = field(init=False)
+    death: Death | None = None
     why_failed: str = ""
     leaving: bool = False
-    leaving_since: float = 0.0
     outdated: bool = False
     ended: bool = False
     watched: bool = True
-    late: int = 0
+    late: frozenset[int] = frozenset()
+    #: When it is killed, if it has not ended by then; None for never.
+    doomed_at: float | None = None
     finished: int = 0
+    served: int = 0
+    heard_at: float = field(default_factory=monotonic)
     measured_at: float = field(default_factory=monotonic)
 
     def start(self) -> None:
@@ -111,21 +116,33 @@ class ChildProcess(Place):
 
     def kill(self) -> None:
         """Kill it and everything it started; the end is noticed as any other."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+        if self.death is not None:
+            # Its number may be somebody else's by now.
+            return
+        for send in (os.killpg, os.kill):
+            # Not Popen.kill, which would take its exit status before `reap` sees it.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                send(self.process.pid, signal.SIGKILL)
 
-    def how_it_ended(self) -> str:
-        """Say how the process ended, for people."""
-        code = self.process.returncode
-        if code is None:
-            return "still running"
-        if code >= 0:
-            return f"exited with code {code}"
-        with contextlib.suppress(ValueError):
-            return f"killed by signal {-code} ({signal.Signals(-code).name})"
-        return f"killed by signal {-code}"
+    def reap(self, *, wait: bool = False) -> Death | None:
+        """Return how the process ended, or None while it runs.
+
+        Args:
+            wait: Whether to wait for its end.
+        """
+        if self.death is None:
+            # Not Popen.poll: only here does the kernel say how much memory it has used.
+            try:
+                pid, status, usage = os.wait4(self.process.pid, 0 if wait else os.WNOHANG)
+            except ChildProcessError:
+                # Somebody else in this process has taken its exit status.
+                self.death = Death()
+                return self.death
+            if pid:
+                code = self.process.returncode = os.waitstatus_to_exitcode(status)
+                peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                self.death = Death(exit_signal=-code, peak_memory=peak) if code < 0 else Death(code, peak_memory=peak)
+        return self.death
 
     def close(self) -> None:
         """Give up what is left of a dead child."""

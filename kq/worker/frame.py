@@ -58,6 +58,10 @@ class Ready(msgspec.Struct, tag="ready"):
     """A child has loaded the app."""
 
 
+class Exhausted(msgspec.Struct, tag="exhausted"):
+    """A child whose handler ran out of memory, and which should be replaced."""
+
+
 class Failed(msgspec.Struct, tag="failed"):
     """A child could not load the app."""
 
@@ -85,7 +89,7 @@ class Returned(msgspec.Struct, tag="returned"):
 
 
 ToChild = Hello | Work | Recall | Dump
-FromChild = Ready | Failed | Results | Returned
+FromChild = Ready | Exhausted | Failed | Results | Returned
 
 _encoder = msgspec.msgpack.Encoder()
 to_child = msgspec.msgpack.Decoder(ToChild)

@@ -22,6 +22,8 @@ class WorkerOptions:
             have its equal share of it, so with several there may be more for a moment.
         grace: How long handlers may go on after a stop.
         burst: Whether to stop when the queues are empty.
+        max_tasks_per_child: Messages after which a child is replaced by a fresh one, as soon as that is ready, so
+            it may handle a few more; None for never.
         connect_timeout: How long to try to reach the brokers at the start.
         log_level: For the children's logs.
         log_format: ``text`` or ``json``, likewise.
@@ -34,12 +36,13 @@ class WorkerOptions:
     prefetch: int | None = None
     grace: float = 30.0
     burst: bool = False
+    max_tasks_per_child: int | None = None
     connect_timeout: float = 10.0
     log_level: str = "info"
     log_format: str = "text"
 
     def __post_init__(self) -> None:
-        for name in ("processes", "concurrency", "prefetch"):
+        for name in ("processes", "concurrency", "prefetch", "max_tasks_per_child"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise Invalid(f"{name}: expected an integer from 1, got {value!r}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kq.executor import Job
-from kq.outcome import Outcome
+from kq.outcome import Death, Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +39,21 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """A place is gone, and what it held with it.
+    """A place is gone, and what it held, if anything, with it.
 
     Attributes:
         place: Which.
-        how: For people, e.g. ``killed by signal 9``.
+        death: How its process ended.
         running: Tags of the jobs that had started.
         queued: Tags of those that had not.
-        late: The tag for whose time limit it was killed, or 0.
+        late: The tags of those that ran past their time limit, where it was killed for that.
     """
 
     place: Place
-    how: str
+    death: Death
     running: list[int]
     queued: list[int]
-    late: int = 0
+    late: frozenset[int] = frozenset()
 
 
 Event = Finished | Returned | Died
@@ -106,6 +106,10 @@ class Pool(Protocol):
 
     def recall(self) -> None:
         """Ask for what has not started, and start nothing more; `Returned` brings it."""
+        ...
+
+    def give_back(self) -> None:
+        """Ask for what has not started, and go on; `Returned` brings it, as far as it has not started meanwhile."""
         ...
 
     def replace(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from kq.executor import Job
-from kq.outcome import DONE, Outcome
+from kq.outcome import DONE, Death, Outcome
 from kq.waker import Waker
 from kq.worker import frame
 from kq.worker.child_process import ChildProcess
@@ -25,8 +25,14 @@ KILL_AFTER = 2.0
 _START_BACKOFF = (0.5, 30.0)
 #: Failed starts in a row after which the worker gives up.
 _START_TRIES = 5
+#: Seconds that a child may take to load the app.
+_START_PATIENCE = 120.0
 #: Seconds that a child with nothing left to do is given to end.
 _LINGER = 10.0
+#: Seconds without a result after which a child's waiting jobs are offered to others.
+_SHARE_AFTER = 0.5
+#: Seconds beyond its grace that a handler is given where the worker ends.
+_OVERDUE = 1.0
 #: Seconds of work that a child holds beyond what its handlers run.
 _LOOKAHEAD = 0.1
 #: Jobs that a child holds at most.
@@ -44,9 +50,18 @@ class ProcessPool:
         size: How many.
         hello: What each is told first.
         timeout_of: Returns the time limit of a job by its tag, or None.
+        max_tasks: Jobs after which a child is replaced, as soon as its successor is ready; None for never.
     """
 
-    def __init__(self, size: int, hello: frame.Hello, timeout_of: Callable[[int], float | None] | None) -> None:
+    def __init__(
+        self,
+        size: int,
+        hello: frame.Hello,
+        timeout_of: Callable[[int], float | None] | None,
+        *,
+        max_tasks: int | None = None,
+    ) -> None:
+        self._max_tasks = max_tasks
         self._size = size
         self._hello = hello
         self._timeout_of = timeout_of
@@ -91,10 +106,12 @@ class ProcessPool:
                 self._read(child, events)
             self._watch(child)
         self._stop_late_handlers()
+        self._share_out()
         self._end_lingering()
         for child in list(self._children):
-            if child.process.poll() is not None:
-                self._bury(child, events)
+            death = child.reap()
+            if death is not None:
+                self._bury(child, death, events)
         if (
             not self._closing
             and not self._recalled
@@ -113,6 +130,13 @@ class ProcessPool:
         self._recalled = True
         for child in self._children:
             self._retire(child)
+
+    def give_back(self) -> None:
+        """See `Pool.give_back`."""
+        for child in self._children:
+            if child.tags and not child.ended:
+                child.send(frame.Recall())
+                self._watch(child)
 
     def replace(self) -> None:
         """See `Pool.replace`."""
@@ -145,13 +169,17 @@ class ProcessPool:
         until = monotonic() + patience
         for child in self._children:
             self._retire(child)
+            if child.tags:
+                # Whoever closes has waited for its handlers as long as it meant to.
+                child.doomed_at = monotonic() + min(patience, _OVERDUE)
         while self._children and monotonic() < until:
             events += self.poll(until - monotonic())
         for child in list(self._children):
             child.kill()
         for child in list(self._children):
-            child.process.wait()
-            self._bury(child, events)
+            death = child.reap(wait=True)
+            assert death is not None
+            self._bury(child, death, events)
         self._selector.close()
         self._waker.close()
         return events
@@ -164,6 +192,7 @@ class ProcessPool:
         concurrency = self._hello.concurrency
         child = ChildProcess(self._numbers, concurrency, hello=self._hello, window_min=concurrency)
         child.start()
+        child.doomed_at = monotonic() + _START_PATIENCE
         self._children.append(child)
         self.places.append(child)
         self._selector.register(child.socket, selectors.EVENT_READ, child)
@@ -172,8 +201,6 @@ class ProcessPool:
         self._watch(child)
 
     def _retire(self, child: ChildProcess) -> None:
-        if not child.leaving:
-            child.leaving_since = monotonic()
         child.leaving = True
         child.accepting = False
         child.send(frame.Recall(final=True))
@@ -195,9 +222,11 @@ class ProcessPool:
             logger.exception("child %d speaks nonsense; killing it", child.number, extra={"action": "child_broken"})
             child.kill()
         if child.ended and child.watched:
-            # Its end of the socket is closed; its process says when it is over.
+            # Its end of the socket is closed; its process says when it is over. It can report nothing more.
             child.watched = False
+            child.accepting = False
             self._selector.unregister(child.socket)
+            child.doomed_at = monotonic() + (0.0 if child.tags else _LINGER)
 
     def _take(self, child: ChildProcess, message: Any, events: list[Event]) -> None:
         if isinstance(message, frame.Results):
@@ -207,20 +236,32 @@ class ProcessPool:
                 return
             child.tags.difference_update(tag for tag, _ in results)
             self._measure(child, len(results))
+            child.heard_at = monotonic()
+            child.served += len(results)
+            if self._max_tasks is not None and child.served >= self._max_tasks:
+                child.outdated = True
             events.append(Finished(child, results))
         elif isinstance(message, frame.Returned):
             child.tags.difference_update(message.tags)
             events.append(Returned(child, message.tags))
         elif isinstance(message, frame.Ready):
             child.ready = True
+            child.doomed_at = None
             self._failed_starts = 0
             self._has_worked = True
             for old in self._children:
                 if old.outdated and not old.leaving:
                     self._retire(old)
                     break
+        elif isinstance(message, frame.Exhausted):
+            logger.warning(
+                "child %d (pid %d): a handler ran out of memory; replacing the child",
+                child.number, child.process.pid, extra={"action": "out_of_memory"},
+            )  # fmt: skip
+            child.outdated = True
         elif isinstance(message, frame.Failed):
             child.why_failed = message.why
+            child.doomed_at = monotonic() + _LINGER
 
     @staticmethod
     def _measure(child: ChildProcess, count: int) -> None:
@@ -235,7 +276,7 @@ class ProcessPool:
             child.finished = 0
             child.measured_at = now
 
-    def _bury(self, child: ChildProcess, events: list[Event]) -> None:
+    def _bury(self, child: ChildProcess, death: Death, events: list[Event]) -> None:
         # What it wrote before it died still counts.
         self._read(child, events)
         unsent = [tag for tag in child.slots.unsent() if tag in child.tags]
@@ -244,19 +285,18 @@ class ProcessPool:
             events.append(Finished(child, [(tag, DONE) for tag in unsent]))
         running = [slot.tag for slot in child.slots.running() if slot.tag in child.tags]
         queued = sorted(child.tags.difference(running))
-        how = child.how_it_ended()
-        expected = child.leaving and child.process.returncode == 0
+        expected = child.leaving and death.exit_code == 0
         if not child.ready and not child.leaving:
-            self._count_failed_start(child.number, child.why_failed or f"the process {how}")
+            self._count_failed_start(child.number, child.why_failed or f"the process {death}")
         elif not expected and not self._closing:
             logger.error(
                 "child %d (pid %d) %s while running %d and holding %d jobs; starting a new one",
-                child.number, child.process.pid, how, len(running), len(queued),
+                child.number, child.process.pid, death, len(running), len(queued),
                 extra={"action": "child_died"},
             )  # fmt: skip
         self._forget(child)
-        if running or queued:
-            events.append(Died(child, how, running, queued, child.late))
+        # Also where it held nothing: nobody is to count on it any more.
+        events.append(Died(child, death, running, queued, child.late))
 
     def _forget(self, child: ChildProcess) -> None:
         if child.watched:
@@ -279,11 +319,34 @@ class ProcessPool:
             extra={"action": "child_failed"},
         )  # fmt: skip
 
+    def _share_out(self) -> None:
+        """Ask for what waits behind slow handlers of one child while another one has nothing to do."""
+        hoarders = self._hoarders()
+        now = monotonic()
+        for child in hoarders:
+            if now - child.heard_at >= _SHARE_AFTER:
+                child.heard_at = now
+                child.send(frame.Recall())
+                self._watch(child)
+
+    def _hoarders(self) -> list[ChildProcess]:
+        if len(self._children) < 2 or not any(child.room and not child.tags for child in self._children):
+            return []
+        return [
+            child for child in self._children
+            if len(child.tags) > child.window_min and not child.ended and not child.leaving
+        ]  # fmt: skip
+
     def _end_lingering(self) -> None:
-        """Kill children that have nothing left to do and do not end."""
+        """Kill children that should have ended by now, or be ready."""
         now = monotonic()
         for child in self._children:
-            if child.leaving and not child.tags and now - child.leaving_since > _LINGER:
+            if child.leaving and not child.tags and child.doomed_at is None:
+                # From when it had nothing left to do, not from when it was told.
+                child.doomed_at = now + _LINGER
+            if child.doomed_at is not None and now >= child.doomed_at:
+                child.doomed_at = None if child.ready else now + _START_PATIENCE
+                child.why_failed = child.why_failed or f"it did not load the app within {_START_PATIENCE:g} s"
                 child.kill()
 
     def _stop_late_handlers(self) -> None:
@@ -294,21 +357,29 @@ class ProcessPool:
         for child in self._children:
             if child.late:
                 continue
-            for slot in child.slots.running():
-                timeout = self._timeout_of(slot.tag)
-                if timeout is not None and now - slot.started_at > timeout + KILL_AFTER:
-                    child.late = slot.tag
-                    child.kill()
-                    break
+            overdue = {
+                slot.tag: now - slot.started_at - limit
+                for slot in child.slots.running()
+                if slot.tag in child.tags and (limit := self._timeout_of(slot.tag)) is not None
+            }
+            if any(seconds > KILL_AFTER for seconds in overdue.values()):
+                # Others that are late as well are charged as well, and do not get another turn for it.
+                child.late = frozenset(tag for tag, seconds in overdue.items() if seconds > 0)
+                child.kill()
 
     def _patience(self, timeout: float) -> float:
         now = monotonic()
         if any(child.pid_fd is None for child in self._children):
             timeout = min(timeout, _LOOK_AT_CHILDREN)
-        if any(child.leaving for child in self._children):
-            timeout = min(timeout, _LINGER / 4)
+        for child in self._children:
+            if child.doomed_at is not None:
+                timeout = min(timeout, max(0.0, child.doomed_at - now))
+            elif child.leaving:
+                timeout = min(timeout, _LINGER / 4)
         if not self._closing and not self._recalled and len(self._active()) < self._size:
             timeout = min(timeout, max(0.0, self._start_at - now))
+        if self._hoarders():
+            timeout = min(timeout, _SHARE_AFTER)
         if self._timeout_of is not None:
             for child in self._children:
                 for slot in child.slots.running():

@@ -26,6 +26,11 @@ class RoundRobin:
         self._running = [0] * len(consumers)
         self._next = 0
 
+    @property
+    def has_room(self) -> bool:
+        """Whether any of them may run one more."""
+        return any(running < most for running, most in zip(self._running, self._most, strict=True))
+
     def take(self) -> int | None:
         """Count a run for the next consumer that has room, and return its index; None if none has."""
         index = self._next

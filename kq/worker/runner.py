@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import sys
 import traceback
 from collections import deque
@@ -47,6 +48,7 @@ class Runner:
         slots: Where to note what runs; twice ``concurrency`` of them.
         emit: Takes results, in any thread, one call at a time; with True for those of handlers that
             have settled their message and run on.
+        on_out_of_memory: Called in a handler's thread, after its result was reported, when it ran out of memory.
     """
 
     def __init__(
@@ -57,8 +59,11 @@ class Runner:
         shortest_timeout: float | None,
         slots: SlotTable,
         emit: Callable[[list[Result], bool], None],
+        on_out_of_memory: Callable[[], None] = lambda: None,
     ) -> None:
+        self._pid = os.getpid()
         self._executor = executor
+        self.on_out_of_memory = on_out_of_memory
         self._concurrency = concurrency
         self._slots = slots
         self._emit = emit
@@ -152,6 +157,16 @@ class Runner:
         with self._outbox_lock:
             self._emit([(job.tag, outcome)], True)
 
+    def end_fork(self, outcome: Outcome) -> None:
+        """End the process if it is a copy that a handler made of this one with ``os.fork`` and that has come back.
+
+        It would settle a message that is its original's affair, and run what waits in its copy of the queue.
+        """
+        if os.getpid() != self._pid:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(outcome is not DONE)
+
     def dump(self) -> str:
         """Return what runs where, with stacks."""
         frames = sys._current_frames()
@@ -177,8 +192,14 @@ class Runner:
             missing = min(self._pending, self._concurrency) - len(self._threads)
             for _ in range(missing):
                 thread = _HandlerThread(self, self._executor, len(self._threads), self._slots)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # No room for another thread. Those there are will do; without any, nothing can run here.
+                    if not self._threads:
+                        raise
+                    return
                 self._threads.append(thread)
-                thread.start()
 
     def next_job(self) -> Job | None:
         """Return the next job for a sync handler, flushing before a wait; None to end."""
@@ -235,6 +256,7 @@ class _HandlerThread(Thread):
         #: Guards the moment between a handler's end and the watchdog's shot.
         self._shield = Shield()
         self._deadline: float | None = None
+        self._out_of_memory = False
 
     def run(self) -> None:
         carry(self._shield)
@@ -242,9 +264,16 @@ class _HandlerThread(Thread):
             job = self._runner.next_job()
             if job is None:
                 return
+            self._out_of_memory = False
+            # From before anything is read of the message until its end is reported: whatever kills the process
+            # in between is charged to it.
+            self._slots.enter(self._slot, job.tag, monotonic())
             outcome = self._work_on(job)
             self._runner.ended()
             self._runner.report(job, outcome)
+            self._slots.leave(self._slot)
+            if self._out_of_memory:
+                self._runner.on_out_of_memory()
 
     def _work_on(self, job: Job) -> Outcome | None:
         try:
@@ -252,6 +281,7 @@ class _HandlerThread(Thread):
             if isinstance(prepared, Outcome):
                 return prepared
             outcome = self._run(job, prepared)
+            self._out_of_memory = prepared.out_of_memory
             # Out of the watchdog's reach: what is claimed here is also reported.
             return outcome if prepared.message.claim() else None
         except Exception as error:
@@ -261,7 +291,6 @@ class _HandlerThread(Thread):
     def _run(self, job: Job, run: Run) -> Outcome:
         timeout = run.consumer.timeout
         now = monotonic()
-        self._slots.enter(self._slot, job.tag, now)
         self.job = job
         try:
             try:
@@ -269,7 +298,9 @@ class _HandlerThread(Thread):
                     with self._shield.lock:
                         self._shield.depth = 0
                         self._deadline = now + timeout
-                return self._executor.run(run)
+                outcome = self._executor.run(run)
+                self._runner.end_fork(outcome)
+                return outcome
             finally:
                 if timeout is not None:
                     with self._shield.lock:
@@ -278,7 +309,6 @@ class _HandlerThread(Thread):
             return self._executor.timed_out(run)
         finally:
             self.job = None
-            self._slots.leave(self._slot)
 
     def expire(self, now: float) -> float | None:
         """Stop the handler if its time is over; return when to look at it again."""
@@ -390,21 +420,25 @@ class _LoopThread(Thread):
 
     async def _work_on(self, job: Job, slot: int) -> None:
         outcome: Outcome | None
+        out_of_memory = False
+        self._slots.enter(slot, job.tag, monotonic())
         try:
             prepared = self._executor.prepare(job, self._runner.report_now)
             if isinstance(prepared, Outcome):
                 outcome = prepared
             else:
-                self._slots.enter(slot, job.tag, monotonic())
                 outcome = await self._run(prepared)
+                self._runner.end_fork(outcome)
+                out_of_memory = prepared.out_of_memory
                 outcome = outcome if prepared.message.claim() else None
         except Exception as error:
             logger.exception("unexpected failure around %s of %s", job.id, job.queue)
             outcome = last_resort(job, error)
-        finally:
-            self._slots.leave(slot)
-            self._free.append(slot)
         self._runner.report(job, outcome)
+        self._slots.leave(slot)
+        self._free.append(slot)
+        if out_of_memory:
+            self._runner.on_out_of_memory()
 
     async def _run(self, run: Run) -> Outcome:
         task = self._loop.create_task(self._executor.run_async(run))

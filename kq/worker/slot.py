@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 from typing import NamedTuple
 
 #: Bytes of a number.
@@ -37,9 +38,7 @@ class SlotTable:
         self.count = count
         size = (2 * count + 1 + UNSENT_MAX) * _WORD
         if fd is None:
-            with tempfile.TemporaryFile() as file:
-                file.truncate(size)
-                self.fd = os.dup(file.fileno())
+            self.fd = _shared(size)
         else:
             self.fd = fd
         self._memory = mmap.mmap(self.fd, size)
@@ -60,8 +59,10 @@ class SlotTable:
         self._tags[2 * slot] = tag
 
     def leave(self, slot: int) -> None:
-        """Note that it has ended."""
-        self._tags[2 * slot] = 0
+        """Note that it has ended, and that this has been reported."""
+        # The table may be closed by then, by whoever took the report.
+        with suppress(ValueError):
+            self._tags[2 * slot] = 0
 
     def running(self) -> list[Running]:
         """Return what runs."""
@@ -95,3 +96,19 @@ class SlotTable:
         self._starts.release()
         self._memory.close()
         os.close(self.fd)
+
+
+def _shared(size: int) -> int:
+    """Return a descriptor of memory to be shared: all of it there, for a page that is missing kills who touches it.
+
+    Raises:
+        OSError: If there is not enough.
+    """
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("kq-slots")
+        os.truncate(fd, size)
+        return fd
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(size))
+        file.flush()
+        return os.dup(file.fileno())

@@ -1,75 +1,41 @@
 """The loop that hands deliveries to handlers and settles what comes of them.
 
 One thread. Deliveries come in from the fetchers, go to the pool's places as jobs, and end as outcomes,
-which go back to them as settlements. A delivery that must run alone waits until a place is
-empty; everything else goes to whoever has room.
+which go back to them as settlements. The `Dispatcher` decides what runs where and beside what.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
 
 from kq import errors
 from kq.backend import Delivery, QueueSpec, Settlement
-from kq.executor import Job, timeout_outcome
+from kq.executor import timeout_outcome
 from kq.intake import Intake
-from kq.outcome import CRASH_LOOP, RELEASE, Failure, Outcome
+from kq.outcome import CRASH_LOOP, RELEASE, Death, Failure, Outcome
 from kq.retry import RetryPolicy, after_crash
 from kq.router import Consumer
-from kq.worker.pool import Died, Event, Finished, Place, Pool, Returned
+from kq.worker.dispatcher import Dispatcher
+from kq.worker.flight import Flight, Tally
+from kq.worker.pool import Died, Event, Finished, Pool, Returned
 from kq.worker.round_robin import RoundRobin
 
 logger = logging.getLogger("kq.worker")
 
-#: Unsettled deliveries in a row after which a message runs alone in its process.
-_ALONE_AFTER = 2
 #: Seconds to wait at the end for what is just being fetched.
 _PAUSE_PATIENCE = 2.0
+#: Seconds over which the handlers' pace is measured, and for how many of the broker's round trips it is to last.
+_PACE_OVER = 0.5
+_AHEAD = 2.0
 #: Bytes of messages that a worker holds at most, beyond what its handlers run.
 _HOLD_BYTES = 64 * 2**20
 
 
-@dataclass(eq=False)
-class Flight:
-    """A delivery in this worker's hands.
-
-    Attributes:
-        tag: Its number here.
-        delivery: What arrived.
-        suspected: Crashes in which it may have been the guilty one: several ran when a process died.
-        settled: Whether it is settled already, while its handler still runs.
-        consumer: Which of its queue's consumers it was given to last.
-    """
-
-    tag: int
-    delivery: Delivery
-    suspected: int = 0
-    settled: bool = False
-    consumer: int = 0
-
-    @property
-    def alone(self) -> bool:
-        """Whether it runs with nothing beside it: it may take its process with it."""
-        delivery = self.delivery
-        return bool(self.suspected or delivery.crashes or delivery.deliveries >= _ALONE_AFTER)
-
-
-@dataclass
-class Tally:
-    """What a supervisor has seen; for the summary at the end, and for tests."""
-
-    handled: int = 0
-    retried: int = 0
-    dead: int = 0
-    released: int = 0
-    crashes: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        return f"{self.handled} done, {self.retried} retried, {self.dead} dead-lettered, {self.released} released"
+#: What of ``max_deliveries`` a message may use up in company; from then on its worker holds nothing else.
+_IN_COMPANY = 0.5
 
 
 class Supervisor:
@@ -100,11 +66,18 @@ class Supervisor:
         self._max_deliveries = max_deliveries
         self._prefetch = prefetch
         self._flights: dict[int, Flight] = {}
-        self._backlog: deque[Flight] = deque()
-        self._alone: deque[Flight] = deque()
-        self._reserved: Place | None = None
+        self._dispatcher = Dispatcher(pool, self._turns, self, isolate_from=max(1, int(max_deliveries * _IN_COMPANY)))
+        #: Those that were lost while they ran here, by queue and id.
+        self._adrift: dict[tuple[str, str], Flight] = {}
+        self._has_lost = False
         self._next_tag = 1
         self._arrivals: deque[list[Delivery]] = deque()
+        #: Bytes of what is in hand, and of a message on average.
+        self._bytes = 0
+        #: Handlers' ends since a moment, and how many a second there were before it.
+        self._ended = 0
+        self._paced_at = monotonic()
+        self._per_second = 0.0
         self._size = 0.0
         self._stopping = False
         self._intake: Intake | None = None
@@ -117,6 +90,11 @@ class Supervisor:
     def arrived(self, deliveries: list[Delivery]) -> None:
         """Take deliveries; called in a fetcher's thread."""
         self._arrivals.append(deliveries)
+        self._pool.wake()
+
+    def lost(self) -> None:
+        """Hear that deliveries have been lost; called in a fetcher's thread."""
+        self._has_lost = True
         self._pool.wake()
 
     def timeout_of(self, tag: int) -> float | None:
@@ -132,11 +110,13 @@ class Supervisor:
     def turn(self, timeout: float) -> None:
         """Do one round: wait for events, settle, take what arrived, hand out jobs."""
         self._handle(self._pool.poll(timeout))
+        if self._has_lost:
+            self._look_for_lost()
         self._admit()
         if self._stopping:
             self._release_waiting()
         else:
-            self._dispatch()
+            self._dispatcher.dispatch()
             self._ask()
 
     def stop_fetching(self) -> None:
@@ -145,7 +125,7 @@ class Supervisor:
         self._stopping = True
         self._intake.pause(_PAUSE_PATIENCE)
         self._admit()
-        self._start_acknowledged()
+        self._dispatcher.start_anyway()
         self._release_waiting()
         self._pool.recall()
 
@@ -186,57 +166,95 @@ class Supervisor:
                 settlements.append(Settlement(flight.delivery, outcome))
                 flight.settled = True
             if not event.early:
-                del self._flights[tag]
-                queue = flight.delivery.queue
-                self._turns[queue].leave(flight.consumer)
-                freed[queue] += 1
+                self._dispatcher.ended(flight)
+                self._ended += 1
+                self._forget(flight)
+                freed[flight.delivery.queue] += 1
         assert self._intake is not None
         if settlements:
             self._intake.settle(settlements)
         for queue, count in freed.items():
             self._intake.finished(queue, count)
-        if self._reserved is event.place and not event.place.tags:
-            self._free_reserved()
 
     def _give_back(self, tag: int) -> None:
         flight = self._flights.get(tag)
         if flight is not None:
-            self._turns[flight.delivery.queue].leave(flight.consumer)
-            self._put_back(flight)
+            self._dispatcher.ended(flight)
+            self._wait_again(flight)
+
+    def _wait_again(self, flight: Flight) -> None:
+        if flight.lost:
+            self.drop(flight)
+        else:
+            self._dispatcher.put(flight, front=True)
+
+    def _look_for_lost(self) -> None:
+        """Drop what is not ours any more and has not started; what runs is done with when it comes back meanwhile."""
+        self._has_lost = False
+        self._dispatcher.drop_lost()
+        for flight in self._flights.values():
+            if flight.lost:
+                self._adrift[flight.delivery.queue, flight.delivery.id] = flight
+        if self._adrift:
+            self._pool.give_back()
+
+    def _takes_the_place(self, delivery: Delivery) -> bool:
+        """Tell whether a delivery is one that was lost while it runs here, and have that run settle it.
+
+        Else the same message would run here twice at the same time.
+        """
+        flight = self._adrift.get((delivery.queue, delivery.id))
+        if flight is None:
+            return False
+        was = flight.delivery
+        if (was.raw, was.attempts, was.crashes) != (delivery.raw, delivery.attempts, delivery.crashes):
+            # It ran elsewhere meanwhile, and failed there; or it is another one under the same id.
+            return False
+        del self._adrift[delivery.queue, delivery.id]
+        flight.delivery = delivery
+        assert self._intake is not None
+        # The old one counted as in hand until now.
+        self._intake.finished(was.queue)
+        logger.info(
+            "%s %s came back while it runs here; it is not run again",
+            delivery.queue, delivery.id,
+            extra={"action": "readopted", "queue": delivery.queue, "message_id": delivery.id},
+        )  # fmt: skip
+        return True
 
     def _examine(self, death: Died) -> None:
         """Find out whom to charge for a process that died, and give the others their chance again."""
-        if self._reserved is death.place:
-            self._reserved = None
         for tag in (*death.running, *death.queued):
             flight = self._flights.get(tag)
             if flight is not None:
-                self._turns[flight.delivery.queue].leave(flight.consumer)
+                self._dispatcher.ended(flight)
         running = [self._flights[tag] for tag in death.running if tag in self._flights]
         for tag in reversed(death.queued):
             if tag in self._flights:
-                self._put_back(self._flights[tag])
+                self._wait_again(self._flights[tag])
         if death.late:
             for flight in running:
                 if flight.settled:
-                    self._drop(flight)
-                elif flight.tag == death.late:
+                    self.drop(flight)
+                elif flight.tag in death.late:
                     self._charge_late(flight)
                 else:
-                    self._put_back(flight)
+                    self._wait_again(flight)
+            return
+        if not running:
             return
         self.tally.crashes += 1
         suspects = [flight for flight in running if not flight.settled]
         for flight in running:
             if flight.settled:
-                self._drop(flight)
-        if len(suspects) == 1:
-            self._charge_crash(suspects[0], death.how)
+                self.drop(flight)
+        if len(suspects) == len(running) == 1:
+            self._charge_crash(suspects[0], death.death)
             return
         for flight in suspects:
             # Each runs alone next; only the one that crashes again is charged, for both times.
             flight.suspected += 1
-            self._put_back(flight)
+            self._wait_again(flight)
         if suspects:
             logger.warning(
                 "%d messages ran when the process died: %s; each runs alone now, to find the one that does it",
@@ -251,12 +269,12 @@ class Supervisor:
         outcome = timeout_outcome(consumer, policy, attempts=delivery.attempts, crashes=delivery.crashes)
         self._settle(flight, outcome)
 
-    def _charge_crash(self, flight: Flight, how: str) -> None:
+    def _charge_crash(self, flight: Flight, death: Death) -> None:
         _, policy = self._rules(flight)
         delivery = flight.delivery
         crashes = delivery.crashes + flight.suspected + 1
         attempts = delivery.attempts + flight.suspected + 1
-        failure = Failure(errors.INTERNAL, f"the process that ran the handler {how}", True)
+        failure = Failure(errors.INTERNAL, f"the process that ran the handler {death}", True, "", death)
         self._settle(flight, after_crash(failure, policy, attempts=attempts, crashes=crashes))
 
     def _consumer(self, flight: Flight) -> Consumer:
@@ -271,9 +289,12 @@ class Supervisor:
     def _admit(self) -> None:
         while self._arrivals:
             for delivery in self._arrivals.popleft():
+                if self._adrift and self._takes_the_place(delivery):
+                    continue
                 flight = Flight(self._next_tag, delivery)
                 self._next_tag += 1
                 self._flights[flight.tag] = flight
+                self._bytes += len(delivery.raw)
                 self._size += (len(delivery.raw) - self._size) / 64
                 if delivery.refused is not None:
                     self._settle(flight, delivery.refused)
@@ -286,107 +307,39 @@ class Supervisor:
                     # The fetcher has acknowledged it already.
                     flight.settled = True
                     self.tally.handled += 1
-                self._put_back(flight, front=False)
+                self._dispatcher.put(flight, front=False)
 
     def _given_up(self, delivery: Delivery) -> Outcome:
         text = f"{delivery.deliveries} workers in a row died or vanished while they held this message"
         failure = Failure(errors.INTERNAL, text, False)
         return Outcome("dead", 0.0, delivery.attempts, delivery.crashes, CRASH_LOOP, failure)
 
-    def _put_back(self, flight: Flight, *, front: bool = True) -> None:
-        line = self._alone if flight.alone else self._backlog
-        if front:
-            line.appendleft(flight)
-        else:
-            line.append(flight)
-
-    def _dispatch(self) -> None:
-        self._dispatch_alone()
-        if not self._backlog:
-            return
-        places = [place for place in self._pool.places if place is not self._reserved and place.room]
-        shares: dict[Place, list[Job]] = {place: [] for place in places}
-        passed: list[Flight] = []
-        while self._backlog and places:
-            flight = self._backlog.popleft()
-            consumer = self._turns[flight.delivery.queue].take()
-            if consumer is None:
-                passed.append(flight)
-                continue
-            # The emptiest first, so that no process idles while another one hoards.
-            place = min(places, key=lambda p: len(p.tags) + len(shares[p]))
-            shares[place].append(self._job(flight, consumer))
-            if len(place.tags) + len(shares[place]) >= place.window:
-                places.remove(place)
-        self._backlog.extendleft(reversed(passed))
-        for place, jobs in shares.items():
-            if jobs:
-                self._pool.submit(place, jobs)
-
-    def _dispatch_alone(self) -> None:
-        if not self._alone:
-            return
-        if self._reserved is not None and not self._reserved.accepting:
-            self._reserved = None
-        if self._reserved is None:
-            ready = [place for place in self._pool.places if place.ready and place.accepting]
-            self._reserved = min(ready, key=lambda place: len(place.tags), default=None)
-        place = self._reserved
-        if place is None or not place.ready or place.tags:
-            return
-        for flight in self._alone:
-            consumer = self._turns[flight.delivery.queue].take()
-            if consumer is not None:
-                self._alone.remove(flight)
-                self._pool.submit(place, [self._job(flight, consumer)])
-                return
-        # Their consumers run as many as they may; nobody need wait for them.
-        self._reserved = None
-
-    def _free_reserved(self) -> None:
-        if not self._alone:
-            self._reserved = None
-
-    @staticmethod
-    def _job(flight: Flight, consumer: int) -> Job:
-        delivery = flight.delivery
-        flight.consumer = consumer
-        return Job(
-            flight.tag,
-            delivery.queue,
-            delivery.id,
-            delivery.raw,
-            delivery.attempts,
-            delivery.crashes,
-            flight.settled,
-            consumer,
-            delivery.replayed,
-        )
+    def _pace(self) -> float:
+        """Return the handlers' ends a second."""
+        now = monotonic()
+        elapsed = now - self._paced_at
+        if elapsed >= _PACE_OVER:
+            self._per_second, self._ended, self._paced_at = self._ended / elapsed, 0, now
+        return self._per_second
 
     def _ask(self) -> None:
         """Tell the fetchers how much to hold: what the places take, bounded by count and by bytes."""
         assert self._intake is not None
+        if self._dispatcher.isolating:
+            self._intake.hold(0)
+            return
         wanted = sum(place.window for place in self._pool.places if place.ready and place.accepting)
+        # What is finished while the broker is asked for more must be here already: a distant one takes its time.
+        wanted += int(_AHEAD * self._pace() * self._intake.round_trip)
         if self._size:
-            wanted = min(wanted, max(len(self._pool.places), int(_HOLD_BYTES / self._size)))
+            room = max(0, _HOLD_BYTES - self._bytes) / self._size
+            wanted = min(wanted, max(len(self._pool.places), self.in_hand + int(room)))
         self._intake.hold(min(wanted, self._prefetch))
 
     # Ends.
 
-    def _start_acknowledged(self) -> None:
-        """Hand out what was acknowledged beforehand: it runs here or never."""
-        places = [place for place in self._pool.places if place.ready]
-        settled = [flight for flight in self._backlog if flight.settled]
-        for number, flight in enumerate(settled if places else []):
-            self._backlog.remove(flight)
-            consumer = self._turns[flight.delivery.queue].take_anyway()
-            self._pool.submit(places[number % len(places)], [self._job(flight, consumer)])
-
     def _release_waiting(self) -> None:
-        waiting = [*self._backlog, *self._alone]
-        self._backlog.clear()
-        self._alone.clear()
-        for flight in waiting:
+        for flight in self._dispatcher.take_all():
             self._settle(flight, RELEASE)
 
     def _settle(self, flight: Flight, outcome: Outcome) -> None:
@@ -394,12 +347,30 @@ class Supervisor:
         if not flight.settled:
             self._note(flight, outcome)
             self._intake.settle([Settlement(flight.delivery, outcome)])
-        self._drop(flight)
+        self.drop(flight)
 
-    def _drop(self, flight: Flight) -> None:
+    def release(self, flight: Flight) -> None:
+        """See `Hands.release`."""
+        # Not as if it had been settled: it was not even tried.
+        self._settle(flight, Outcome("release", deliveries=flight.delivery.deliveries))
+
+    def drop(self, flight: Flight) -> None:
+        """See `Hands.drop`."""
         assert self._intake is not None
-        if self._flights.pop(flight.tag, None) is not None:
+        if self._forget(flight):
             self._intake.finished(flight.delivery.queue)
+
+    def when_settled(self, call: Callable[[], None]) -> None:
+        """See `Hands.when_settled`."""
+        assert self._intake is not None
+        self._intake.when_settled(call)
+
+    def _forget(self, flight: Flight) -> bool:
+        if self._flights.pop(flight.tag, None) is None:
+            return False
+        self._bytes -= len(flight.delivery.raw)
+        self._adrift.pop((flight.delivery.queue, flight.delivery.id), None)
+        return True
 
     def _note(self, flight: Flight, outcome: Outcome) -> None:
         """Count an outcome, and log one that a person may want to know of."""

@@ -83,6 +83,10 @@ class ThreadPool:
         self._place.accepting = False
         self._events.put(Returned(self._place, self._runner.recall()))
 
+    def give_back(self) -> None:
+        """See `Pool.give_back`."""
+        self._events.put(Returned(self._place, self._runner.recall()))
+
     def replace(self) -> None:
         """Say that there is nothing to replace."""
         logger.warning(

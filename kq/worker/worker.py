@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from kq import config, limit
 from kq.admission import Admission
-from kq.backend import Backend, QueueSpec
+from kq.backend import Backend, QueueSpec, insist
 from kq.driver import Driver, naming
 from kq.errors import Internal, Invalid
 from kq.executor import Executor
@@ -30,13 +30,15 @@ from kq.intake import Intake
 from kq.message import is_handling
 from kq.registry import HasRegistry
 from kq.router import Consumer, limits
+from kq.worker.allocation import give_large_blocks_back
 from kq.worker.announcement import announcement
+from kq.worker.flight import Tally
 from kq.worker.frame import Hello
 from kq.worker.option import WorkerOptions
 from kq.worker.pool import Pool
 from kq.worker.process_pool import ProcessPool
 from kq.worker.reload import Trial
-from kq.worker.supervisor import Supervisor, Tally
+from kq.worker.supervisor import Supervisor
 from kq.worker.thread_pool import ThreadPool
 
 logger = logging.getLogger("kq.worker")
@@ -134,6 +136,7 @@ class Worker:
             Conflict: If a queue exists with other values than declared.
             StartFailed: If the children cannot load the app.
         """
+        give_large_blocks_back()
         with ExitStack() as stack:
             backends = stack.enter_context(self._backends())
             for number, handler in self._install_signals().items():
@@ -255,6 +258,9 @@ class Worker:
         warnings = []
         for driver, backend in backends.items():
             found = self._reach(driver, backend, until)
+            if self._registry.settings.durability == config.REQUIRED:
+                with naming(driver):
+                    insist(found)
             warnings += [f"driver {driver}: {warning}" if driver else warning for warning in found]
         if not self._quiet:
             self._announce(warnings)
@@ -303,7 +309,12 @@ class Worker:
             log_level=options.log_level,
             log_format=options.log_format,
         )
-        return ProcessPool(self.processes, hello, self._timeout_of if timeouts else None)
+        return ProcessPool(
+            self.processes,
+            hello,
+            self._timeout_of if timeouts else None,
+            max_tasks=options.max_tasks_per_child,
+        )
 
     def _timeout_of(self, tag: int) -> float | None:
         assert self._supervisor is not None
@@ -362,6 +373,7 @@ class Worker:
             auto_ack={queue for queue, competing in consumers.items() if competing[0].auto_ack},
             admission=Admission(self._registry.settings.max_body, self._registry.distrust),
             on_deliveries=supervisor.arrived,
+            on_lost=supervisor.lost,
             idleness=idleness,
             idle_until=lambda: self._idle_until or monotonic() + _BURST_HORIZON,
         )

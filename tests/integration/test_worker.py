@@ -296,7 +296,7 @@ def test_what_finishes_while_stopping_counts(local_shop: Shop) -> None:
     """A handler that ends after its grace but before the process is killed is done, not run again."""
     shop = local_shop
     worker = shop.worker("-p", "1", "--grace", "0.5s")
-    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 2})
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 1})
     shop.until("started")
 
     assert shop.stop(worker) == 0

@@ -25,6 +25,7 @@ def test_defaults() -> None:
         create_queues=True,
         max_body=2**20,
         max_deliveries=20,
+        durability="warned",
     )
 
 
@@ -38,13 +39,14 @@ def test_environment_wins_over_defaults() -> None:
         "KQ_CREATE_QUEUES": "no",
         "KQ_MAX_BODY": "1024",
         "KQ_MAX_DELIVERIES": "7",
+        "KQ_DURABILITY": "required",
         "KQ_STRICT_MODE": "1",
         "KQ_ACTOR": "service:a",
         "KQ_GROUPS": "x, y",
     }
     assert set(environment) == {variable_of(setting) for setting in config.DEFAULTS}
     assert resolve({}, environment) == Settings(
-        "redis://localhost", 2.5, 3.0, 5.0, False, 1024, 7, True, "service:a", ("x", "y")
+        "redis://localhost", 2.5, 3.0, 5.0, False, 1024, 7, "required", True, "service:a", ("x", "y")
     )
 
 
@@ -309,6 +311,7 @@ def test_no_password_is_ever_shown(salt: str, pattern: str) -> None:
         ("create_queues", True, "false", "false"),
         ("max_body", 1, "2", "3"),
         ("max_deliveries", 1, "2", "3"),
+        ("durability", "required", "warned", "required"),
     ],
 )
 def test_argument_over_environment_over_file_over_default(

@@ -1,0 +1,244 @@
+"""Decides which delivery runs where, when, and in whose company.
+
+There are three lines. The *backlog* goes to whoever has room. What may take its process with it waits for a
+place that runs nothing else: it is *alone*. And what many workers in a row did not live to settle waits in
+*quarantine* until this worker holds nothing else at all, for whatever it holds when it dies counts one more lost
+delivery as well, and would be dead in the end without ever having done any harm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol
+
+from kq.executor import Job
+from kq.worker.flight import Flight
+from kq.worker.pool import Place, Pool
+from kq.worker.round_robin import RoundRobin
+
+logger = logging.getLogger("kq.worker")
+
+
+class Hands(Protocol):
+    """Who holds the deliveries."""
+
+    @property
+    def in_hand(self) -> int:
+        """How many there are, waiting or running."""
+        ...
+
+    def release(self, flight: Flight) -> None:
+        """Give one back, uncharged, with what is on its account."""
+        ...
+
+    def drop(self, flight: Flight) -> None:
+        """Forget one."""
+        ...
+
+    def when_settled(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called in some thread when the broker knows of all that was settled so far."""
+        ...
+
+
+class Dispatcher:
+    """Gives jobs to places. One thread's.
+
+    Args:
+        pool: Where handlers run.
+        turns: By queue, whose turn it is among its consumers.
+        hands: Who holds the deliveries.
+        isolate_from: Unsettled deliveries in a row from which on a message runs with nothing else in hand.
+    """
+
+    def __init__(self, pool: Pool, turns: Mapping[str, RoundRobin], hands: Hands, *, isolate_from: int) -> None:
+        self._pool = pool
+        self._turns = turns
+        self._hands = hands
+        self._isolate_from = isolate_from
+        self._backlog: deque[Flight] = deque()
+        self._alone: deque[Flight] = deque()
+        self._quarantine: deque[Flight] = deque()
+        #: Places that run one that is alone.
+        self._taken: set[Place] = set()
+        self._isolated: Flight | None = None
+        #: Counted up whenever hands were not empty; for which count it was asked, and said, that the broker knows.
+        self._clearance = 1
+        self._clearance_asked = self._clearance_given = 0
+
+    @property
+    def isolating(self) -> bool:
+        """Whether nothing else is to be taken in hand now."""
+        return self._isolated is not None or bool(self._quarantine)
+
+    def put(self, flight: Flight, *, front: bool) -> None:
+        """Have a delivery wait, before or behind the others of its line."""
+        if flight.delivery.deliveries >= self._isolate_from and not flight.settled:
+            line = self._quarantine
+        else:
+            line = self._alone if flight.alone else self._backlog
+        if front:
+            line.appendleft(flight)
+        else:
+            line.append(flight)
+
+    def take_all(self) -> list[Flight]:
+        """Return everything that waits, and forget it."""
+        waiting = [*self._quarantine, *self._backlog, *self._alone]
+        for line in (self._quarantine, self._backlog, self._alone):
+            line.clear()
+        return waiting
+
+    def drop_lost(self) -> None:
+        """Drop what waits and is not ours any more: it runs elsewhere."""
+        for line in (self._quarantine, self._backlog, self._alone):
+            lost = [flight for flight in line if flight.lost]
+            if lost:
+                kept = [flight for flight in line if not flight.lost]
+                line.clear()
+                line.extend(kept)
+                for flight in lost:
+                    self._hands.drop(flight)
+
+    def ended(self, flight: Flight) -> None:
+        """Note that a run has ended, or came back unstarted."""
+        self._turns[flight.delivery.queue].leave(flight.consumer)
+        if flight is self._isolated:
+            self._isolated = None
+
+    def dispatch(self) -> None:
+        """Hand out what can run now."""
+        if self.isolating:
+            self._empty_hands()
+            if self._isolated is None:
+                self._isolate(self._quarantine[0])
+            return
+        self._dispatch_backlog(self._dispatch_alone())
+
+    def start_anyway(self) -> None:
+        """Hand out what was acknowledged beforehand: it runs here or never."""
+        places = [place for place in self._pool.places if place.ready]
+        settled = [flight for flight in self._backlog if flight.settled]
+        for number, flight in enumerate(settled if places else []):
+            self._backlog.remove(flight)
+            consumer = self._turns[flight.delivery.queue].take_anyway()
+            self._submit(places[number % len(places)], [(flight, consumer)])
+
+    # Company.
+
+    def _dispatch_backlog(self, reserved: Place | None) -> None:
+        if not self._backlog:
+            return
+        places = [p for p in self._pool.places if p is not reserved and p not in self._taken and p.room]
+        shares: dict[Place, list[tuple[Flight, int]]] = {place: [] for place in places}
+        passed: list[Flight] = []
+        while self._backlog and places:
+            flight = self._backlog.popleft()
+            consumer = self._turns[flight.delivery.queue].take()
+            if consumer is None:
+                passed.append(flight)
+                continue
+            # The emptiest first, so that no process idles while another one hoards.
+            place = min(places, key=lambda p: len(p.tags) + len(shares[p]))
+            shares[place].append((flight, consumer))
+            if len(place.tags) + len(shares[place]) >= place.window:
+                places.remove(place)
+        self._backlog.extendleft(reversed(passed))
+        for place, share in shares.items():
+            if share:
+                self._submit(place, share)
+
+    def _dispatch_alone(self) -> Place | None:
+        """Give every empty place one that must be alone, and return the place to be kept free for the next."""
+        if self._taken:
+            self._taken = {place for place in self._taken if place.tags and place in self._pool.places}
+        if not self._alone:
+            return None
+        empty = [place for place in self._pool.places if place.room and not place.tags]
+        waiting = None
+        for flight in list(self._alone):
+            if not empty:
+                waiting = next((f for f in self._alone if self._turns[f.delivery.queue].has_room), None)
+                break
+            consumer = self._turns[flight.delivery.queue].take()
+            if consumer is None:
+                # Its consumers run as many as they may; nobody need wait for it.
+                continue
+            self._alone.remove(flight)
+            place = empty.pop()
+            self._taken.add(place)
+            self._submit(place, [(flight, consumer)])
+        if waiting is None:
+            return None
+        # The one that will be empty first, as far as one can tell; another one each time if that turns out wrong.
+        busy = [p for p in self._pool.places if p.ready and p.accepting and p not in self._taken]
+        return min(busy, key=lambda place: len(place.tags), default=None)
+
+    def _submit(self, place: Place, share: list[tuple[Flight, int]]) -> None:
+        jobs = []
+        for flight, consumer in share:
+            flight.consumer = consumer
+            delivery = flight.delivery
+            jobs.append(
+                Job(
+                    flight.tag,
+                    delivery.queue,
+                    delivery.id,
+                    delivery.raw,
+                    delivery.attempts,
+                    delivery.crashes,
+                    flight.settled,
+                    consumer,
+                    delivery.replayed,
+                )
+            )
+        self._pool.submit(place, jobs)
+
+    # Isolation.
+
+    def _empty_hands(self) -> None:
+        """Give back what waits, but for the one that is to run with nothing else in hand."""
+        first = [] if self._isolated is not None else [self._quarantine.popleft()]
+        waiting = self.take_all()
+        self._quarantine.extend(first)
+        if waiting or self._hands.in_hand > 1:
+            self._clearance += 1
+        for flight in waiting:
+            if flight.settled:
+                # Acknowledged beforehand: it runs here or never.
+                self._backlog.append(flight)
+            else:
+                self._hands.release(flight)
+        if self._isolated is None:
+            self._dispatch_backlog(None)
+
+    def _isolate(self, flight: Flight) -> None:
+        """Run a message once all else that was in hand is done, and the broker knows it."""
+        if self._hands.in_hand > 1:
+            return
+        if self._clearance_given != self._clearance:
+            if self._clearance_asked != self._clearance:
+                self._clearance_asked = self._clearance
+                self._hands.when_settled(partial(self._clear, self._clearance))
+            return
+        place = next((place for place in self._pool.places if place.room and not place.tags), None)
+        consumer = None if place is None else self._turns[flight.delivery.queue].take()
+        if place is None or consumer is None:
+            return
+        delivery = flight.delivery
+        logger.warning(
+            "%s %s: %d workers in a row have not lived to settle it; it runs with nothing else in this worker",
+            delivery.queue, delivery.id, delivery.deliveries,
+            extra={"action": "isolated", "queue": delivery.queue, "message_id": delivery.id},
+        )  # fmt: skip
+        self._quarantine.popleft()
+        self._isolated = flight
+        self._clearance += 1
+        self._submit(place, [(flight, consumer)])
+
+    def _clear(self, clearance: int) -> None:
+        """Note that the broker knows; called in a fetcher's thread."""
+        self._clearance_given = clearance
+        self._pool.wake()

@@ -1,0 +1,56 @@
+"""A delivery in a worker's hands, and what a worker has seen of them so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from kq.backend import Delivery
+
+#: Unsettled deliveries in a row after which a message runs alone in its process.
+_ALONE_AFTER = 2
+
+
+@dataclass(eq=False)
+class Flight:
+    """A delivery in this worker's hands.
+
+    Attributes:
+        tag: Its number here.
+        delivery: What arrived.
+        suspected: Crashes in which it may have been the guilty one: several ran when a process died.
+        settled: Whether it is settled already, while its handler still runs.
+        consumer: Which of its queue's consumers it was given to last.
+    """
+
+    tag: int
+    delivery: Delivery
+    suspected: int = 0
+    settled: bool = False
+    consumer: int = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether it runs with nothing beside it: it may take its process with it."""
+        delivery = self.delivery
+        return bool(self.suspected or delivery.crashes or delivery.deliveries >= _ALONE_AFTER)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is not ours any more, and its end is not known: the broker gives it out again."""
+        return self.delivery.lost and not self.settled
+
+
+@dataclass
+class Tally:
+    """What a supervisor has seen; for the summary at the end, and for tests."""
+
+    handled: int = 0
+    retried: int = 0
+    dead: int = 0
+    released: int = 0
+    crashes: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        return f"{self.handled} done, {self.retried} retried, {self.dead} dead-lettered, {self.released} released"
