@@ -8,7 +8,7 @@ sixteen threads cost the broker about as much as one. The term and the idea are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import Condition
+from threading import Condition, Thread
 from time import monotonic
 
 from kq.backend import Publication
@@ -19,6 +19,9 @@ Commit = Callable[[Sequence[Publication], float], list[Error | None]]
 
 #: Publications that one group carries at most, so that no thread waits on a crowd's behalf.
 MAX_GROUP = 5000
+
+#: How much of its time a caller must have left to commit in its own thread.
+_ENOUGH = 0.5
 
 
 class _Ticket:
@@ -40,6 +43,8 @@ class GroupCommit:
         self._turn = Condition()
         self._waiting: list[_Ticket] = []
         self._busy = False
+        #: Whether the last commit found the broker as it should be.
+        self._proven = False
 
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """Publish ``batch`` and return one result for each; blocks at most ``timeout`` seconds."""
@@ -49,28 +54,66 @@ class GroupCommit:
 
     def _publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         ticket = _Ticket(batch, monotonic() + timeout)
-        with self._turn:
-            self._waiting.append(ticket)
-            while self._busy and ticket.results is None:
-                left = ticket.deadline - monotonic()
-                if left <= 0 or not self._turn.wait(left):
-                    if ticket in self._waiting:
-                        self._waiting.remove(ticket)
-                        return _late(ticket)
-                    if ticket.results is None and ticket.deadline <= monotonic():
-                        return _late(ticket)
-            if ticket.results is not None:
-                return ticket.results
-            group = self._take(ticket)
-            self._busy = True
+        group: list[_Ticket] = []
         try:
-            self._lead(group)
-        finally:
             with self._turn:
+                self._waiting.append(ticket)
+                while self._busy and ticket.results is None:
+                    left = ticket.deadline - monotonic()
+                    if (left <= 0 or not self._turn.wait(left)) and self._gives_up(ticket):
+                        return _late(ticket)
+                if ticket.results is not None:
+                    return ticket.results
+                group = self._take(ticket)
+                self._busy = True
+                plain = self._proven and ticket.deadline - monotonic() > timeout * _ENOUGH
+            if plain:
+                self._lead(group, min(ticket.deadline for ticket in group))
+            else:
+                # From here on it is the other thread's, also where this one is interrupted.
+                aside, group = group, []
+                self._lead_aside(aside, ticket)
+        except BaseException:
+            self._let_go(group)
+            raise
+        return _late(ticket) if ticket.results is None else ticket.results
+
+    def _gives_up(self, ticket: _Ticket) -> bool:
+        """Tell whether a caller whose time is over has to go without an answer."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+            return True
+        return ticket.results is None and ticket.deadline <= monotonic()
+
+    def _lead_aside(self, group: list[_Ticket], mine: _Ticket) -> None:
+        """Commit in a thread of its own, and wait for it no longer than the caller can.
+
+        For where a call may take longer than it should: connecting, finding the broker's address, declaring a queue;
+        or where the caller's time is nearly over, and that of the others is not.
+        """
+        failure: list[BaseException] = []
+
+        def lead() -> None:
+            try:
+                self._lead(group, max(ticket.deadline for ticket in group))
+            except BaseException as error:
+                failure.append(error)
+                self._let_go(group)
+
+        Thread(target=lead, name="kq-commit", daemon=True).start()
+        with self._turn:
+            self._turn.wait_for(lambda: mine.results is not None or failure, mine.deadline - monotonic())
+        if failure:
+            raise failure[0]
+
+    def _let_go(self, group: list[_Ticket]) -> None:
+        """Leave nobody waiting behind a leader that was interrupted."""
+        with self._turn:
+            if group and any(ticket.results is None for ticket in group):
+                failed = Internal("publishing was interrupted", details={"reason": "unavailable"})
+                self._deal(group, [failed for ticket in group for _ in ticket.batch])
                 self._busy = False
-                self._turn.notify_all()
-        assert ticket.results is not None
-        return ticket.results
+            self._turn.notify_all()
 
     def _take(self, mine: _Ticket) -> list[_Ticket]:
         """Take the next group off the waiting list; the leader's own ticket is always in it."""
@@ -82,19 +125,17 @@ class GroupCommit:
             size += len(ticket.batch)
         return group
 
-    def _lead(self, group: list[_Ticket]) -> None:
+    def _lead(self, group: list[_Ticket], deadline: float) -> None:
         batch = [publication for ticket in group for publication in ticket.batch]
-        # The earliest deadline binds the group: nobody is kept longer than it asked for.
-        timeout = max(0.0, min(ticket.deadline for ticket in group) - monotonic())
         try:
-            results = self._commit(batch, timeout)
+            results = self._commit(batch, max(0.0, deadline - monotonic()))
         except Error as error:
             results = [error] * len(batch)
-        except BaseException as error:
-            failed = Internal(f"publishing was interrupted by {error!r}", details={"reason": "unavailable"})
-            self._deal(group, [failed] * len(batch))
-            raise
-        self._deal(group, results)
+        with self._turn:
+            self._proven = not any(result is not None and result.retryable for result in results)
+            self._deal(group, results)
+            self._busy = False
+            self._turn.notify_all()
 
     @staticmethod
     def _deal(group: list[_Ticket], results: list[Error | None]) -> None:

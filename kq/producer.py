@@ -6,17 +6,17 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
-from time import time
+from time import monotonic
 from typing import Any
 from uuid import uuid4
 
-from kq import codec, config, header, limit
+from kq import clock, codec, config, header, limit
 from kq.backend import WIRE_VERSION, Envelope, Publication, QueueSpec
 from kq.driver import MAIN
-from kq.errors import Error, Invalid, NotFound
+from kq.errors import Error, Internal, Invalid, NotFound
 from kq.group_commit import GroupCommit
 from kq.registry import HasRegistry, Registry
 from kq.signature import HEADER
@@ -34,6 +34,7 @@ class Draft:
         at: The moment until which it does instead, or None.
         expires: Seconds after which a message is dead-lettered instead of run, or None.
         message_id: The id of a single message, where the publisher chose one.
+        deadline: When the publisher wants to know, on the monotonic clock; None for ``publish_timeout`` from now.
     """
 
     queue_id: str
@@ -43,6 +44,7 @@ class Draft:
     at: Any = None
     expires: Any = None
     message_id: Any = None
+    deadline: float | None = None
 
 
 #: ``(draft, call_next) -> ids``: return ``call_next(draft)``, or with a draft of your own.
@@ -184,7 +186,12 @@ class Producer:
         if not publications:
             return []
         commit = self._commit(publications[0].queue.driver)
-        results = commit.publish(publications, self._registry.settings.publish_timeout)
+        timeout = self._registry.settings.publish_timeout
+        if draft.deadline is not None:
+            timeout = draft.deadline - monotonic()
+            if timeout <= 0:
+                raise Internal("there was no thread to publish in all the time", details={"reason": "timeout"})
+        results = commit.publish(publications, timeout)
         ids = [publication.envelope.id for publication in publications]
         failed = [error for error in results if error is not None]
         if not failed:
@@ -204,7 +211,7 @@ class Producer:
                     f"the data is empty: {payload!r}; expected a value, or a text or collection with something in it"
                 )
         headers = header.check(draft.headers)
-        now = time()
+        now = clock.now()
         delay = limit.holding_time(draft.delay, draft.at, now)
         expires = None if draft.expires is None else limit.seconds("expires", draft.expires)
         id = None if draft.message_id is None else limit.message_id(draft.message_id)
@@ -271,6 +278,8 @@ class Producer:
             if threads is None:
                 threads = self._threads[driver] = ThreadPoolExecutor(16, thread_name_prefix="kq-publish")
         context = contextvars.copy_context()
+        # Waiting for one of the threads counts as well.
+        draft = replace(draft, deadline=monotonic() + self._registry.settings.publish_timeout)
         return await asyncio.get_running_loop().run_in_executor(threads, partial(context.run, self._send, draft))
 
 
