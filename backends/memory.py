@@ -7,6 +7,7 @@ that every arrival notifies, so nothing polls.
 from __future__ import annotations
 
 import heapq
+import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from time import monotonic
 from typing import Any, ClassVar
 
 from kq.backend import Capabilities, Role
-from kq.backends.store import Counts, Ending, Entry, Lease, Taken
+from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
 
 
 @dataclass(slots=True)
@@ -66,6 +67,20 @@ _worlds: dict[str, _World] = defaultdict(_World)
 _worlds_lock = Lock()
 
 
+def _forget_worlds() -> None:
+    """Leave the parent's messages to the parent: nobody else sees the copies, and their locks may be held."""
+    global _worlds_lock
+    _worlds_lock = Lock()
+    _of_parent.update(_worlds)
+    _worlds.clear()
+
+
+#: The names under which a process that was forked finds only copies.
+_of_parent: set[str] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_worlds)
+
+
 class MemoryStore:
     """A store in this process's memory, shared by name."""
 
@@ -77,17 +92,23 @@ class MemoryStore:
         counts_delayed=True,
         counts_in_flight=True,
         tells_age=True,
-        counts_deliveries="always",
         remembers_completed=True,
     )
 
     def __init__(self, name: str) -> None:
         with _worlds_lock:
             self._world = _worlds[name]
+        self._name = name
         self._woken = False
 
     def ping(self) -> None:
-        """Do nothing: memory is always there."""
+        """See that this is the process that the messages live in."""
+        if self._name in _of_parent:
+            raise BrokerAway(
+                f"memory://{self._name} lives in the process that forked this one; use another broker to reach it",
+                details={"reason": "unavailable"},
+                retryable=False,
+            )
 
     def warnings(self) -> list[str]:
         """Say that nothing survives."""
@@ -119,6 +140,7 @@ class MemoryStore:
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
         """See `Store.put`."""
+        self.ping()
         with self._world.changed:
             found = self._world.queues.get(queue)
             if found is None:
@@ -182,7 +204,7 @@ class MemoryStore:
             now = monotonic()
             return set() if found is None else {id for id in ids if found.completed.get(id, now) > now}
 
-    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
+    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry) -> bool:
         """See `Store.move`."""
         with self._world.changed:
             found = self._world.queues.get(source)
@@ -191,11 +213,10 @@ class MemoryStore:
                 return False
             if (token is None and id in found.held) or (token is not None and message.token != token):
                 return False
-            self._drop(found, id)
             into = self._world.queues.setdefault(target, _Queue({}))
-            if entry.id in into.messages and not replace:
-                return True
-            self._drop(into, entry.id)
+            if entry.id in into.messages:
+                return False
+            self._drop(found, id)
             self._add(into, entry)
             self._world.changed.notify_all()
             return True
@@ -330,7 +351,7 @@ class MemoryStore:
             return True
         del queue.held[ending.id]
         message.token = 0
-        message.deliveries = 0
+        message.deliveries = ending.deliveries
         if ending.action == "release":
             self._make_ready(queue, message)
             return True

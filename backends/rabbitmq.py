@@ -26,6 +26,7 @@ from kq.backends.rabbitmq_link import Link, away, mapped
 from kq.backends.rabbitmq_publisher import Outgoing, Publisher
 from kq.backends.rabbitmq_tls import secured
 from kq.backends.rabbitmq_topology import (
+    DELAY_LEFT,
     bucket_arguments,
     bucket_for,
     bucket_name,
@@ -62,7 +63,6 @@ class RabbitBackend:
         counts_delayed=False,
         counts_in_flight=False,
         tells_age=False,
-        counts_deliveries="unless_prioritised",
         remembers_completed=False,
     )
 
@@ -131,7 +131,10 @@ class RabbitBackend:
         deadline = monotonic() + timeout
         results: list[Error | None] = [None] * len(batch)
         left = list(range(len(batch)))
-        with self._lock:
+        if not self._lock.acquire(timeout=max(0.0, timeout)):
+            busy = away("the connection was busy with something else all the time; nothing was sent", "timeout")
+            return [busy] * len(batch)
+        try:
             for last in (False, True):
                 outgoing: list[Outgoing] = []
                 try:
@@ -164,17 +167,31 @@ class RabbitBackend:
                     raise
                 for index, answer in zip(left, answers, strict=True):
                     results[index] = answer
+                lost_buckets = [
+                    index for index in left
+                    if batch[index].delay > 0 and (told := results[index]) is not None
+                    and told.details["reason"] == "unroutable"
+                ]  # fmt: skip
+                if lost_buckets and not last:
+                    # Somebody has deleted the queue of a bucket: it is made again.
+                    self._buckets.clear()
+                    left = lost_buckets
+                    continue
                 if any(answer is not None and answer.details["reason"] == "timeout" for answer in answers):
                     # Silence may mean that the connection is dead: the next publish is to have a new one.
                     self._drop(wait=False)
                 return results
-        return results
+            return results
+        finally:
+            self._lock.release()
 
     def _outgoing(self, link: Link, publication: Publication) -> Outgoing:
-        message = to_message(publication.envelope)
+        envelope = publication.envelope
         if publication.delay <= 0:
-            return Outgoing("", publication.queue.id, message)
+            return Outgoing("", publication.queue.id, to_message(envelope))
         milliseconds = bucket_for(publication.delay)
+        headers = {**envelope.headers, DELAY_LEFT: max(0.0, round(publication.delay - milliseconds / 1000, 3))}
+        message = to_message(Envelope(envelope.id, headers, envelope.properties, envelope.body))
         if milliseconds not in self._buckets:
             name = bucket_name(milliseconds)
             channel = link.open_channel()
@@ -196,7 +213,7 @@ class RabbitBackend:
         return RabbitFeed(
             self._url,
             open_link,
-            publish=lambda batch: self.publish(batch, _WORKER_TIMEOUT),
+            publish=lambda batch: self.publish(batch, self._worker_timeout),
             declare=lambda queue: self.declare(queue, create=True, exact=False),
             queues=queues,
             prefetch=prefetch,
@@ -300,6 +317,11 @@ class RabbitBackend:
         """See `Backend.close`."""
         with self._lock:
             self._drop()
+
+    @property
+    def _worker_timeout(self) -> float:
+        """Seconds that a publish on a worker's behalf may take: meanwhile it sends no heartbeats."""
+        return max(1.0, min(_WORKER_TIMEOUT, self._options.heartbeat / 2))
 
     # The shared link.
 

@@ -7,27 +7,43 @@ the same tag means another message.
 
 from __future__ import annotations
 
-import select
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from time import monotonic, time
+from time import monotonic
 from typing import Any, Final
 
 import amqp
 
-from kq.backend import Delivery, Envelope, Publication, QueueSpec, Settlement, Settling, bury, pack
+from kq import clock
+from kq.backend import (
+    DELIVERIES,
+    Delivery,
+    Envelope,
+    Publication,
+    QueueSpec,
+    Settlement,
+    Settling,
+    bury,
+    pack,
+)
 from kq.backends.rabbitmq_link import Link, mapped
 from kq.backends.rabbitmq_topology import (
+    DELAY_LEFT,
     counters,
     due_in,
+    is_classic,
     read_count,
     to_envelope,
     without_history,
 )
 from kq.errors import Error, NotFound
-from kq.waker import Waker
+from kq.outcome import Outcome
+from kq.waker import Waker, readable
+
+logger = logging.getLogger("kq.worker")
 
 #: Seconds between two ticks of the heartbeat.
 _TICK: Final = 1.0
@@ -36,6 +52,13 @@ _WIDEN_EVERY: Final = 0.05
 _NARROW_AFTER: Final = 5.0
 #: Seconds within which a message counts as due.
 _DUE: Final = 0.001
+#: Seconds between two looks at whether a quiet queue is empty, of all queues together at least...
+_WATCH_EVERY: Final = 5.0
+_WATCH_LEAST: Final = 1.0
+#: ...and within which a message that waits should have come.
+_DOUBT: Final = 2.0
+#: Messages of which is remembered that they are done, or were lost with a connection.
+_REMEMBERED: Final = 5000
 #: Seconds that a message waits outside a full queue before it comes back to it.
 _ASIDE: Final = 0.01
 
@@ -94,8 +117,23 @@ class RabbitFeed:
         #: Unsettled deliveries of this epoch by tag, in the order of arrival.
         self._outstanding: dict[int, Delivery] = {}
         self._held_of: Counter[str] = Counter()
-        self._early: list[Delivery] = []
+        #: What is published anew and not handed over: what came back before its time, and what must be counted.
+        self._onward: list[Delivery] = []
+        #: What is acknowledged and not handed over.
+        self._done_before: list[Delivery] = []
         self._due: list[float] = []
+        #: How often messages were lost with a connection of ours: no worker died of that.
+        self._losses_of: Counter[tuple[str, str]] = Counter()
+        #: Messages that were done here, as far as the broker may not know it; by what they were.
+        self._completed: dict[tuple[str, str], int] = {}
+        self.losses = 0
+        #: Messages that came, by queue; the queues in the order of the next look, when that is, and what had come
+        #: at the last one; and a queue that should have sent something since then.
+        self._arrivals_of: Counter[str] = Counter()
+        self._watched = deque(self._specs)
+        self._watch_at = monotonic() + _WATCH_EVERY
+        self._watched_at: dict[str, int] = {}
+        self._doubt: tuple[str, int, float] | None = None
         self._waker = Waker()
         self._closed = False
         try:
@@ -110,7 +148,8 @@ class RabbitFeed:
             link = self._connected()
             self._fit(link, credit, caps)
             link.drain_all()
-        self._send_on_early()
+        self._acknowledge_done()
+        self._send_onward()
         deliveries: list[Delivery] = []
         for queue, buffer in self._buffers.items():
             room = min(credit - len(deliveries), caps.get(queue, credit))
@@ -125,6 +164,7 @@ class RabbitFeed:
 
     def settle(self, settlements: Sequence[Settlement]) -> Settling:
         """See `Feed.settle`."""
+        self._remember_completed(settlements)
         late = [s for s in settlements if not self._is_ours(s.delivery)]
         ours = [s for s in settlements if self._is_ours(s.delivery)] if late else list(settlements)
         copies = [(s, copy) for s in ours if not s.delivery.receipt.copied and (copy := self._copy(s)) is not None]
@@ -137,7 +177,7 @@ class RabbitFeed:
                     continue
                 settlement.delivery.receipt.copied = True
                 if copy.delay > 0:
-                    self._due.append(time() + copy.delay)
+                    self._due.append(clock.now() + copy.delay)
         if failed:
             stay = {id(settlement) for settlement, _ in failed}
             ours = [s for s in ours if id(s) not in stay]
@@ -150,6 +190,18 @@ class RabbitFeed:
         for settlement in ours:
             self._held_of[settlement.delivery.queue] -= 1
         return Settling(late, failed)
+
+    def _remember_completed(self, settlements: Sequence[Settlement]) -> None:
+        """Remember what is done: where the connection breaks now, its acknowledgement may not arrive."""
+        for settlement in settlements:
+            if settlement.outcome.action == "done":
+                delivery = settlement.delivery
+                self._completed.pop((delivery.queue, delivery.id), None)
+                self._completed[delivery.queue, delivery.id] = hash(delivery.raw)
+                if self._losses_of:
+                    self._losses_of.pop((delivery.queue, delivery.id), None)
+        while len(self._completed) > _REMEMBERED:
+            del self._completed[next(iter(self._completed))]
 
     def _publish_copies(self, copies: Sequence[tuple[Settlement, Publication]]) -> list[Error | None]:
         """Publish what takes the place of deliveries, and once more what can be helped."""
@@ -179,6 +231,22 @@ class RabbitFeed:
             return error
         return None
 
+    def put_back(self) -> None:
+        """See `Feed.put_back`: the broker pushes as much as the window allows."""
+        if self._link is None:
+            return
+        with self._guarded():
+            self._subscribe(self._link, dict.fromkeys(self._specs, 0))
+            self._link.drain_all()
+        buffered = [delivery for buffer in self._buffers.values() for delivery in buffer]
+        if not buffered:
+            return
+        for buffer in self._buffers.values():
+            buffer.clear()
+        # Counted as held until now by nobody.
+        self._held_of.update(delivery.queue for delivery in buffered)
+        self.settle([Settlement(d, Outcome("release", deliveries=d.deliveries)) for d in buffered])
+
     def due_in(self) -> float | None:
         """See `Feed.due_in`; other workers' delays and deliveries are unknown to RabbitMQ's clients."""
         with self._guarded():
@@ -187,9 +255,9 @@ class RabbitFeed:
             # have left the queue and not yet been sent. It is sent before whatever is asked next is answered.
             waiting = self._count(link) or self._count(link)
             link.drain_all()
-        if waiting or any(self._buffers.values()) or self._early:
+        if waiting or any(self._buffers.values()) or self._onward:
             return 0.0
-        now = time()
+        now = clock.now()
         self._due = [at for at in self._due if at > now - _TICK]
         return max(0.02, min(self._due) - now) if self._due else None
 
@@ -198,7 +266,8 @@ class RabbitFeed:
 
     def renew(self) -> None:
         """See `Feed.renew`: the connection is the lease, and heartbeats keep it."""
-        self._tick()
+        if self._link is not None:
+            self._tick()
 
     def wait(self, timeout: float) -> None:
         """See `Feed.wait`."""
@@ -207,9 +276,10 @@ class RabbitFeed:
         while True:
             with self._guarded():
                 link = self._connected()
+                self._watch(link)
                 step = max(0.0, min(until - monotonic(), _TICK))
                 step = 0.0 if (pending := link.pending) else step
-                ready, _, _ = select.select([link.connection.sock, self._waker], [], [], step)
+                ready = readable([link.connection.sock, self._waker], step)
             self._waker.drain()
             self._tick()
             if ready or pending or monotonic() >= until:
@@ -247,8 +317,15 @@ class RabbitFeed:
         self._epoch += 1
         for delivery in self._outstanding.values():
             delivery.lost = True
+            if not self._closed:
+                self._losses_of[delivery.queue, delivery.id] += 1
+        self.losses += len(self._outstanding)
+        while len(self._losses_of) > _REMEMBERED:
+            del self._losses_of[next(iter(self._losses_of))]
         self._outstanding.clear()
-        self._early.clear()
+        self._onward.clear()
+        self._done_before.clear()
+        self._doubt = None
         self._held_of.clear()
         for buffer in self._buffers.values():
             buffer.clear()
@@ -263,6 +340,41 @@ class RabbitFeed:
             link = self._connected()
             link.connection.heartbeat_tick()
 
+    def _watch(self, link: Link) -> None:
+        """See that a queue of which nothing comes is empty; else this link is not what it seems, and is given up.
+
+        A broker can forget a consumer without a word, and a consumer that is not subscribed looks like one of an
+        empty queue.
+        """
+        now = monotonic()
+        if self._doubt is not None:
+            queue, count, since = self._doubt
+            if self._arrivals_of[queue] != count or self._windows.get(queue, 0) <= self._held_of[queue]:
+                self._doubt = None
+            elif now - since >= _DOUBT:
+                self._doubt = None
+                logger.warning(
+                    "the worker gets nothing of queue %s although messages wait in it; connecting anew",
+                    queue, extra={"action": "watchdog", "queue": queue},
+                )  # fmt: skip
+                raise amqp.exceptions.RecoverableConnectionError(f"RabbitMQ sends nothing of queue {queue}")
+            return
+        if now < self._watch_at:
+            return
+        self._watch_at = now + max(_WATCH_LEAST, _WATCH_EVERY / len(self._watched))
+        queue = self._watched[0]
+        self._watched.rotate(-1)
+        quiet = self._arrivals_of[queue] == self._watched_at.get(queue)
+        self._watched_at[queue] = self._arrivals_of[queue]
+        if not quiet or self._held_of[queue] >= self._windows.get(queue, 0) or self._exclusive(queue):
+            return
+        if link.channel.queue_declare(queue, passive=True).message_count:
+            self._doubt = (queue, self._arrivals_of[queue], now)
+
+    def _exclusive(self, queue: str) -> bool:
+        """Tell whether messages may wait for another consumer than us: the only one that is active."""
+        return bool(self._specs[queue].options.get("amqp", {}).get("arguments", {}).get("x-single-active-consumer"))
+
     # The window.
 
     def _fit(self, link: Link, credit: int, caps: Mapping[str, int]) -> None:
@@ -275,6 +387,9 @@ class RabbitFeed:
             queue: self._power(min(credit, caps.get(queue, credit)) + self._held_of[queue]) for queue in self._specs
         }
         self._widen_at = inf
+        if credit <= 0 and not self._tags:
+            # Nothing is wanted, and nothing subscribed to.
+            return
         if all(wanted[queue] <= self._windows[queue] for queue in wanted):
             now = monotonic()
             if all(wanted[queue] * 4 > self._windows[queue] for queue in wanted):
@@ -282,6 +397,11 @@ class RabbitFeed:
                 return
             self._narrow_since = self._narrow_since or now
             if now - self._narrow_since < _NARROW_AFTER:
+                return
+            if any(self._buffers.values()):
+                # Pushed for a wider window than anybody needs now: others may have a use for it.
+                self._narrow_since = None
+                self._give_back(link, set())
                 return
         elif monotonic() - self._changed_at < _WIDEN_EVERY:
             self._widen_at = self._changed_at + _WIDEN_EVERY
@@ -329,6 +449,8 @@ class RabbitFeed:
         # Whoever looks into a queue is counted by the broker as one more delivery that nobody settled; and
         # into the dead letters, people do look.
         counted = self._specs[queue].dead_letter is not None
+        # Classic queues count nothing: they only say that a message was delivered before.
+        uncounting = is_classic(self._specs[queue])
 
         def receive(message: Any) -> None:
             if epoch != self._epoch:
@@ -344,17 +466,31 @@ class RabbitFeed:
                 _pack(envelope),
                 read_count(headers, attempts),
                 read_count(headers, crashes),
-                # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
-                read_count(headers, "x-delivery-count") if redelivered and counted else 0,
+                self._lost_deliveries(queue, envelope.id, headers, redelivered, uncounting) if counted else 0,
                 _Receipt(epoch, message.delivery_tag, message),
             )
             self._outstanding[message.delivery_tag] = delivery
-            if due_in(headers) > _DUE:
-                self._early.append(delivery)
+            self._arrivals_of[queue] += 1
+            if redelivered and self._completed.get((queue, delivery.id)) == hash(delivery.raw):
+                # It was done here, and only the acknowledgement got lost.
+                self._done_before.append(delivery)
+            elif due_in(headers) > _DUE or (redelivered and counted and uncounting):
+                self._onward.append(delivery)
             else:
                 self._buffers[queue].append(delivery)
 
         return receive
+
+    def _lost_deliveries(
+        self, queue: str, id: str, headers: Mapping[str, Any], redelivered: bool, uncounting: bool
+    ) -> int:
+        """Return how many deliveries nobody settled: those that a copy brought along, and the broker's since then.
+
+        But not those that were lost with a connection of ours.
+        """
+        # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
+        since = 0 if not redelivered else 1 if uncounting else read_count(headers, "x-delivery-count")
+        return max(0, read_count(headers, DELIVERIES) + since - self._losses_of.get((queue, id), 0))
 
     # Settling.
 
@@ -369,9 +505,9 @@ class RabbitFeed:
     def _counted(self, delivery: Delivery) -> bool:
         """Tell whether going back once more would look to the broker like yet another dead worker.
 
-        RabbitMQ counts every return. A fresh copy starts at nought.
+        A quorum queue counts every return, and of a classic one's messages we do. A fresh copy says what is true.
         """
-        return delivery.deliveries > 0
+        return delivery.deliveries > 0 or is_classic(self._specs[delivery.queue])
 
     def _copy(self, settlement: Settlement) -> Publication | None:
         """Return the message that takes a delivery's place, or None where there is none."""
@@ -382,16 +518,21 @@ class RabbitFeed:
         envelope = to_envelope(delivery.receipt.message)
         envelope.id = delivery.id
         if outcome.action == "dead" and spec.dead_letter is not None:
-            letter = bury(envelope, delivery.queue, outcome, time())
+            letter = bury(envelope, delivery.queue, outcome, clock.now())
             return Publication(QueueSpec(spec.dead_letter), letter)
-        headers = {key: value for key, value in envelope.headers.items() if key != "x_due_at"}
+        headers = {
+            key: value for key, value in envelope.headers.items() if key not in ("x_due_at", DELAY_LEFT, DELIVERIES)
+        }
         delay = 0.0
-        if outcome.action != "release":
+        if outcome.action == "release":
+            if outcome.deliveries:
+                headers[DELIVERIES] = outcome.deliveries
+        else:
             headers.update(zip(counters(headers), (outcome.attempts, outcome.crashes), strict=True))
             # A dead-letter queue has none of its own: what fails there stays, and rests for a while.
             delay = outcome.delay if outcome.action == "retry" else spec.policy.backoff.max
         if delay > 0:
-            headers["x_due_at"] = time() + delay
+            headers["x_due_at"] = clock.now() + delay
         return Publication(spec, Envelope(envelope.id, headers, envelope.properties, envelope.body), delay)
 
     def _ack(self, link: Link, tags: set[int]) -> None:
@@ -417,35 +558,46 @@ class RabbitFeed:
         """
         self._subscribe(link, dict.fromkeys(self._specs, 0))
         self._changed_at = 0.0
-        for buffer in self._buffers.values():
-            tags.update(delivery.receipt.tag for delivery in buffer)
-            buffer.clear()
+        for queue, buffer in self._buffers.items():
+            kept = [delivery for delivery in buffer if self._counted(delivery)]
+            tags.update(delivery.receipt.tag for delivery in buffer if not self._counted(delivery))
+            self._buffers[queue] = deque(kept)
         for tag in sorted(tags):
             link.channel.basic_reject(tag, requeue=True)
             self._outstanding.pop(tag, None)
 
-    def _send_on_early(self) -> None:
-        """Send on what came back from a delay's step before its time."""
-        if not self._early:
+    def _acknowledge_done(self) -> None:
+        if self._done_before:
+            with self._guarded():
+                link = self._connected()
+                self._ack(link, {delivery.receipt.tag for delivery in self._done_before if self._is_ours(delivery)})
+            self._done_before.clear()
+
+    def _send_onward(self) -> None:
+        """Publish anew what came back from a delay's step before its time, and what must be counted."""
+        if not self._onward:
             return
-        early, self._early = self._early, []
+        onward, self._onward = self._onward, []
         copies = []
-        for delivery in early:
+        for delivery in onward:
             envelope = to_envelope(delivery.receipt.message)
             envelope.id = delivery.id
+            if delivery.deliveries:
+                envelope.headers[DELIVERIES] = delivery.deliveries
             copies.append(Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers))))
         results = self._publish(copies)
         with self._guarded():
             link = self._connected()
             sent = set()
-            for delivery, error in zip(early, results, strict=True):
+            for delivery, copy, error in zip(onward, copies, results, strict=True):
                 if not self._is_ours(delivery):
                     continue
                 if error is None:
                     sent.add(delivery.receipt.tag)
-                    self._due.append(float(delivery.receipt.message.properties["application_headers"]["x_due_at"]))
+                    if copy.delay > 0:
+                        self._due.append(clock.now() + copy.delay)
                 else:
-                    self._early.append(delivery)
+                    self._onward.append(delivery)
             self._ack(link, sent)
 
 

@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any, Final
 
-import kombu
 from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed, ResourceLocked
 from kombu.exceptions import KombuError
 
 from kq import errors
 from kq.backend import BackendOptions
 from kq.backends.rabbitmq_frame import lenient_frame_handler
+from kq.backends.rabbitmq_socket import PlainClient
 from kq.backends.rabbitmq_tls import TlsClient, UnsafeConnection
 from kq.backends.tls import explain
 from kq.config import hide_password
@@ -78,7 +78,7 @@ class Link:
         connect_timeout = max(_LEAST_PATIENCE, min(options.timeout, options.connect_timeout, patience))
         self._client: Any = None
         with suppress(ValueError, TypeError, KeyError):
-            connection: Any = kombu.Connection if secured is None else TlsClient
+            connection: Any = PlainClient if secured is None else TlsClient
             self._client = connection(
                 url,
                 ssl=secured or False,
@@ -93,7 +93,11 @@ class Link:
         again_within = None if self._client.alt else connect_timeout / 2
         self._client.ensure_connection(max_retries=1, reraise_as_library_errors=False, timeout=again_within)
         self.connection: Any = self._client.connection
-        self.channel: Any = self.connection.channel()
+        try:
+            self.channel: Any = self.connection.channel()
+        except BaseException:
+            self.close(wait=False)
+            raise
         self.channel.auto_decode = False
         self._looker: Any = None
 

@@ -40,6 +40,10 @@ class Outgoing(NamedTuple):
     message: amqp.Message
 
 
+#: Exchange, routing key and message id, by which a message that comes back is known.
+_Route = tuple[str, str, str]
+
+
 class Publisher:
     """Publishes over one link. One thread at a time."""
 
@@ -56,8 +60,8 @@ class Publisher:
         self._results: list[Internal | None] = []
         #: Messages of the batch whose sending has begun; they come first in it.
         self._sent = 0
-        self._ids: list[str] = []
-        self._returned: set[str] = set()
+        self._routes: list[_Route] = []
+        self._returned: set[_Route] = set()
 
     def send(self, batch: Sequence[Outgoing], deadline: float) -> list[Internal | None]:
         """Send messages and return each one's answer: None if it is stored, else why not.
@@ -67,7 +71,7 @@ class Publisher:
         """
         self._results = [None] * len(batch)
         self._sent = 0
-        self._ids = [outgoing.message.properties["message_id"] for outgoing in batch]
+        self._routes = [(o.exchange, o.routing_key, o.message.properties["message_id"]) for o in batch]
         self._pending.clear()
         self._returned.clear()
         for index, outgoing in enumerate(batch):
@@ -117,7 +121,7 @@ class Publisher:
 
     def _on_ack(self, tag: int, multiple: bool) -> None:
         for index in self._take(tag, multiple):
-            if self._returned and self._ids[index] in self._returned:
+            if self._returned and self._routes[index] in self._returned:
                 self._results[index] = away("no queue took the message: it was deleted", "unroutable")
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
@@ -126,7 +130,7 @@ class Publisher:
 
     def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
         # Comes before the confirm of the same message, which says nothing of it.
-        self._returned.add(message.properties.get("message_id", ""))
+        self._returned.add((exchange, routing_key, message.properties.get("message_id", "")))
 
     def _take(self, tag: int, multiple: bool) -> list[int]:
         if not multiple:

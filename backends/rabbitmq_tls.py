@@ -15,6 +15,7 @@ import kombu
 from amqp.transport import SSLTransport
 from kombu.transport import pyamqp
 
+from kq.backends.rabbitmq_socket import ReadsInTime
 from kq.backends.tls import explain
 
 
@@ -22,7 +23,7 @@ class UnsafeConnection(Exception):
     """No encrypted connection came about. Not among the errors that Kombu retries."""
 
 
-class _Socket(SSLTransport):  # type: ignore[misc, unused-ignore]
+class _Socket(ReadsInTime, SSLTransport):  # type: ignore[misc, unused-ignore]
     """A socket that is encrypted before anything is said."""
 
     sock: Any

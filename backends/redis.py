@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import select
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,15 +24,15 @@ from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemory
 from redis.retry import Retry
 
 from kq import limit
-from kq.backend import Capabilities, Role
+from kq.backend import Capabilities, Danger, Role
 from kq.backends import redis_acl, redis_script
 from kq.backends import tls as secure
 from kq.backends.redis_tls import TlsConnection, UnsafeConnection
-from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
+from kq.backends.store import TAKE_BYTES, BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.config import hide_password
 from kq.driver import Tls
 from kq.errors import Internal, Invalid, PermissionDenied
-from kq.waker import Waker
+from kq.waker import Waker, readable
 
 _T = TypeVar("_T")
 
@@ -51,6 +50,10 @@ _REFUSALS: Final = (
 )  # fmt: skip
 _TOPOLOGY: Final = "kq:topology"
 
+#: What an id starts with that is no UTF-8, before its bytes in hexadecimal. No publisher's id has such a thing.
+_FOREIGN: Final = "\x01"
+_STATE: Final = re.compile(rb"(\d{1,9}):(\d{1,9}):(\d{1,9})")
+
 _blobs = msgspec.msgpack.Decoder(list[bytes])
 
 
@@ -65,7 +68,6 @@ class RedisStore:
         counts_delayed=True,
         counts_in_flight=True,
         tells_age=True,
-        counts_deliveries="always",
         remembers_completed=True,
     )
 
@@ -131,15 +133,15 @@ class RedisStore:
             found.append(f"Redis {version} is too old; expected 6.2 or newer")
         policy = self._setting("maxmemory-policy")
         if policy and policy != "noeviction":
-            found.append(
+            text = (
                 f"Redis evicts keys when full (maxmemory-policy {policy}), and a queue is a key: set it to noeviction"
             )
+            found.append(Danger(text))
         if self._setting("appendonly") == "no":
             saves = self._setting("save")
             kept = "keeps snapshots only" if saves else "keeps nothing on disk"
-            found.append(
-                f"Redis {kept} (appendonly no): acknowledged messages do not survive its restart; set appendonly yes"
-            )
+            text = f"Redis {kept} (appendonly no): acknowledged messages do not survive its restart; set appendonly yes"
+            found.append(Danger(text))
         return found
 
     def acl(self, role: Role, queues: Sequence[str]) -> str:
@@ -178,27 +180,37 @@ class RedisStore:
             calls[-1] += (entry.id, entry.raw, entry.priority, entry.delay, entry.ttl)
             sizes[-1] += 1
             size += len(entry.raw)
-        answers = self._run_all("PUT", [([prefix(queue)], call) for call in calls])
+        # Where the queue has a length, one after the other: in a later call there might be room for what a call
+        # before it found none for.
+        lot = 1 if max_length is not None else len(calls)
         accepted = 0
-        for answer, expected in zip(answers, sizes, strict=True):
-            if answer < 0:
-                return None
-            accepted += answer
-            if answer < expected:
-                break
+        for i in range(0, len(calls), lot):
+            answers = self._run_all("PUT", [([prefix(queue)], call) for call in calls[i : i + lot]])
+            for answer, expected in zip(answers, sizes[i : i + lot], strict=True):
+                if isinstance(answer, Exception):
+                    if accepted:
+                        # What is stored is stored; for the rest the caller says that the queue is full.
+                        return accepted
+                    with self._mapped():
+                        raise answer
+                if answer < 0:
+                    return None
+                accepted += int(answer)
+                if answer < expected:
+                    return accepted
         return accepted
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""
-        parts = _blobs.decode(self._run("TAKE", [prefix(queue)], [min(limit, _CHUNK), lease]))
+        parts = _blobs.decode(self._run("TAKE", [prefix(queue)], [min(limit, _CHUNK), lease, TAKE_BYTES]))
         more_in = int(parts[0]) if parts[0] else None
         token = int(parts[1])
         leases = []
         for i in range(2, len(parts), 4):
-            state = parts[i + 2]
-            attempts, crashes, deliveries = map(int, state.split(b":")) if state else (0, 0, 0)
-            id = parts[i].decode("utf-8", "replace")
-            leases.append(Lease(id, parts[i + 1], token, attempts, crashes, deliveries, bool(parts[i + 3])))
+            attempts, crashes, deliveries = _to_state(parts[i + 2])
+            leases.append(
+                Lease(_to_id(parts[i]), parts[i + 1], token, attempts, crashes, deliveries, bool(parts[i + 3]))
+            )
             token += 1
         return Taken(leases, more_in)
 
@@ -208,7 +220,7 @@ class RedisStore:
         calls: list[tuple[str, list[Any]]] = []
         for i in range(0, len(acks), _CHUNK):
             part = acks[i : i + _CHUNK]
-            call = [len(part), *(e.id for e in part), *(e.token for e in part)]
+            call = [len(part), *(_to_key(e.id) for e in part), *(e.token for e in part)]
             if any(e.keep for e in part):
                 call += [item for e in part for item in (e.keep, e.completes)]
             calls.append(("ACK", call))
@@ -216,11 +228,11 @@ class RedisStore:
         for i in range(0, len(others), _CHUNK):
             arguments: list[Any] = []
             for e in others[i : i + _CHUNK]:
-                arguments += (e.id, e.token, e.action, e.delay, e.attempts, e.crashes)
+                arguments += (_to_key(e.id), e.token, e.action, e.delay, e.attempts, e.crashes, e.deliveries)
             calls.append(("RETURN", arguments))
         p = prefix(queue)
         lost = {id for name, arguments in calls for id in self._run(name, [p], arguments)}
-        return [ending.id.encode() not in lost for ending in endings] if lost else [True] * len(endings)
+        return [_to_key(ending.id) not in lost for ending in endings] if lost else [True] * len(endings)
 
     def completed(self, queue: str, ids: Sequence[str]) -> set[str]:
         """See `Store.completed`."""
@@ -228,16 +240,15 @@ class RedisStore:
         numbers = [self._run("COMPLETED", [prefix(queue)], part) for part in parts]
         return {part[n - 1] for part, found in zip(parts, numbers, strict=True) for n in found}
 
-    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
+    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry) -> bool:
         """See `Store.move`."""
         arguments = [
-            id,
+            _to_key(id),
             "" if token is None else token,
-            entry.id,
+            _to_key(entry.id),
             entry.raw,
             entry.priority,
             entry.delay,
-            1 if replace else 0,
         ]
         return bool(self._run("MOVE", [prefix(source), prefix(target)], arguments))
 
@@ -247,9 +258,9 @@ class RedisStore:
         for i in range(0, max(1, len(held)), _CHUNK):
             arguments: list[Any] = [lease, consumer]
             for id, token in held[i : i + _CHUNK]:
-                arguments += (id, token)
+                arguments += (_to_key(id), token)
             lost.update(self._run("RENEW", [prefix(queue)], arguments))
-        return [id.encode() not in lost for id, _ in held]
+        return [_to_key(id) not in lost for id, _ in held]
 
     def leave(self, queue: str, consumer: str) -> None:
         """See `Store.leave`."""
@@ -264,13 +275,13 @@ class RedisStore:
     def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
         """See `Store.browse`."""
         found = self._run("BROWSE", [prefix(queue)], [limit, offset])
-        return [(found[i].decode("utf-8", "replace"), found[i + 1]) for i in range(0, len(found), 2)]
+        return [(_to_id(found[i]), found[i + 1]) for i in range(0, len(found), 2)]
 
     def remove(self, queue: str, ids: Sequence[str] | None) -> int:
         """See `Store.remove`."""
         if ids is None:
             return int(self._run("CLEAR", [prefix(queue)], []))
-        unique = list(dict.fromkeys(ids))
+        unique = [_to_key(id) for id in dict.fromkeys(ids)]
         parts = [unique[i : i + _CHUNK] for i in range(0, len(unique), _CHUNK)]
         return sum(int(self._run("REMOVE", [prefix(queue)], part)) for part in parts)
 
@@ -290,7 +301,7 @@ class RedisStore:
             if self._bell is None and queues:
                 self._bell = _Bell(self._pool)
             if self._bell is None:
-                select.select([self._waker], [], [], max(0.0, timeout))
+                readable([self._waker], max(0.0, timeout))
                 self._waker.drain()
                 return []
             try:
@@ -325,14 +336,14 @@ class RedisStore:
             return self._scripts[name](keys=keys, args=list(arguments))
 
     def _run_all(self, name: str, calls: Sequence[tuple[list[str], Sequence[Any]]]) -> list[Any]:
-        """Run one script several times in one round trip."""
+        """Run one script several times in one round trip; an answer may be an error."""
         if len(calls) == 1:
             return [self._run(name, *calls[0])]
         with self._mapped():
             pipeline = self._client.pipeline(transaction=False)
             for keys, arguments in calls:
                 self._scripts[name](keys=keys, args=list(arguments), client=pipeline)
-            return list(pipeline.execute())
+            return list(pipeline.execute(raise_on_error=False))
 
     def _setting(self, name: str) -> str:
         found = self._ask(lambda: self._client.config_get(name))
@@ -399,7 +410,7 @@ class _Bell:
             self._asked_at = monotonic()
         # redis-py has no public way to wait on a connection together with something else.
         sources = [self._connection._sock, waker] if self._asked else [waker]
-        ready, _, _ = select.select(sources, [], [], max(0.0, timeout))
+        ready = readable(sources, max(0.0, timeout))
         waker.drain()
         if self._connection._sock not in ready:
             if self._asked and monotonic() - self._asked_at > _BLOCK + 2.0:
@@ -423,6 +434,25 @@ def prefix(queue: str) -> str:
     if queue.endswith(limit.DEAD_SUFFIX):
         return f"{{kq:{queue.removesuffix(limit.DEAD_SUFFIX)}}}.dead:"
     return f"{{kq:{queue}}}:"
+
+
+def _to_id(key: bytes) -> str:
+    """Return the id under which Redis keeps a message; a stranger's may be any bytes."""
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        return _FOREIGN + key.hex()
+
+
+def _to_key(id: str) -> bytes:
+    """Return what `_to_id` has made an id of."""
+    return bytes.fromhex(id[len(_FOREIGN) :]) if id.startswith(_FOREIGN) else id.encode()
+
+
+def _to_state(text: bytes) -> tuple[int, int, int]:
+    """Return attempts, crashes and deliveries; nought where a stranger wrote something else."""
+    found = _STATE.fullmatch(text)
+    return (int(found[1]), int(found[2]), int(found[3])) if found else (0, 0, 0)
 
 
 def _keepalive(heartbeat: float) -> dict[int, int]:

@@ -30,7 +30,7 @@ PUBLISHER: Final[dict[str, tuple[str, ...]]] = {
 WORKER: Final = (
     "blpop", "exists", "get", "hdel", "hexists", "hget", "hlen", "hmget", "hset", "hsetnx", "incrby", "lindex", "llen",
     "lpop", "lrange", "lrem", "pexpire", "pttl", "rpush", "setnx", "unlink", "zadd", "zcard", "zcount", "zrange",
-    "zrangebyscore", "zrem", "zremrangebyrank", "zscore",
+    "zrangebyscore", "zrem", "zremrangebyrank", "zremrangebyscore", "zscore",
 )  # fmt: skip
 
 _PUBLISHER_TEXT: Final = """\

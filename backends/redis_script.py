@@ -49,8 +49,14 @@ local function number(n)  -- Lua prints large numbers with an exponent
   return string.format('%.0f', n)
 end
 
+-- What a stranger may have written is read as if it were not there, where it makes no sense.
 local function level(prefix, id)
-  return call('HGET', prefix .. 'p', id) or '4'
+  return string.match(call('HGET', prefix .. 'p', id) or '', '^%d$') or '4'
+end
+
+local function state(id)
+  local a, c, d = string.match(call('HGET', P .. 's', id) or '', '^(%d+):(%d+):(%d+)$')
+  return a or '0', c or '0', d or '0'
 end
 
 local function wake(prefix)
@@ -113,8 +119,8 @@ end
 return accepted
 """
 
-#: ARGV: limit, lease in ms. Returns one string: a msgpack array of byte strings, which are
-#: more_in, the first token, then id, raw, state, expired of each message.
+#: ARGV: limit, lease in ms, bytes after which to take no more. Returns one string: a msgpack array of byte
+#: strings, which are more_in, the first token, then id, raw, state, expired of each message.
 TAKE: Final = """
 local limit = tonumber(ARGV[1])
 local at = now()
@@ -124,7 +130,7 @@ for _, id in ipairs(ended) do
   call('ZREM', P .. 'l', id)
   local token = call('HGET', P .. 't', id) or '0'
   call('HDEL', P .. 't', id)
-  local a, c, d = string.match(call('HGET', P .. 's', id) or '0:0:0', '(%d+):(%d+):(%d+)')
+  local a, c, d = state(id)
   call('HSET', P .. 's', id, a .. ':' .. c .. ':' .. number(tonumber(d) + 1))
   call('ZADD', P .. 'b:' .. level(P, id), token, id)
 end
@@ -135,19 +141,29 @@ for _, id in ipairs(due) do
   call('RPUSH', P .. 'r:' .. level(P, id), id)
 end
 
-local ids = {}
-for n = 9, 0, -1 do
-  local need = limit - #ids
-  if need <= 0 then break end
-  if call('EXISTS', P .. 'b:' .. n) == 1 then
-    local back = call('ZRANGE', P .. 'b:' .. n, 0, need - 1)
-    if #back > 0 then call('ZREM', P .. 'b:' .. n, unpack(back)) end
-    for _, id in ipairs(back) do ids[#ids + 1] = id end
-    need = limit - #ids
+-- In small steps, so that little is read beyond the bytes that one answer may have.
+local ids, raws, size, most = {}, {}, 0, tonumber(ARGV[3])
+
+local function keep(got)
+  local bodies = call('HMGET', P .. 'm', unpack(got))
+  for i, id in ipairs(got) do
+    ids[#ids + 1] = id
+    raws[#ids] = bodies[i]
+    size = size + #(bodies[i] or id)
   end
-  if need > 0 then
-    local got = call('LPOP', P .. 'r:' .. n, need)
-    if got then for _, id in ipairs(got) do ids[#ids + 1] = id end end
+end
+
+for n = 9, 0, -1 do
+  while #ids < limit and size < most do
+    local step = math.min(limit - #ids, 50)
+    local got = call('EXISTS', P .. 'b:' .. n) == 1 and call('ZRANGE', P .. 'b:' .. n, 0, step - 1) or {}
+    if #got > 0 then
+      call('ZREM', P .. 'b:' .. n, unpack(got))
+    else
+      got = call('LPOP', P .. 'r:' .. n, step)
+    end
+    if not got then break end
+    keep(got)
   end
 end
 
@@ -161,7 +177,6 @@ local out = {}
 local token = 0
 if #ids > 0 then
   token = call('INCRBY', P .. 'n', #ids) - #ids + 1
-  local raws = call('HMGET', P .. 'm', unpack(ids))
   local states = call('EXISTS', P .. 's') == 1 and call('HMGET', P .. 's', unpack(ids)) or {}
   local ends = call('EXISTS', P .. 'x') == 1 and call('HMGET', P .. 'x', unpack(ids)) or {}
   local leases, tokens = {}, {}
@@ -183,7 +198,7 @@ if #ids > 0 then
   end
   call('ZADD', P .. 'l', unpack(leases))
   call('HSET', P .. 't', unpack(tokens))
-  if limit > 0 and #ids >= limit then
+  if limit > 0 and (#ids >= limit or size >= most) then
     for n = 9, 0, -1 do
       if call('EXISTS', P .. 'r:' .. n, P .. 'b:' .. n) > 0 then wake(P) break end
     end
@@ -251,26 +266,24 @@ end
 return found
 """
 
-#: ARGV: id, token, action, delay, attempts, crashes of each: retry or release them. Returns the
+#: ARGV: id, token, action, delay, attempts, crashes, deliveries of each: retry or release them. Returns the
 #: ids that are not held so.
 RETURN: Final = """
 local at = now()
 local lost = {}
-for i = 1, #ARGV, 6 do
+for i = 1, #ARGV, 7 do
   local id, token = ARGV[i], ARGV[i + 1]
   if call('HGET', P .. 't', id) ~= token then
     lost[#lost + 1] = id
   else
     call('ZREM', P .. 'l', id)
     call('HDEL', P .. 't', id)
-    local a, c = ARGV[i + 4], ARGV[i + 5]
-    if ARGV[i + 2] == 'release' then
-      a, c = string.match(call('HGET', P .. 's', id) or '0:0:0', '(%d+):(%d+)')
-    end
-    if a == '0' and c == '0' then
+    local a, c, d = ARGV[i + 4], ARGV[i + 5], ARGV[i + 6]
+    if ARGV[i + 2] == 'release' then a, c = state(id) end
+    if a == '0' and c == '0' and d == '0' then
       if call('EXISTS', P .. 's') == 1 then call('HDEL', P .. 's', id) end
     else
-      call('HSET', P .. 's', id, a .. ':' .. c .. ':0')
+      call('HSET', P .. 's', id, a .. ':' .. c .. ':' .. d)
     end
     local delay = tonumber(ARGV[i + 3])
     if ARGV[i + 2] == 'release' then
@@ -288,11 +301,13 @@ end
 return lost
 """
 
-#: KEYS: source, target. ARGV: id, token or '', the new id, raw, priority, delay, replace 1 or 0.
-#: Returns 1 if it was there.
+#: KEYS: source, target. ARGV: id, token or '', the new id, raw, priority, delay.
+#: Returns 1 if it was there, and the new id was not.
 MOVE: Final = """
 local T = KEYS[2]
 local id, token = ARGV[1], ARGV[2]
+local new = ARGV[3]
+if call('HEXISTS', T .. 'm', new) == 1 then return 0 end
 if token ~= '' then
   if call('HGET', P .. 't', id) ~= token then return 0 end
   call('ZREM', P .. 'l', id)
@@ -303,17 +318,6 @@ end
 call('HDEL', P .. 'm', id)
 forget(P, {id})
 call('SETNX', T .. 'q', '{}')
-local new = ARGV[3]
-if call('HEXISTS', T .. 'm', new) == 1 then
-  if ARGV[7] == '0' then return 1 end
-  if call('HEXISTS', T .. 't', new) == 1 then
-    call('ZREM', T .. 'l', new)
-    call('HDEL', T .. 't', new)
-  else
-    unwait(T, new)
-  end
-  forget(T, {new})
-end
 call('HSET', T .. 'm', new, ARGV[4])
 add(T, new, ARGV[4], ARGV[5], tonumber(ARGV[6]), 0, now())
 return 1
@@ -324,6 +328,7 @@ RENEW: Final = """
 local until_ = number(now() + tonumber(ARGV[1]))
 call('ZREM', P .. 'c', ARGV[2])
 call('ZADD', P .. 'c', until_, ARGV[2])
+call('ZREMRANGEBYSCORE', P .. 'c', '-inf', number(now()))
 local lost = {}
 for i = 3, #ARGV, 2 do
   if call('HGET', P .. 't', ARGV[i]) == ARGV[i + 1] then

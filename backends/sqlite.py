@@ -16,6 +16,10 @@ so that writers queue up instead of failing. ``state`` says where a message stan
 (https://www.sqlite.org/pragma.html#pragma_synchronous). WAL needs shared memory, so network file
 systems are refused.
 
+The time of day may jump, and must not end anybody's lease or delay: ``moment`` is read from a clock that counts
+since the machine's start; ``boot`` says of which start. After the next one no lease is left, and what is delayed
+waits for the time of day in ``due``.
+
 Waking other processes: a consumer binds a datagram socket and registers its path in ``listener``.
 Whoever commits something that makes a message ready sends one byte to each listener of the queue.
 Nothing polls; a socket whose owner died is struck off by the first sender that notices.
@@ -24,21 +28,23 @@ Nothing polls; a socket whose owner died is struck off by the first sender that 
 from __future__ import annotations
 
 import json
-import select
+import os
 import socket
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from threading import Lock
-from time import time
 from typing import Any, ClassVar, Final
 
+from kq import clock
 from kq.backend import Capabilities, Role
-from kq.backends.sqlite_file import check_place
+from kq.backends.machine import BOOT_ID
+from kq.backends.machine import now as _since_start
+from kq.backends.sqlite_file import check_place, reserve
 from kq.backends.sqlite_listener import Listener
-from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
+from kq.backends.store import TAKE_BYTES, BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.errors import Error, Internal, Invalid
-from kq.waker import Waker
+from kq.waker import Waker, readable
 
 _READY: Final = 0
 _DELAYED: Final = 1
@@ -53,6 +59,7 @@ CREATE TABLE IF NOT EXISTS message (
     priority INTEGER NOT NULL,
     state INTEGER NOT NULL,
     moment INTEGER NOT NULL DEFAULT 0,
+    due INTEGER NOT NULL DEFAULT 0,
     token INTEGER NOT NULL DEFAULT 0,
     expires INTEGER NOT NULL DEFAULT 0,
     attempts INTEGER NOT NULL DEFAULT 0,
@@ -74,8 +81,12 @@ CREATE TABLE IF NOT EXISTS completed (
 CREATE INDEX IF NOT EXISTS completed_until ON completed (until);
 CREATE TABLE IF NOT EXISTS topology (one INTEGER PRIMARY KEY, version INTEGER NOT NULL, document TEXT NOT NULL);
 INSERT OR IGNORE INTO topology VALUES (1, 0, '{}');
+CREATE TABLE IF NOT EXISTS boot (one INTEGER PRIMARY KEY, id TEXT NOT NULL);
+INSERT OR IGNORE INTO boot VALUES (1, '');
 """
 
+#: The version of the schema. 2 has `boot`, and leases by another clock.
+_VERSION: Final = 2
 #: Rows that one statement names at most; SQLite's own limit on parameters is far above.
 _CHUNK: Final = 500
 
@@ -91,7 +102,6 @@ class SQLiteStore:
         counts_delayed=True,
         counts_in_flight=True,
         tells_age=True,
-        counts_deliveries="always",
         remembers_completed=True,
     )
 
@@ -100,6 +110,8 @@ class SQLiteStore:
         self._timeout = timeout
         self._lock = Lock()
         self._connection: sqlite3.Connection | None = None
+        #: Which file the connection has open.
+        self._identity: tuple[int, int] | None = None
         self._listener: Listener | None = None
         self._waker = Waker()
         self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -146,6 +158,7 @@ class SQLiteStore:
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
         """See `Store.put`."""
+        reserve(self._path)
         with self._transaction() as db:
             if _arguments(db, queue) is None:
                 return None
@@ -171,22 +184,29 @@ class SQLiteStore:
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""
         with self._transaction() as db:
-            now = _now()
+            now, since_start = _now(), _since_start()
             db.execute(
                 "UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 "
                 "WHERE queue = ? AND state = 2 AND moment <= ?",
-                (queue, now),
+                (queue, since_start),
             )
-            db.execute("UPDATE message SET state = 0 WHERE queue = ? AND state = 1 AND moment <= ?", (queue, now))
-            rows = db.execute(
+            db.execute(
+                "UPDATE message SET state = 0 WHERE queue = ? AND state = 1 AND moment <= ?", (queue, since_start)
+            )
+            rows, size = [], 0
+            for row in db.execute(
                 "SELECT place, id, raw, attempts, crashes, deliveries, expires FROM message "
                 "WHERE queue = ? AND state = 0 ORDER BY priority DESC, place LIMIT ?",
                 (queue, limit),
-            ).fetchall()
+            ):
+                rows.append(row)
+                size += len(row[2])
+                if size >= TAKE_BYTES:
+                    break
             token = _advance(db, "token", len(rows)) if rows else 0
             db.executemany(
                 "UPDATE message SET state = 2, token = ?, moment = ? WHERE place = ?",
-                [(token + index, now + lease, row[0]) for index, row in enumerate(rows)],
+                [(token + index, since_start + lease, row[0]) for index, row in enumerate(rows)],
             )
             soonest = [
                 db.execute(f"SELECT min(moment) FROM message WHERE queue = ? AND state = {state}", (queue,)).fetchone()[
@@ -199,7 +219,7 @@ class SQLiteStore:
             for index, (_, id, raw, attempts, crashes, deliveries, expires) in enumerate(rows)
         ]
         moments = [moment for moment in soonest if moment is not None]
-        return Taken(leases, max(1, min(moments) - now) if moments else None)
+        return Taken(leases, max(1, min(moments) - since_start) if moments else None)
 
     def settle(self, queue: str, endings: Sequence[Ending]) -> list[bool]:
         """See `Store.settle`."""
@@ -228,16 +248,16 @@ class SQLiteStore:
                 found.update(row[0] for row in rows)
         return found
 
-    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
+    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry) -> bool:
         """See `Store.move`."""
         with self._transaction() as db:
+            if db.execute("SELECT 1 FROM message WHERE queue = ? AND id = ?", (target, entry.id)).fetchone():
+                return False
             held = "state <> 2" if token is None else f"state = 2 AND token = {token:d}"
             gone = db.execute(f"DELETE FROM message WHERE queue = ? AND id = ? AND {held}", (source, id))
             if not gone.rowcount:
                 return False
             db.execute("INSERT OR IGNORE INTO queue VALUES (?, '{}')", (target,))
-            if replace:
-                db.execute("DELETE FROM message WHERE queue = ? AND id = ?", (target, entry.id))
             _insert(db, target, entry, _advance(db, "place", 1), _now())
             listeners = _listeners(db, target)
         self._notify(listeners)
@@ -246,7 +266,7 @@ class SQLiteStore:
     def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
         """See `Store.renew`."""
         with self._transaction() as db:
-            until = _now() + lease
+            until = _since_start() + lease
             db.execute("INSERT OR REPLACE INTO consumer VALUES (?, ?, ?)", (queue, consumer, until))
             if self._listener is not None and self._listener.covers([queue]):
                 # Somebody who could not see our socket for a moment may have struck us off.
@@ -264,16 +284,16 @@ class SQLiteStore:
         """See `Store.leave`."""
         with self._transaction() as db:
             db.execute("DELETE FROM consumer WHERE queue = ? AND name = ?", (queue, consumer))
-            db.execute("DELETE FROM consumer WHERE until < ?", (_now(),))
+            db.execute("DELETE FROM consumer WHERE until < ?", (_since_start(),))
 
     def counts(self, queue: str) -> Counts:
         """See `Store.counts`."""
         with self._reading() as db:
-            now = _now()
-            held = _count(db, queue, f"state = 2 AND moment > {now}")
-            delayed = _count(db, queue, f"state = 1 AND moment > {now}")
+            since_start = _since_start()
+            held = _count(db, queue, f"state = 2 AND moment > {since_start}")
+            delayed = _count(db, queue, f"state = 1 AND moment > {since_start}")
             consumers = db.execute(
-                "SELECT count(*) FROM consumer WHERE queue = ? AND until > ?", (queue, now)
+                "SELECT count(*) FROM consumer WHERE queue = ? AND until > ?", (queue, since_start)
             ).fetchone()[0]
             # One indexed look at the head of each priority, however many messages wait.
             heads = [
@@ -328,9 +348,9 @@ class SQLiteStore:
             # Something may have arrived between the last look and the registration.
             return list(queues)
         assert self._listener is not None
-        ready, _, _ = select.select([self._listener.fileno(), self._waker.fileno()], [], [], timeout)
+        ready: list[Any] = readable([self._listener, self._waker], timeout)
         self._waker.drain()
-        return list(queues) if self._listener.fileno() in ready and self._listener.drain() else []
+        return list(queues) if self._listener in ready and self._listener.drain() else []
 
     def wake(self) -> None:
         """See `Store.wake`."""
@@ -373,31 +393,56 @@ class SQLiteStore:
                     db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
                 version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version == 0 or (version == 1 and not _is_complete(db)):
-                    db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = 1; COMMIT;")
-                elif version != 1:
+                if version == 1:
+                    db.execute("ALTER TABLE message ADD COLUMN due INTEGER NOT NULL DEFAULT 0")
+                    db.execute("UPDATE message SET due = moment WHERE state = 1")
+                if version < _VERSION:
+                    db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+                elif version != _VERSION:
                     raise Invalid(
-                        f"broker: {self._path} has schema {version}, this kq knows 1; use a newer kq or another file"
+                        f"broker: {self._path} has schema {version}, this kq knows {_VERSION}; "
+                        "use a newer kq or another file"
                     )
+                _end_leases_of_earlier_starts(db)
             except BaseException:
                 db.close()
                 raise
             self._connection = db
+            self._identity = _identity(self._path)
         return self._connection
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, _mapped(self._path):
+            self._see_that_it_is_there()
             db = self._connect()
             try:
                 _roll_back(db)
                 db.execute("BEGIN IMMEDIATE")
                 yield db
+                self._see_that_it_is_there()
                 db.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
                 # A commit that fails (a full disk) leaves the transaction open, too.
                 _roll_back(db)
+                if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+                    self._disconnect()
                 raise
+
+    def _see_that_it_is_there(self) -> None:
+        """Refuse to go on with a file that somebody has deleted or replaced: nobody else would see what we store."""
+        if self._connection is not None and _identity(self._path) != self._identity:
+            self._disconnect()
+            raise BrokerAway(
+                f"{self._path} has been deleted or replaced under us; connecting anew",
+                details={"reason": "unavailable"},
+            )
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):
+                connection.close()
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -462,14 +507,29 @@ def _roll_back(db: sqlite3.Connection) -> None:
         db.execute("ROLLBACK")
 
 
-def _is_complete(db: sqlite3.Connection) -> bool:
-    """Tell whether a file has the table that version 1 did not have at first, and that older programs do not miss."""
-    found = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'index' AND name = 'completed_until'")
-    return found.fetchone() is not None
+def _end_leases_of_earlier_starts(db: sqlite3.Connection) -> None:
+    """Make ready what was leased when the machine went down, or when another clock was used."""
+    if db.execute("SELECT id FROM boot").fetchone()[0] == BOOT_ID:
+        return
+    db.execute("BEGIN IMMEDIATE")
+    if db.execute("SELECT id FROM boot").fetchone()[0] != BOOT_ID:
+        db.execute("UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 WHERE state = 2")
+        db.execute("UPDATE message SET moment = max(0, due - ?) + ? WHERE state = 1", (_now(), _since_start()))
+        db.execute("DELETE FROM consumer")
+        db.execute("UPDATE boot SET id = ?", (BOOT_ID,))
+    db.execute("COMMIT")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _now() -> int:
-    return int(time() * 1000)
+    return int(clock.now() * 1000)
 
 
 def _arguments(db: sqlite3.Connection, queue: str) -> dict[str, Any] | None:
@@ -490,14 +550,15 @@ def _advance(db: sqlite3.Connection, name: str, by: int) -> int:
 
 def _insert(db: sqlite3.Connection, queue: str, entry: Entry, place: int, now: int) -> int:
     return db.execute(
-        "INSERT OR IGNORE INTO message (place, queue, id, priority, state, moment, expires, raw) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO message (place, queue, id, priority, state, moment, due, expires, raw) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (queue, id) DO NOTHING",
         (
             place,
             queue,
             entry.id,
             entry.priority,
             _DELAYED if entry.delay else _READY,
+            _since_start() + entry.delay,
             now + entry.delay,
             now + entry.ttl if entry.ttl else 0,
             entry.raw,
@@ -511,13 +572,15 @@ def _end(db: sqlite3.Connection, queue: str, ending: Ending, now: int) -> bool:
     if ending.action == "ack":
         return db.execute(f"DELETE FROM message {mine}", key).rowcount == 1
     if ending.action == "release":
-        return db.execute(f"UPDATE message SET state = 0, token = 0, deliveries = 0 {mine}", key).rowcount == 1
+        kept = "UPDATE message SET state = 0, token = 0, deliveries = ?"
+        return db.execute(f"{kept} {mine}", (ending.deliveries, *key)).rowcount == 1
     return (
         db.execute(
-            "UPDATE message SET state = ?, moment = ?, token = 0, deliveries = 0, "
+            "UPDATE message SET state = ?, moment = ?, due = ?, token = 0, deliveries = 0, "
             f"attempts = ?, crashes = ?, place = ? {mine}",
             (
                 _DELAYED if ending.delay else _READY,
+                _since_start() + ending.delay,
                 now + ending.delay,
                 ending.attempts,
                 ending.crashes,

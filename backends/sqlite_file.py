@@ -8,10 +8,13 @@ from urllib.parse import unquote
 
 from kq.backends.store import BrokerAway
 from kq.config import hide_password
-from kq.errors import Invalid
+from kq.errors import Internal, Invalid
 
 #: ``f_type`` of file systems on which WAL's shared memory does not work: NFS, SMB, CIFS, SMB2.
 _NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs"})
+
+#: Bytes of a disk that are kept free for taking and settling; of a small one, a quarter.
+_RESERVE: Final = 16 * 2**20
 
 
 def path_of(url: str) -> str:
@@ -75,3 +78,21 @@ def _file_system(folder: str) -> str:
     except OSError:
         return ""
     return kind
+
+
+def reserve(path: str) -> None:
+    """Refuse to store more where the disk is nearly full: what is stored must still be taken, and that takes room.
+
+    Raises:
+        Internal: With reason ``full``.
+    """
+    try:
+        found = os.statvfs(os.path.dirname(path) or ".")
+    except OSError:
+        return
+    free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    if free < min(_RESERVE, size // 4):
+        raise Internal(
+            f"{path}: only {free:,} bytes are free; the rest is kept for handling what is stored",
+            details={"reason": "full"},
+        )

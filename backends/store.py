@@ -12,10 +12,17 @@ unsettled delivery on its account.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from kq.backend import Capabilities, Role
 from kq.errors import Internal
+
+#: Bytes of messages after which one `Store.take` takes no more, so that large ones fill nobody's memory.
+TAKE_BYTES: Final = 8 * 2**20
+
+
+#: Stands in the keys of dead letters whose id another one has already, behind the id. No publisher's id has it.
+AGAIN: Final = "\x02"
 
 
 class BrokerAway(Internal):
@@ -85,6 +92,7 @@ class Ending(NamedTuple):
         attempts: Charged from now on, for ``retry``.
         crashes: Charged from now on, for ``retry``.
         keep: Milliseconds for which `Store.completed` knows of it, for ``ack``; 0 for not at all.
+        deliveries: Leases that ran out and stay on the account, for ``release``.
         completes: The id by which it does: the envelope's. A stranger may have stored it under another one.
     """
 
@@ -96,6 +104,7 @@ class Ending(NamedTuple):
     crashes: int = 0
     keep: int = 0
     completes: str = ""
+    deliveries: int = 0
 
 
 class Counts(NamedTuple):
@@ -151,6 +160,8 @@ class Store(Protocol):
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """Lease up to ``limit`` ready messages for ``lease`` milliseconds, the most urgent first.
 
+        Not many more once they have `TAKE_BYTES` together.
+
         What is due becomes ready first, and so does what leases that ran out held.
         """
         ...
@@ -166,7 +177,7 @@ class Store(Protocol):
         """Return those of the ids that were completed here, by `Ending.completes`, and are still remembered."""
         ...
 
-    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry, *, replace: bool) -> bool:
+    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry) -> bool:
         """Move a message to another queue, rewritten.
 
         Args:
@@ -175,10 +186,10 @@ class Store(Protocol):
             id: The message's id.
             token: The lease it is held under, or None for one that waits.
             entry: What to store.
-            replace: Whether it takes the place of one of the same id in ``target``; else that one stays.
 
         Returns:
-            False, with nothing changed, if it is not there or under another lease.
+            False, with nothing changed, if it is not there or under another lease, or ``target`` has one of the
+            entry's id.
         """
         ...
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from math import ceil, inf
 from threading import Lock
-from time import monotonic, time
+from time import monotonic
 from typing import Any, Final
 from uuid import uuid4
 
 import kombu
 
+from kq import clock
 from kq.backend import (
     BackendOptions,
     Capabilities,
@@ -33,7 +34,7 @@ from kq.backend import (
     unknown_options,
     unpack_or_wrap,
 )
-from kq.backends.store import BrokerAway, Ending, Entry, Lease, Store
+from kq.backends.store import AGAIN, TAKE_BYTES, BrokerAway, Ending, Entry, Lease, Store
 from kq.backends.tls import separate
 from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound
@@ -44,6 +45,8 @@ from kq.header import NORMAL
 _LOOK_AGAIN: Final = 5.0
 #: Seconds between two such looks of one feed, so that a feed of many queues stays quiet as well.
 _LOOK_SPACING: Final = 0.75
+#: How much of a lease a single call may take.
+_LEASE_PART: Final = 0.5
 #: Messages that one look into a queue of dead letters reads.
 _PAGE: Final = 200
 _NONE: Final[Set[int]] = frozenset()
@@ -71,14 +74,14 @@ class StoredBackend:
     def __repr__(self) -> str:
         return f"<StoredBackend {hide_password(self._url)}>"
 
-    def _connect(self) -> Any:
+    def _connect(self, timeout: float | None = None) -> Any:
         options = self._options
         return kombu.Connection(
             f"kq-{self._url}",
             transport_options={
                 "lease": options.lease,
                 "heartbeat": options.heartbeat,
-                "timeout": options.timeout,
+                "timeout": options.timeout if timeout is None else timeout,
                 "name": options.name,
                 "connect_timeout": options.connect_timeout,
                 "tls": options.tls,
@@ -160,7 +163,8 @@ class StoredBackend:
 
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> StoredFeed:
         """See `Backend.feed`."""
-        connection = self._connect()
+        # A call that hangs for longer would cost the leases of all that is in hand.
+        connection = self._connect(min(self._options.timeout, self._options.lease * _LEASE_PART))
         store: Store = connection.transport.store
         try:
             self._reach(connection)
@@ -181,7 +185,7 @@ class StoredBackend:
             letters = store.counts(queue.dead_letter)
             dead = letters.ready + letters.delayed + letters.leased
         stamps = [unpack_or_wrap(raw, "").properties.get("timestamp") for raw in counts.heads]
-        ages = [time() - stamp for stamp in stamps if isinstance(stamp, (int, float))]
+        ages = [clock.now() - stamp for stamp in stamps if isinstance(stamp, (int, float))]
         return QueueInfo(
             message_count=counts.ready + counts.delayed + counts.leased,
             ready=counts.ready,
@@ -202,7 +206,13 @@ class StoredBackend:
 
     def remove(self, queue: QueueSpec, ids: Sequence[str] | None) -> int:
         """See `Backend.remove`."""
-        return self._store().remove(queue.id, ids)
+        store = self._store()
+        if ids is None:
+            return store.remove(queue.id, None)
+        wanted = set(ids)
+        # Several letters may have one id: then all but the first are kept under others.
+        again = [key for key, raw in _pages(store, queue.id) if AGAIN in key and identify(raw, key) in wanted]
+        return store.remove(queue.id, [*ids, *again])
 
     def replay(
         self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec, revive: Callable[[Envelope], Envelope]
@@ -214,14 +224,12 @@ class StoredBackend:
         for id, raw in _pages(store, dead.id):
             envelope = unpack_or_wrap(raw, id)
             origin = envelope.headers.get("x_original_queue", target.id)
-            if origin == target.id and (wanted is None or id in wanted):
+            if origin == target.id and (wanted is None or envelope.id in wanted):
                 chosen.append((id, revive(envelope)))
-                if wanted is not None and len(chosen) == len(wanted):
-                    break
         moved = 0
         for id, envelope in chosen:
             entry = Entry(envelope.id, pack(envelope), envelope.priority)
-            moved += store.move(dead.id, target.id, id, None, entry, replace=False)
+            moved += store.move(dead.id, target.id, id, None, entry)
         return moved
 
     def check(self, handler_timeout: float | None = None) -> list[str]:
@@ -257,6 +265,7 @@ class StoredFeed:
         self._look_at = dict.fromkeys(self._specs, 0.0)
         self._room: set[str] = set()
         self._closed = False
+        self.losses = 0
         self.renew()
 
     def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
@@ -293,7 +302,7 @@ class StoredFeed:
                 )
                 self._held[_key(delivery)] = delivery
                 deliveries.append(delivery)
-            if len(taken.leases) < room:
+            if len(taken.leases) < room and sum(len(lease.raw) for lease in taken.leases) < TAKE_BYTES:
                 self._room.add(queue)
                 quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
                 self._look_at[queue] = monotonic() + quiet
@@ -308,7 +317,9 @@ class StoredFeed:
         except BaseException:
             # Nobody may see them unchecked. If they cannot be put back, they return when their leases run out.
             with suppress(Error):
-                self._store.settle(queue, [Ending(lease.id, lease.token, "release") for lease in leases])
+                self._store.settle(queue, [
+                    Ending(lease.id, lease.token, "release", deliveries=lease.deliveries) for lease in leases
+                ])  # fmt: skip
             raise
         return {token for token, id in ids.items() if id in completed}
 
@@ -379,10 +390,17 @@ class StoredFeed:
         delivery, outcome = settlement.delivery, settlement.outcome
         target = self._specs[delivery.queue].dead_letter
         assert target is not None
-        letter = bury(unpack_or_wrap(delivery.raw, delivery.id), delivery.queue, outcome, time())
+        letter = bury(unpack_or_wrap(delivery.raw, delivery.id), delivery.queue, outcome, clock.now())
         # One priority for all: dead letters are kept in the order of their deaths.
         entry = Entry(letter.id, pack(letter), NORMAL)
-        return self._store.move(delivery.queue, target, delivery.id, delivery.receipt, entry, replace=True)
+        if self._store.move(delivery.queue, target, delivery.id, delivery.receipt, entry):
+            return True
+        # It is late, or a letter of this id is there already: of another queue, or of an earlier life.
+        entry = entry._replace(id=f"{letter.id}{AGAIN}{uuid4().hex}")
+        return self._store.move(delivery.queue, target, delivery.id, delivery.receipt, entry)
+
+    def put_back(self) -> None:
+        """See `Feed.put_back`: a store takes only what is fetched."""
 
     def due_in(self) -> float | None:
         """See `Feed.due_in`."""
@@ -402,11 +420,22 @@ class StoredFeed:
         held: dict[str, list[tuple[str, int]]] = {queue: [] for queue in self._specs}
         for queue, id, token in self._held:
             held[queue].append((id, token))
+        failure: Error | None = None
         for queue, pairs in held.items():
-            kept = self._store.renew(queue, pairs, self._lease, self._name)
+            try:
+                kept = self._store.renew(queue, pairs, self._lease, self._name)
+            except BrokerAway:
+                raise
+            except Error as error:
+                # One queue that is out of order is not to cost the others their leases.
+                failure = error
+                continue
             for (id, token), ours in zip(pairs, kept, strict=True):
                 if not ours:
                     self._held.pop((queue, id, token)).lost = True
+                    self.losses += 1
+        if failure is not None:
+            raise failure
 
     def wait(self, timeout: float) -> None:
         """See `Feed.wait`."""
@@ -462,7 +491,7 @@ def _ending(queue: QueueSpec, settlement: Settlement) -> Ending | None:
         id = identify(delivery.raw, delivery.id)
         return Ending(delivery.id, delivery.receipt, "ack", keep=keep, completes=id)
     if outcome.action == "release":
-        return Ending(delivery.id, delivery.receipt, "release")
+        return Ending(delivery.id, delivery.receipt, "release", deliveries=outcome.deliveries)
     delay = outcome.delay
     if outcome.action == "dead":
         if queue.dead_letter is not None:

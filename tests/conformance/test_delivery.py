@@ -26,7 +26,7 @@ from kq.outcome import DONE, RELEASE, Failure, Outcome
 from kq.scheme import open_backend
 from tests.broker import AMQP_URL, amqp_channel
 from tests.conformance.conftest import LEASE, ON_RABBITMQ, ON_REDIS, ON_SQLITE, ON_STORES, Bench
-from tests.conformance.proxy import Proxy
+from tests.proxy import Proxy
 
 
 def test_arrives_as_published(bench: Bench) -> None:
@@ -612,14 +612,15 @@ def test_nothing_is_confirmed_that_was_not_sent(bench: Bench, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("size", [1, 8 * 2**20])
+@pytest.mark.parametrize("silence", [Proxy.freeze, Proxy.clog])
 @ON_RABBITMQ
-def test_a_silent_connection_is_replaced(bench: Bench, size: int) -> None:
+def test_a_silent_connection_is_replaced(bench: Bench, silence: Callable[[Proxy], None], size: int) -> None:
     """A publish to a connection that went silent ends in time, and the next one has a new connection."""
     with closing(Proxy(AMQP_URL)) as proxy:
         backend = open_backend(Settings(broker=proxy.url), "test")
         with closing(backend):
             assert backend.publish([bench.message("a")], 10.0) == [None]
-            proxy.freeze()
+            silence(proxy)
             started = monotonic()
             (error,) = backend.publish([bench.message("b", body=b"1" * size)], 0.3)
             took = monotonic() - started
@@ -627,6 +628,7 @@ def test_a_silent_connection_is_replaced(bench: Bench, size: int) -> None:
             assert error is not None
             assert error.details["reason"] == "timeout"
             assert took < 1.0
+            proxy.heal()
             assert backend.publish([bench.message("c")], 10.0) == [None]
 
 

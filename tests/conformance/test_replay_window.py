@@ -282,8 +282,9 @@ def test_an_older_file_learns_to_remember(broker: Broker, tmp_path: Path) -> Non
         store.declare("app:q", {})
         store.put("app:q", [Entry("a", b"raw", 4)], None)
     with closing(sqlite3.connect(path)) as db:
-        db.execute("DROP TABLE completed")
-        db.commit()
+        db.executescript(
+            "DROP TABLE completed; DROP TABLE boot; ALTER TABLE message DROP COLUMN due; PRAGMA user_version = 1"
+        )
 
     with closing(SQLiteStore(path, 10.0)) as store:
         (lease,) = store.take("app:q", 1, 30_000).leases

@@ -1,0 +1,30 @@
+"""A clock that all processes of one machine share and that nobody sets: milliseconds since its start."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+from kq import clock
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+_BOOT: Final = _boot_id()
+_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", None)
+
+#: Which start of the machine `now` counts from. Where that cannot be told it is the time of day, which may jump.
+BOOT_ID: Final = _BOOT if _BOOT and _CLOCK is not None else "the time of day"
+
+
+def now() -> int:
+    """Return the milliseconds since the machine's start, the time that it slept included."""
+    if _CLOCK is None or not _BOOT:
+        return int(clock.now() * 1000)
+    return time.clock_gettime_ns(_CLOCK) // 1_000_000
