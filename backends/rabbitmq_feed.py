@@ -57,6 +57,8 @@ _WATCH_EVERY: Final = 5.0
 _WATCH_LEAST: Final = 1.0
 #: ...and within which a message that waits should have come.
 _DOUBT: Final = 2.0
+#: Subscriptions of a queue that have ended and are still listened to.
+_ENDED_TAGS: Final = 4
 #: Messages of which is remembered that they are done, or were lost with a connection.
 _REMEMBERED: Final = 5000
 #: Seconds that a message waits outside a full queue before it comes back to it.
@@ -107,6 +109,8 @@ class RabbitFeed:
         #: Whether a queue turned out to be gone.
         self._missing = False
         self._windows: dict[str, int] = {}
+        #: Those of subscriptions that have ended, and of which something may still be on its way.
+        self._ended_tags: deque[str] = deque()
         self._tags: dict[str, str] = {}
         self._subscribed = 0
         self._changed_at = 0.0
@@ -239,8 +243,14 @@ class RabbitFeed:
             self._subscribe(self._link, dict.fromkeys(self._specs, 0))
             self._link.drain_all()
         buffered = [delivery for buffer in self._buffers.values() for delivery in buffer]
-        if not buffered:
-            return
+        if buffered:
+            self._release(buffered)
+        with self._guarded():
+            # The answer says that the broker has read all that was settled: a process that is killed may take what
+            # it has only written along.
+            self._connected().channel.basic_qos(0, 1, False)
+
+    def _release(self, buffered: list[Delivery]) -> None:
         for buffer in self._buffers.values():
             buffer.clear()
         # Counted as held until now by nobody.
@@ -294,7 +304,7 @@ class RabbitFeed:
         if self._closed:
             return
         self._closed = True
-        self._drop_link()
+        self._drop_link(wait=True)
         self._waker.close()
 
     # The link.
@@ -309,9 +319,15 @@ class RabbitFeed:
             self._link = self._open_link()
             self._epoch += 1
             self._windows, self._tags = dict.fromkeys(self._specs, 0), {}
+            self._ended_tags.clear()
         return self._link
 
-    def _drop_link(self) -> None:
+    def _drop_link(self, *, wait: bool = False) -> None:
+        """Give the link up.
+
+        Args:
+            wait: Whether to say goodbye first; a broken link does not answer.
+        """
         link, self._link = self._link, None
         # What still arrives while the link is closed goes back to the broker: it is no delivery of ours.
         self._epoch += 1
@@ -330,7 +346,7 @@ class RabbitFeed:
         for buffer in self._buffers.values():
             buffer.clear()
         if link is not None:
-            link.close()
+            link.close(wait=wait)
 
     def _guarded(self) -> Any:
         return _Guard(self)
@@ -424,7 +440,7 @@ class RabbitFeed:
             if self._windows.get(queue) == window:
                 continue
             if queue in self._tags:
-                channel.basic_cancel(self._tags.pop(queue))
+                self._unsubscribe(channel, queue, self._tags.pop(queue))
             self._windows[queue] = window
             if not window:
                 continue
@@ -439,6 +455,19 @@ class RabbitFeed:
                 callback=self._receiver(queue),
                 on_cancel=self._cancelled,
             )
+
+    def _unsubscribe(self, channel: Any, queue: str, tag: str) -> None:
+        """End a subscription once all that is on its way has come.
+
+        Later it would be put back, by RabbitMQ or by py-amqp, out of order and counted as one more delivery that
+        nobody settled. What a queue has sent before comes before its answer to a count.
+        """
+        channel.queue_declare(queue, passive=True)
+        channel.basic_cancel(tag)
+        channel.callbacks[tag] = self._receiver(queue)
+        self._ended_tags.append(tag)
+        if len(self._ended_tags) > _ENDED_TAGS * len(self._specs):
+            channel.callbacks.pop(self._ended_tags.popleft(), None)
 
     def _cancelled(self, tag: str) -> None:
         self._missing = True

@@ -7,6 +7,7 @@ the socket's timeout says so, and what has been read of the frame is kept for th
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 import kombu
@@ -32,7 +33,7 @@ class ReadsInTime:
             while len(buffer) < n:
                 try:
                     data = self._quick_recv(n - len(buffer))
-                except BlockingIOError:
+                except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                     raise TimeoutError from None
                 if not data:
                     raise OSError("the broker closed the connection")

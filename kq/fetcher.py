@@ -396,7 +396,7 @@ class Fetcher(Thread):
             logger.warning("%s is away: %s; trying again", self._broker, error, extra={"action": "broker_away"})
         # What it refuses for one queue may be fine for the others, whose leases must be kept.
         answers = error.details.get("reason") not in ("unavailable", "timeout")
-        self._wait_renewing(delay * random.uniform(0.5, 1.0), self._feed if answers else None)
+        self._wait_renewing(delay * random.uniform(0.75, 1.0), self._feed if answers else None)
 
     def _wait_renewing(self, seconds: float, feed: Feed | None) -> None:
         """Wait before the next try, and keep the leases of a feed meanwhile."""

@@ -216,9 +216,11 @@ class Dispatcher:
 
     def _isolate(self, flight: Flight) -> None:
         """Run a message once all else that was in hand is done, and the broker knows it."""
+        # In this order: what was fetched before the answer came is in hand by then.
+        is_clear = self._clearance_given == self._clearance
         if self._hands.in_hand > 1:
             return
-        if self._clearance_given != self._clearance:
+        if not is_clear:
             if self._clearance_asked != self._clearance:
                 self._clearance_asked = self._clearance
                 self._hands.when_settled(partial(self._clear, self._clearance))

@@ -105,7 +105,7 @@ class Supervisor:
     @property
     def in_hand(self) -> int:
         """How many deliveries are with this worker, waiting or running."""
-        return len(self._flights)
+        return len(self._flights) + sum(map(len, list(self._arrivals)))
 
     def turn(self, timeout: float) -> None:
         """Do one round: wait for events, settle, take what arrived, hand out jobs."""

@@ -11,7 +11,7 @@ def test_all_is_well() -> None:
     """What was published, confirmed and done once is nothing to report."""
     ledger = Ledger.of(attempted="abc", acked="abc", started="abc", done="ab", dead="c")
 
-    assert not (ledger.lost or ledger.unexpected or ledger.both or ledger.recovered)
+    assert ledger.lost | ledger.unexpected | ledger.both | ledger.recovered == frozenset()
     assert (ledger.duplicated, ledger.imbalance) == (0, 0)
 
 
