@@ -45,8 +45,9 @@ from kq.header import NORMAL
 _LOOK_AGAIN: Final = 5.0
 #: Seconds between two such looks of one feed, so that a feed of many queues stays quiet as well.
 _LOOK_SPACING: Final = 0.75
-#: How much of a lease a single call may take.
+#: How much of a lease a single call may take, but seconds that it is given in any case.
 _LEASE_PART: Final = 0.5
+_LEAST_TIMEOUT: Final = 2.0
 #: Messages that one look into a queue of dead letters reads.
 _PAGE: Final = 200
 _NONE: Final[Set[int]] = frozenset()
@@ -164,7 +165,7 @@ class StoredBackend:
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> StoredFeed:
         """See `Backend.feed`."""
         # A call that hangs for longer would cost the leases of all that is in hand.
-        connection = self._connect(min(self._options.timeout, self._options.lease * _LEASE_PART))
+        connection = self._connect(min(self._options.timeout, max(_LEAST_TIMEOUT, self._options.lease * _LEASE_PART)))
         store: Store = connection.transport.store
         try:
             self._reach(connection)
