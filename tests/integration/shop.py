@@ -46,6 +46,12 @@ def handle(payload):
         ctypes.string_at(0)
     elif do == "exit":
         os._exit(payload["code"])
+    elif do == "close":
+        os.closerange(3, 256)
+    elif do == "fork":
+        if os.fork() == 0:
+            return
+        time.sleep(0.3)
     elif do == "sys.exit":
         sys.exit(1)
     elif do == "recurse":
@@ -58,6 +64,9 @@ def handle(payload):
 def handle_limited(payload):
     """Hold the interpreter, so that nothing inside the process can stop it."""
     note("started", payload)
+    if payload.get("do") == "block":
+        # Lets go of the interpreter, and no exception reaches it.
+        ctypes.CDLL(None).sleep(600)
     if payload.get("do") == "hold":
         ctypes.PyDLL(None).sleep(600)
     note("done", payload)

@@ -364,3 +364,60 @@ def cpu_of(pid: int) -> float:
     """Return the processor seconds that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_closing_what_is_not_its_own_is_a_crash(local_shop: Shop) -> None:
+    """A handler that closes its process's descriptors is charged with it, and ends after max_crashes starts."""
+    shop = local_shop
+    shop.worker("-p", "1", "-c", "2")
+    shop.app.publish(shop.queue, {"n": "closer", "do": "close"})
+    shop.app.publish_many(shop.queue, [{"n": n} for n in range(20)])
+
+    (letter,) = wait_for(lambda: shop.app.dead(shop.queue).list(), "the dead letter")
+
+    assert (letter.reason, letter.crashes, letter.exit_code) == ("crash_loop", 3, 1)
+    assert (letter.peak_memory or 0) > 10 * 2**20
+    assert len(shop.history("started", "closer")) == 3
+    wait_for(lambda: len({line["n"] for line in shop.history("done")}) >= 20, "the others")
+
+
+def test_a_copy_of_the_process_settles_nothing(local_shop: Shop) -> None:
+    """A handler that forks runs once, and so does what waits behind it, whatever its copy returns."""
+    shop = local_shop
+    shop.worker("-p", "1", "-c", "1")
+    shop.app.publish(shop.queue, {"n": "forks", "do": "fork"})
+    shop.app.publish_many(shop.queue, [{"n": n} for n in range(10)])
+
+    shop.until("done", 11)
+    wait_for(lambda: shop.app.info(shop.queue).message_count == 0, "the end")
+
+    assert len(shop.history("started")) == 11
+
+
+def test_all_that_are_late_are_charged(local_shop: Shop) -> None:
+    """When a process is killed for its time limit, every handler in it that is late has had its attempt."""
+    shop = local_shop
+    queue = shop.queue + "-limited"
+    shop.app.publish_many(queue, [{"n": n, "do": "block"} for n in range(3)])
+    shop.worker("-p", "1", "-c", "3")
+
+    wait_for(lambda: len(shop.app.dead(queue).list()) == 3, "the dead letters")
+
+    assert {letter.error_kind for letter in shop.app.dead(queue).list()} == {"TIMEOUT"}
+    assert len(shop.history("started")) == 6
+
+
+def test_children_are_recycled(local_shop: Shop) -> None:
+    """With --max-tasks-per-child a child is replaced after so many messages, and none is lost or run twice."""
+    shop = local_shop
+    worker = shop.worker("-p", "1", "-c", "1", "--max-tasks-per-child", "5")
+    (first,) = wait_for(lambda: shop.children(worker), "the child")
+    shop.app.publish_many(shop.queue, [{"n": n} for n in range(5)])
+    shop.until("done", 5)
+
+    wait_for(lambda: first not in shop.children(worker), "another child")
+    shop.app.publish(shop.queue, {"n": "last"})
+    (last,) = shop.until("done", n="last")
+
+    assert last["pid"] != first
+    assert len(shop.history("started")) == 6

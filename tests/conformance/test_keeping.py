@@ -1,0 +1,216 @@
+"""What must be kept although something odd happens to it: letters of one id, leases while clocks jump, odd ids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any
+
+import pytest
+import redis
+
+import kq
+from kq import clock, errors
+from kq.backend import Settlement
+from kq.backends.sqlite import SQLiteStore
+from kq.backends.store import Entry
+from kq.errors import Internal
+from kq.outcome import DONE, RELEASE, Outcome
+from tests.broker import Broker
+from tests.conformance.conftest import ON_RABBITMQ, ON_REDIS, ON_SQLITE, Bench
+
+
+def test_dead_letters_of_one_id_are_all_kept(app: kq.App, broker: Broker) -> None:
+    """Two messages of one id that die in one dead-letter queue are two letters, listed and replayed as such."""
+    one, two, dead = broker.queue_id("one"), broker.queue_id("two"), broker.queue_id("letters")
+    handled: list[str] = []
+
+    def refuse(payload: Any) -> None:
+        handled.append(payload)
+        if len(handled) <= 2:
+            raise errors.Invalid("no")
+
+    for queue_id in (one, two):
+        app.queue(queue_id, dead_letter=dead)
+        app.consumer(queue_id)(refuse)
+        app.publish(queue_id, f"from {queue_id}", message_id="order-1")
+    app.drain(10.0)
+
+    letters = app.dead(one).list()
+    assert sorted((letter.queue_id, letter.payload) for letter in letters) == sorted(
+        (queue_id, f"from {queue_id}") for queue_id in (one, two)
+    )
+    assert app.dead(one).replay() == 1
+    assert app.dead(two).replay(["order-1"]) == 1
+    app.drain(10.0)
+    assert sorted(handled[2:]) == sorted(f"from {queue_id}" for queue_id in (one, two))
+
+
+def test_letters_of_one_id_are_dropped_by_it(app: kq.App, broker: Broker) -> None:
+    """Dropping an id drops every letter that has it."""
+    one, two, dead = broker.queue_id("one"), broker.queue_id("two"), broker.queue_id("letters")
+
+    def refuse(payload: Any) -> None:
+        raise errors.Invalid("no")
+
+    for queue_id in (one, two):
+        app.queue(queue_id, dead_letter=dead)
+        app.consumer(queue_id)(refuse)
+        app.publish(queue_id, {"n": 1}, message_id="order-1")
+    app.publish(one, {"n": 2}, message_id="order-2")
+    app.drain(10.0)
+
+    app.dead(one).purge(["order-1"])
+
+    assert [letter.id for letter in app.dead(one).list()] == ["order-2"]
+
+
+@pytest.mark.parametrize("values", [{}, {"max_priority": 9}])
+def test_dead_workers_are_counted_on_every_queue(bench: Bench, values: dict[str, Any]) -> None:
+    """Deliveries that nobody settled add up, also where the broker itself does not count them."""
+    queue = bench.declare("counted", **values)
+    bench.publish(bench.message("a", queue=queue))
+    for lost in range(3):
+        feed = bench.feed(queue)
+        (delivery,) = bench.take(feed, 1)
+        assert delivery.deliveries == lost
+        bench.abandon(feed)
+
+
+@pytest.mark.parametrize("values", [{}, {"max_priority": 9}])
+def test_what_is_put_aside_keeps_its_account(bench: Bench, values: dict[str, Any]) -> None:
+    """A message that is released untried, with what is on its account, is not counted anew and not forgiven."""
+    queue = bench.declare("counted", **values)
+    bench.publish(bench.message("a", queue=queue))
+    first = bench.feed(queue)
+    bench.take(first, 1)
+    bench.abandon(first)
+    feed = bench.feed(queue)
+    for _ in range(2):
+        (delivery,) = bench.take(feed, 1)
+        assert delivery.deliveries == 1
+        feed.settle([Settlement(delivery, Outcome("release", deliveries=delivery.deliveries))])
+
+
+@ON_RABBITMQ
+def test_what_was_done_is_not_run_again_after_a_lost_acknowledgement(bench: Bench) -> None:
+    """A message whose acknowledgement the broker did not get is acknowledged when it comes back, unseen."""
+    bench.publish(bench.message("a"))
+    feed: Any = bench.feed()
+    (delivery,) = bench.take(feed, 1)
+    feed._drop_link()
+    assert delivery.lost
+    assert [settlement.delivery.id for settlement in feed.settle([Settlement(delivery, DONE)]).late] == ["a"]
+
+    assert bench.take(feed, 1, within=2.0) == []
+    assert bench.backend.info(bench.queue).ready == 0
+
+
+@ON_RABBITMQ
+def test_what_was_lost_with_our_own_connection_is_no_dead_worker(bench: Bench) -> None:
+    """A worker that outlives its connection does not count against a message."""
+    bench.publish(bench.message("a"))
+    feed: Any = bench.feed()
+    for _ in range(3):
+        (delivery,) = bench.take(feed, 1)
+        assert delivery.deliveries == 0
+        feed._drop_link()
+
+
+@ON_RABBITMQ
+def test_put_back_takes_nothing_along(bench: Bench) -> None:
+    """What the broker has pushed beyond what was fetched is back for others at once."""
+    bench.publish(*[bench.message(f"m{n}") for n in range(20)])
+    feed: Any = bench.feed()
+    (one,) = feed.fetch(1, {}) or bench.take(feed, 1)
+    feed.fetch(16, {})
+    feed.put_back()
+
+    others = bench.take(bench.feed(), 3, within=5.0)
+
+    assert len(others) == 3
+    feed.settle([Settlement(one, RELEASE)])
+
+
+@ON_SQLITE
+def test_a_jump_of_the_clock_ends_no_lease(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour that passes in an instant gives nobody another worker's messages, and makes nothing due."""
+    bench.publish(bench.message("held"), bench.message("later", delay=60.0))
+    feed = bench.feed()
+    (held,) = bench.take(feed, 1)
+    monkeypatch.setattr(clock, "_OFFSET", 3600.0)
+
+    assert bench.take(bench.feed(), 1, within=0.3) == []
+    assert feed.settle([Settlement(held, DONE)]) == ([], [])
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_gone_confirms_nothing(broker: Broker, replaced: bool) -> None:
+    """A file that is deleted or replaced under a publisher is noticed: it is told so, and the next one is stored."""
+    path = broker.url.removeprefix("sqlite:///")
+    with closing(SQLiteStore(path, 10.0)) as store, closing(SQLiteStore(path, 10.0)) as other:
+        store.declare("app:q", {})
+        for name in (path, f"{path}-wal", f"{path}-shm"):
+            os.unlink(name)
+        if replaced:
+            other.declare("app:q", {})
+
+        with pytest.raises(Internal, match="deleted or replaced") as caught:
+            store.put("app:q", [Entry("a", b"raw", 4)], None)
+
+        assert caught.value.details["reason"] == "unavailable"
+        store.declare("app:q", {})
+        assert store.put("app:q", [Entry("a", b"raw", 4)], None) == 1
+        assert [id for id, _ in other.browse("app:q", 10, 0)] == ["a"]
+
+
+@ON_REDIS
+def test_an_id_that_is_no_text_can_be_settled(bench: Bench) -> None:
+    """Whatever bytes a stranger uses as an id, the message has one end."""
+    with closing(redis.Redis.from_url(bench.broker.url)) as client:
+        prefix = f"{{kq:{bench.queue.id}}}:"
+        client.hset(prefix + "m", b"\xff\xfe", b"raw")
+        client.rpush(prefix + "r:4", b"\xff\xfe")
+    feed = bench.feed()
+    (delivery,) = bench.take(feed, 1)
+    delivery.id.encode()
+
+    assert feed.settle([Settlement(delivery, Outcome("dead", 0.0, 0, 0, "undecodable"))]) == ([], [])
+    assert bench.backend.info(bench.queue).message_count == 0
+    (letter,) = bench.backend.browse(bench.dead, 10, 0)
+    assert letter.body == b"raw"
+
+
+def test_what_cannot_be_acknowledged_beforehand_is_given_back(
+    make_app: Callable[..., kq.App], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the early acknowledgement of a batch fails, all of the batch is handled all the same, and only once."""
+    app = make_app()
+    early, late = broker.queue_id("early"), broker.queue_id("late")
+    ran: list[Any] = []
+    app.consumer(early, auto_ack=True)(ran.append)
+    app.consumer(late)(ran.append)
+    app.publish(early, "early")
+    app.publish(late, "late")
+    failures = [Internal("not now", details={"reason": "timeout"})]
+    backend = app.registry.backend()
+    kind = type(_feed_of(backend, app, early))
+    settle = kind.settle
+
+    def fail_once(self: Any, settlements: Sequence[Settlement]) -> Any:
+        if failures and any(settlement.delivery.queue == early for settlement in settlements):
+            raise failures.pop()
+        return settle(self, settlements)
+
+    monkeypatch.setattr(kind, "settle", fail_once)
+
+    app.drain(15.0)
+
+    assert sorted(ran) == ["early", "late"]
+
+
+def _feed_of(backend: Any, app: kq.App, queue_id: str) -> Any:
+    with closing(backend.feed([app.registry.spec(queue_id)], 1)) as feed:
+        return feed
