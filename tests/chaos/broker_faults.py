@@ -15,7 +15,7 @@ from typing import Final
 import kq
 from kq import errors
 from tests.chaos.process import Program, cpu
-from tests.chaos.scenario import SERVERS, SHARED, scenario
+from tests.chaos.scenario import SERVERS, scenario
 from tests.chaos.site import RabbitSite, RedisSite, SQLiteSite
 from tests.chaos.stage import Stage
 
@@ -221,7 +221,7 @@ def redis_settings(stage: Stage) -> None:
             site.kill()
 
 
-@broker_fault(quick=SHARED)
+@broker_fault(quick=("redis", "rabbitmq"))
 def queue_deleted(stage: Stage) -> None:
     """A queue deleted under a worker: it is made again, and what is published from then on is handled."""
     worker = stage.worker("-p", "1", "-c", "2")
@@ -240,7 +240,7 @@ def queue_deleted(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@broker_fault(quick=SHARED)
+@broker_fault(quick=("redis", "rabbitmq"))
 def dead_letter_queue_deleted(stage: Stage) -> None:
     """The dead-letter queue deleted under a worker: what must be dead-lettered still is."""
     stage.worker("-p", "1", "-c", "2")

@@ -41,7 +41,7 @@ def half_open_consumer(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@network_fault(quick=("redis", "rabbitmq"))
+@network_fault(quick=("rabbitmq",))
 def half_open_while_busy(stage: Stage) -> None:
     """The same while tasks run: each counts once, whether it is given out again or not; nothing is lost."""
     stage.worker("-p", "1", "-c", "4")
@@ -55,7 +55,7 @@ def half_open_while_busy(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@network_fault(quick=("redis", "rabbitmq"))
+@network_fault(quick=("rabbitmq",))
 def half_open_publisher(stage: Stage) -> None:
     """A publisher's connection goes silent: it is told within its timeout, the next publish has a new connection."""
     stage.worker("-p", "1", url=stage.site.url)
@@ -210,7 +210,7 @@ def late_confirms(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@network_fault(quick=("redis",))
+@network_fault(quick=())
 def slow_network(stage: Stage) -> None:
     """200 ms each way: no timeouts, nothing twice, and the worker's window keeps its handlers busy all the same."""
     stage.finish(stage.load(url=stage.site.url, messages=400, rate=0, ms=100))
@@ -227,7 +227,7 @@ def slow_network(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@network_fault(quick=("redis", "rabbitmq"))
+@network_fault(quick=("rabbitmq",))
 def silent_at_the_end(stage: Stage) -> None:
     """TERM while the network is dead: the worker ends within a bounded time, and its messages run elsewhere."""
     worker = stage.worker("-p", "1", "-c", "2")

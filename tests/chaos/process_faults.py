@@ -108,7 +108,7 @@ def lone_supervisor_killed(stage: Stage) -> None:
     stage.expect([line.attempt for line in stage.history.lines("started")] == [1, 1], "it was charged")
 
 
-@process_fault(quick=("redis", "rabbitmq"))
+@process_fault(quick=("redis",))
 def child_stopped(stage: Stage) -> None:
     """A child stopped for three leases and continued: nothing runs twice, nobody is charged."""
     worker = stage.worker("-p", "1", "-c", "2")
@@ -169,7 +169,7 @@ def supervisor_stopped(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@process_fault(quick=("sqlite", "redis"))
+@process_fault(quick=("redis",))
 def stopped_during_a_task(stage: Stage) -> None:
     """TERM during tasks: they are finished, nothing new starts, the rest is back at once and uncharged, exit 0."""
     worker = stage.worker("-p", "1", "-c", "2", "--grace", "10s")
@@ -193,7 +193,7 @@ def stopped_during_a_task(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@process_fault(quick=("sqlite", "rabbitmq"))
+@process_fault(quick=("sqlite",))
 def grace_too_short(stage: Stage) -> None:
     """TERM, and a task that outlives the grace: it is killed, runs elsewhere within a second, and is not charged."""
     worker = stage.worker("-p", "1", "-c", "1", "--grace", "1s")

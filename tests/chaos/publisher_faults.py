@@ -93,7 +93,7 @@ def forked(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@publisher_fault(quick=SHARED)
+@publisher_fault(quick=("redis",))
 def sixteen_threads(stage: Stage) -> None:
     """Sixteen threads publish with one app: all is stored, once, without an error."""
     count = {"brief": 50, "standard": 200, "full": 1000}[stage.size.name]
@@ -122,7 +122,7 @@ def sixteen_threads(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@publisher_fault(wired=True, on=SERVERS, quick=("redis", "rabbitmq"))
+@publisher_fault(wired=True, on=SERVERS, quick=("rabbitmq",))
 def event_loop(stage: Stage) -> None:
     """Coroutines publish while the broker goes silent: the loop never waits, everybody is told in time."""
     late: list[float] = []
@@ -168,7 +168,7 @@ def event_loop(stage: Stage) -> None:
     stage.stop_workers()
 
 
-@publisher_fault(quick=SHARED)
+@publisher_fault(quick=("sqlite", "rabbitmq"))
 def clocks_differ(stage: Stage) -> None:
     """One publisher's clock is an hour ahead, another's behind: nothing is early, late or given out twice for it."""
     stage.worker("-p", "1", "-c", "4")
