@@ -53,10 +53,10 @@ _NARROW_AFTER: Final = 5.0
 #: Seconds within which a message counts as due.
 _DUE: Final = 0.001
 #: Seconds between two looks at whether a quiet queue is empty, of all queues together at least...
-_WATCH_EVERY: Final = 5.0
+_WATCH_EVERY: Final = 2.0
 _WATCH_LEAST: Final = 1.0
 #: ...and within which a message that waits should have come.
-_DOUBT: Final = 2.0
+_DOUBT: Final = 1.0
 #: Subscriptions of a queue that have ended and are still listened to.
 _ENDED_TAGS: Final = 4
 #: Messages of which is remembered that they are done, or were lost with a connection.
@@ -171,6 +171,11 @@ class RabbitFeed:
         self._remember_completed(settlements)
         late = [s for s in settlements if not self._is_ours(s.delivery)]
         ours = [s for s in settlements if self._is_ours(s.delivery)] if late else list(settlements)
+        if any(s.outcome.action == "release" for s in ours):
+            # Before anything makes room in the window: what is pushed then and not wanted is counted when it goes back.
+            with self._guarded():
+                self._subscribe(self._connected(), dict.fromkeys(self._specs, 0))
+                self._changed_at = 0.0
         copies = [(s, copy) for s in ours if not s.delivery.receipt.copied and (copy := self._copy(s)) is not None]
         failed: list[tuple[Settlement, Error]] = []
         if copies:

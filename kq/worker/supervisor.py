@@ -287,8 +287,13 @@ class Supervisor:
     # Arrivals and jobs.
 
     def _admit(self) -> None:
+        assert self._intake is not None
         while self._arrivals:
             for delivery in self._arrivals.popleft():
+                if delivery.lost:
+                    # The connection broke again before anybody saw it.
+                    self._intake.finished(delivery.queue)
+                    continue
                 if self._adrift and self._takes_the_place(delivery):
                     continue
                 flight = Flight(self._next_tag, delivery)

@@ -135,7 +135,7 @@ def _alarm(stage: Stage, on: tuple[str, ...], off: tuple[str, ...]) -> None:
     for n in range(10):
         # Each needs to be published again, by the worker.
         stage.publish(f"retried-{n}", ms=20, plan=["fail", "ok"])
-    load = stage.load(messages=stage.size.messages // 2, rate=200, timeout=3.0, tries=30)
+    load = stage.load(messages=2000, rate=200, timeout=3.0, tries=30)
     stage.pause(0.2, 0.5)
     stage.site.control(*on)
     blocked_at = monotonic()

@@ -130,7 +130,7 @@ def hostile_messages(stage: Stage) -> None:
         attempted=len(hostile) + raw + len(done) - 1, dead=len(letters), growth_mib=round(growth / 2**20)
     )
     stage.expect(growth < _GROWTH, f"the supervisor has grown by {growth / 2**20:.0f} MiB")
-    stage.expect(stage.site.rest(stage.queue).total == 0, f"the broker still holds {stage.site.rest(stage.queue)}")
+    stage.until(lambda: stage.site.rest(stage.queue).total == 0, "the broker to hold nothing any more", 10.0)
     stage.stop_workers()
 
 

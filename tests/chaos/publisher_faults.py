@@ -36,7 +36,8 @@ def killed_in_mid_batch(stage: Stage) -> None:
     stage.drain()
     done = stage.history.ids("done")
     stage.expect(not [id for id in done if id.startswith("torn")], "a message is damaged")
-    for n in range(kills):
+    # RabbitMQ puts back what is on its way to a consumer whose window changes, and gives it out again later.
+    for n in range(kills if stage.site.kind != "rabbitmq" else 0):
         numbers = [int(id.partition("-")[2]) for id in done if id.startswith(f"p{n}-")]
         stage.expect(numbers == sorted(numbers), f"p{n}: out of order")
     stage.balance()

@@ -86,6 +86,9 @@ class Site:
         """Delete a queue and its dead-letter queue."""
         raise NotImplementedError
 
+    def empty_buckets(self) -> None:
+        """Drop what is delayed outside of the queues, where there is such a place."""
+
 
 class SQLiteSite(Site):
     """A file. Nothing runs, so nothing can be killed.
@@ -354,6 +357,13 @@ class RabbitSite(Site):
             with suppress(OSError, amqp.AMQPError), self.channel() as channel:
                 channel.queue_delete(name)
                 channel.exchange_delete(name)
+
+    def empty_buckets(self) -> None:
+        """Drop what is delayed, of all queues: the node is one run's at a time."""
+        with self.channel() as channel:
+            for name in self.control("list_queues", "--no-table-headers", "name").splitlines():
+                if name.startswith("kq.delay."):
+                    channel.queue_purge(name)
 
 
 def make(kind: str, *arguments: str) -> Site:

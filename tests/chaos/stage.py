@@ -328,5 +328,6 @@ class Stage:
         self.note.close()
         with suppress(Exception):
             self.site.forget(self.queue)
+            self.site.empty_buckets()
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
