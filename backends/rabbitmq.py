@@ -48,6 +48,8 @@ _CONSUMER_TIMEOUT: Final = 1800.0
 _BACK_WITHIN: Final = 1.0
 #: Seconds that a publish on a worker's behalf may take.
 _WORKER_TIMEOUT: Final = 10.0
+#: Seconds that a call of a consumer is given in any case.
+_LEAST_TIMEOUT: Final = 2.0
 #: Seconds that a write is given even where time is up: 0 would mean not to write at all.
 _LEAST: Final = 0.001
 
@@ -208,7 +210,11 @@ class RabbitBackend:
         def open_link() -> Link:
             with mapped(self._url):
                 heartbeat = self._options.heartbeat
-                return Link(self._url, self._options, purpose="consumer", heartbeat=heartbeat, secured=self._secured)
+                # Who waits longer for an answer than for a heartbeat waits for nobody.
+                return Link(
+                    self._url, self._options, purpose="consumer", heartbeat=heartbeat, secured=self._secured,
+                    timeout=min(self._options.timeout, max(_LEAST_TIMEOUT, heartbeat)),
+                )  # fmt: skip
 
         return RabbitFeed(
             self._url,

@@ -48,6 +48,7 @@ class Link:
         secured: How it is encrypted, as `rabbitmq_tls.secured` says; None if it is not.
         heartbeat: Seconds between heartbeats; 0 for none.
         patience: Seconds that a step of connecting may take.
+        timeout: Seconds that a call may take; None for the options' own.
 
     Attributes:
         connection: py-amqp's connection, as Kombu made it.
@@ -57,13 +58,13 @@ class Link:
 
     def __init__(
         self, url: str, options: BackendOptions, *, purpose: str, heartbeat: float, secured: dict[str, Any] | None,
-        patience: float = inf,
+        patience: float = inf, timeout: float | None = None,
     ) -> None:  # fmt: skip
         self.blocked = ""
         interval = max(1, int(options.heartbeat / 3))
         transport_options: dict[str, Any] = {
-            "read_timeout": options.timeout,
-            "write_timeout": options.timeout,
+            "read_timeout": options.timeout if timeout is None else timeout,
+            "write_timeout": options.timeout if timeout is None else timeout,
             "on_blocked": self._on_blocked,
             "on_unblocked": self._on_unblocked,
             "socket_settings": {

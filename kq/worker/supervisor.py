@@ -30,6 +30,8 @@ _PAUSE_PATIENCE = 2.0
 #: Seconds over which the handlers' pace is measured, and for how many of the broker's round trips it is to last.
 _PACE_OVER = 0.5
 _AHEAD = 2.0
+#: Ends of lost deliveries that are remembered.
+_ENDS = 1000
 #: Bytes of messages that a worker holds at most, beyond what its handlers run.
 _HOLD_BYTES = 64 * 2**20
 
@@ -70,6 +72,8 @@ class Supervisor:
         #: Those that were lost while they ran here, by queue and id.
         self._adrift: dict[tuple[str, str], Flight] = {}
         self._has_lost = False
+        #: How runs of such deliveries ended that nobody could be told of.
+        self._ends: dict[tuple[str, str], tuple[Delivery, Outcome]] = {}
         self._next_tag = 1
         self._arrivals: deque[list[Delivery]] = deque()
         #: Bytes of what is in hand, and of a message on average.
@@ -164,6 +168,8 @@ class Supervisor:
             if outcome is not None and not flight.settled:
                 self._note(flight, outcome)
                 settlements.append(Settlement(flight.delivery, outcome))
+                if flight.lost:
+                    self._remember_end(flight.delivery, outcome)
                 flight.settled = True
             if not event.early:
                 self._dispatcher.ended(flight)
@@ -198,6 +204,17 @@ class Supervisor:
         if self._adrift:
             self._pool.give_back()
 
+    def _remember_end(self, delivery: Delivery, outcome: Outcome) -> None:
+        """Remember how a run ended that can settle nothing: its message may be on its way back to us."""
+        self._ends[delivery.queue, delivery.id] = (delivery, outcome)
+        while len(self._ends) > _ENDS:
+            del self._ends[next(iter(self._ends))]
+
+    def _end_of(self, delivery: Delivery) -> Outcome | None:
+        """Return how a delivery has ended that was lost while it ran here, and came back after that."""
+        was, outcome = self._ends.pop((delivery.queue, delivery.id), (None, None))
+        return outcome if was is not None and _is_same(was, delivery) else None
+
     def _takes_the_place(self, delivery: Delivery) -> bool:
         """Tell whether a delivery is one that was lost while it runs here, and have that run settle it.
 
@@ -207,8 +224,7 @@ class Supervisor:
         if flight is None:
             return False
         was = flight.delivery
-        if (was.raw, was.attempts, was.crashes) != (delivery.raw, delivery.attempts, delivery.crashes):
-            # It ran elsewhere meanwhile, and failed there; or it is another one under the same id.
+        if not _is_same(was, delivery):
             return False
         del self._adrift[delivery.queue, delivery.id]
         flight.delivery = delivery
@@ -303,6 +319,10 @@ class Supervisor:
                 self._size += (len(delivery.raw) - self._size) / 64
                 if delivery.refused is not None:
                     self._settle(flight, delivery.refused)
+                    continue
+                end = self._end_of(delivery) if self._ends else None
+                if end is not None:
+                    self._settle(flight, end)
                     continue
                 auto_ack = delivery.queue in self._auto_ack
                 if delivery.deliveries >= self._max_deliveries and not auto_ack:
@@ -405,3 +425,11 @@ class Supervisor:
                 logger.debug("%s", failure.traceback, extra={"action": "traceback", **facts})
         else:
             self.tally.released += 1
+
+
+def _is_same(was: Delivery, delivery: Delivery) -> bool:
+    """Tell whether a delivery is one that was lost, come back as it was.
+
+    Else it ran elsewhere meanwhile, and failed there; or it is another message under the same id.
+    """
+    return (was.raw, was.attempts, was.crashes) == (delivery.raw, delivery.attempts, delivery.crashes)

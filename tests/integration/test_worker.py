@@ -375,7 +375,9 @@ def test_closing_what_is_not_its_own_is_a_crash(local_shop: Shop) -> None:
 
     (letter,) = wait_for(lambda: shop.app.dead(shop.queue).list(), "the dead letter")
 
-    assert (letter.reason, letter.crashes, letter.exit_code) == ("crash_loop", 3, 1)
+    assert (letter.reason, letter.crashes) == ("crash_loop", 3)
+    # It ends by itself, or the supervisor, to whom it cannot speak any more, ends it.
+    assert letter.exit_code == 1 or letter.exit_signal == signal.SIGKILL
     assert (letter.peak_memory or 0) > 10 * 2**20
     assert len(shop.history("started", "closer")) == 3
     wait_for(lambda: len({line["n"] for line in shop.history("done")}) >= 20, "the others")
