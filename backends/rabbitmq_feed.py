@@ -30,6 +30,7 @@ from kq.backend import (
     pack,
 )
 from kq.backends.rabbitmq_link import Link, mapped
+from kq.backends.rabbitmq_recollection import Recollection
 from kq.backends.rabbitmq_topology import (
     DELAY_LEFT,
     counters,
@@ -39,6 +40,7 @@ from kq.backends.rabbitmq_topology import (
     to_envelope,
     without_history,
 )
+from kq.backends.rabbitmq_watch import Watch
 from kq.errors import Error, NotFound
 from kq.outcome import Outcome
 from kq.waker import Waker, readable
@@ -52,15 +54,8 @@ _WIDEN_EVERY: Final = 0.05
 _NARROW_AFTER: Final = 5.0
 #: Seconds within which a message counts as due.
 _DUE: Final = 0.001
-#: Seconds between two looks at whether a quiet queue is empty, of all queues together at least...
-_WATCH_EVERY: Final = 2.0
-_WATCH_LEAST: Final = 1.0
-#: ...and within which a message that waits should have come.
-_DOUBT: Final = 1.0
 #: Subscriptions of a queue that have ended and are still listened to.
 _ENDED_TAGS: Final = 4
-#: Messages of which is remembered that they are done, or were lost with a connection.
-_REMEMBERED: Final = 5000
 #: Seconds that a message waits outside a full queue before it comes back to it.
 _ASIDE: Final = 0.01
 
@@ -126,18 +121,9 @@ class RabbitFeed:
         #: What is acknowledged and not handed over.
         self._done_before: list[Delivery] = []
         self._due: list[float] = []
-        #: How often messages were lost with a connection of ours: no worker died of that.
-        self._losses_of: Counter[tuple[str, str]] = Counter()
-        #: Messages that were done here, as far as the broker may not know it; by what they were.
-        self._completed: dict[tuple[str, str], int] = {}
+        self._recollection = Recollection()
+        self._watch = Watch(self._specs, monotonic())
         self.losses = 0
-        #: Messages that came, by queue; the queues in the order of the next look, when that is, and what had come
-        #: at the last one; and a queue that should have sent something since then.
-        self._arrivals_of: Counter[str] = Counter()
-        self._watched = deque(self._specs)
-        self._watch_at = monotonic() + _WATCH_EVERY
-        self._watched_at: dict[str, int] = {}
-        self._doubt: tuple[str, int, float] | None = None
         self._waker = Waker()
         self._closed = False
         try:
@@ -168,7 +154,10 @@ class RabbitFeed:
 
     def settle(self, settlements: Sequence[Settlement]) -> Settling:
         """See `Feed.settle`."""
-        self._remember_completed(settlements)
+        for settlement in settlements:
+            if settlement.outcome.action == "done":
+                # Also what is late: it may come back to us.
+                self._recollection.done(settlement.delivery)
         late = [s for s in settlements if not self._is_ours(s.delivery)]
         ours = [s for s in settlements if self._is_ours(s.delivery)] if late else list(settlements)
         if any(s.outcome.action == "release" for s in ours):
@@ -199,18 +188,6 @@ class RabbitFeed:
         for settlement in ours:
             self._held_of[settlement.delivery.queue] -= 1
         return Settling(late, failed)
-
-    def _remember_completed(self, settlements: Sequence[Settlement]) -> None:
-        """Remember what is done: where the connection breaks now, its acknowledgement may not arrive."""
-        for settlement in settlements:
-            if settlement.outcome.action == "done":
-                delivery = settlement.delivery
-                self._completed.pop((delivery.queue, delivery.id), None)
-                self._completed[delivery.queue, delivery.id] = hash(delivery.raw)
-                if self._losses_of:
-                    self._losses_of.pop((delivery.queue, delivery.id), None)
-        while len(self._completed) > _REMEMBERED:
-            del self._completed[next(iter(self._completed))]
 
     def _publish_copies(self, copies: Sequence[tuple[Settlement, Publication]]) -> list[Error | None]:
         """Publish what takes the place of deliveries, and once more what can be helped."""
@@ -291,7 +268,7 @@ class RabbitFeed:
         while True:
             with self._guarded():
                 link = self._connected()
-                self._watch(link)
+                self._watch_over(link)
                 step = max(0.0, min(until - monotonic(), _TICK))
                 step = 0.0 if (pending := link.pending) else step
                 ready = readable([link.connection.sock, self._waker], step)
@@ -339,14 +316,12 @@ class RabbitFeed:
         for delivery in self._outstanding.values():
             delivery.lost = True
             if not self._closed:
-                self._losses_of[delivery.queue, delivery.id] += 1
+                self._recollection.lost(delivery)
         self.losses += len(self._outstanding)
-        while len(self._losses_of) > _REMEMBERED:
-            del self._losses_of[next(iter(self._losses_of))]
         self._outstanding.clear()
         self._onward.clear()
         self._done_before.clear()
-        self._doubt = None
+        self._watch.forget()
         self._held_of.clear()
         for buffer in self._buffers.values():
             buffer.clear()
@@ -361,36 +336,22 @@ class RabbitFeed:
             link = self._connected()
             link.connection.heartbeat_tick()
 
-    def _watch(self, link: Link) -> None:
-        """See that a queue of which nothing comes is empty; else this link is not what it seems, and is given up.
-
-        A broker can forget a consumer without a word, and a consumer that is not subscribed looks like one of an
-        empty queue.
-        """
+    def _watch_over(self, link: Link) -> None:
+        """See that a queue of which nothing comes is empty; else this link is not what it seems, and is given up."""
         now = monotonic()
-        if self._doubt is not None:
-            queue, count, since = self._doubt
-            if self._arrivals_of[queue] != count or self._windows.get(queue, 0) <= self._held_of[queue]:
-                self._doubt = None
-            elif now - since >= _DOUBT:
-                self._doubt = None
-                logger.warning(
-                    "the worker gets nothing of queue %s although messages wait in it; connecting anew",
-                    queue, extra={"action": "watchdog", "queue": queue},
-                )  # fmt: skip
-                raise amqp.exceptions.RecoverableConnectionError(f"RabbitMQ sends nothing of queue {queue}")
-            return
-        if now < self._watch_at:
-            return
-        self._watch_at = now + max(_WATCH_LEAST, _WATCH_EVERY / len(self._watched))
-        queue = self._watched[0]
-        self._watched.rotate(-1)
-        quiet = self._arrivals_of[queue] == self._watched_at.get(queue)
-        self._watched_at[queue] = self._arrivals_of[queue]
-        if not quiet or self._held_of[queue] >= self._windows.get(queue, 0) or self._exclusive(queue):
-            return
-        if link.channel.queue_declare(queue, passive=True).message_count:
-            self._doubt = (queue, self._arrivals_of[queue], now)
+        queue = self._watch.dead(self._has_room, now)
+        if queue is not None:
+            logger.warning(
+                "the worker gets nothing of queue %s although messages wait in it; connecting anew",
+                queue, extra={"action": "watchdog", "queue": queue},
+            )  # fmt: skip
+            raise amqp.exceptions.RecoverableConnectionError(f"RabbitMQ sends nothing of queue {queue}")
+        queue = self._watch.due(self._has_room, now)
+        if queue is not None and link.channel.queue_declare(queue, passive=True).message_count:
+            self._watch.waits(queue, now)
+
+    def _has_room(self, queue: str) -> bool:
+        return self._held_of[queue] < self._windows.get(queue, 0) and not self._exclusive(queue)
 
     def _exclusive(self, queue: str) -> bool:
         """Tell whether messages may wait for another consumer than us: the only one that is active."""
@@ -504,8 +465,8 @@ class RabbitFeed:
                 _Receipt(epoch, message.delivery_tag, message),
             )
             self._outstanding[message.delivery_tag] = delivery
-            self._arrivals_of[queue] += 1
-            if redelivered and self._completed.get((queue, delivery.id)) == hash(delivery.raw):
+            self._watch.arrived(queue)
+            if redelivered and self._recollection.is_done(delivery):
                 # It was done here, and only the acknowledgement got lost.
                 self._done_before.append(delivery)
             elif due_in(headers) > _DUE or (redelivered and counted and uncounting):
@@ -524,7 +485,7 @@ class RabbitFeed:
         """
         # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
         since = 0 if not redelivered else 1 if uncounting else read_count(headers, "x-delivery-count")
-        return max(0, read_count(headers, DELIVERIES) + since - self._losses_of.get((queue, id), 0))
+        return max(0, read_count(headers, DELIVERIES) + since - self._recollection.losses(queue, id))
 
     # Settling.
 
