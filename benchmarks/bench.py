@@ -23,6 +23,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import kq
+from kq.config import hide_password
 
 HERE = Path(__file__).parent
 #: Seconds after which a repeat is given up.
@@ -61,13 +62,13 @@ def drain(app: kq.App, queue: str, broker: str, messages: int) -> float:
         while left == messages:
             left = app.info(queue).message_count
             if time.monotonic() > until:
-                raise SystemExit(f"{kq.config.hide_password(broker)}: the worker does not start")
+                raise SystemExit(f"{hide_password(broker)}: the worker does not start")
         first_at, first_left = time.perf_counter(), left
         while left:
             time.sleep(0.01)
             left = app.info(queue).message_count
             if time.monotonic() > until:
-                raise SystemExit(f"{kq.config.hide_password(broker)}: {left} messages left after {PATIENCE} s")
+                raise SystemExit(f"{hide_password(broker)}: {left} messages left after {PATIENCE} s")
         return first_left / max(1e-6, time.perf_counter() - first_at)
     finally:
         worker.send_signal(signal.SIGTERM)
@@ -88,7 +89,7 @@ def main() -> None:
         found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for repeat in range(options.repeats):
             for broker in brokers:
-                shown = kq.config.hide_password(broker).partition(":")[0]
+                shown = hide_password(broker).partition(":")[0]
                 print(f"repeat {repeat + 1} of {options.repeats}: {shown}", file=sys.stderr)
                 for name, rate in measure(broker, options.messages, options.singles).items():
                     found[shown][name].append(rate)
