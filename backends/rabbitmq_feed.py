@@ -158,6 +158,8 @@ class RabbitFeed:
             if settlement.outcome.action == "done":
                 # Also what is late: it may come back to us.
                 self._recollection.done(settlement.delivery)
+            else:
+                self._recollection.not_done(settlement.delivery)
         late = [s for s in settlements if not self._is_ours(s.delivery)]
         ours = [s for s in settlements if self._is_ours(s.delivery)] if late else list(settlements)
         if any(s.outcome.action == "release" for s in ours):

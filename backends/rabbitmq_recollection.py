@@ -34,6 +34,10 @@ class Recollection:
         self._losses.pop(key, None)
         _cut(self._done)
 
+    def not_done(self, delivery: Delivery) -> None:
+        """Note that a message has not been handled, whatever was said before: its early acknowledgement failed."""
+        self._done.pop((delivery.queue, delivery.id), None)
+
     def lost(self, delivery: Delivery) -> None:
         """Note that a delivery was lost with its connection."""
         key = (delivery.queue, delivery.id)

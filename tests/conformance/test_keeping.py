@@ -13,6 +13,7 @@ import redis
 import kq
 from kq import clock, errors
 from kq.backend import Settlement
+from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import Entry
 from kq.errors import Internal
@@ -201,8 +202,20 @@ def test_what_cannot_be_acknowledged_beforehand_is_given_back(
 
     def fail_once(self: Any, settlements: Sequence[Settlement]) -> Any:
         if failures and any(settlement.delivery.queue == early for settlement in settlements):
-            raise failures.pop()
+            if kind is RabbitFeed:
+                # As where the connection breaks in the middle of it.
+                monkeypatch.setattr(self, "_connected", _break(self))
+            else:
+                raise failures.pop()
         return settle(self, settlements)
+
+    def _break(feed: Any) -> Callable[[], Any]:
+        def connected() -> Any:
+            monkeypatch.undo()
+            failures.clear()
+            raise OSError("broken")
+
+        return connected
 
     monkeypatch.setattr(kind, "settle", fail_once)
 

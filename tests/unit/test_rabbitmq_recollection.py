@@ -33,6 +33,15 @@ def test_losses_add_up_until_the_message_is_done() -> None:
     assert recollection.losses("app:q", "a") == 0
 
 
+def test_what_was_said_too_early_is_taken_back() -> None:
+    """A message whose early acknowledgement failed, and that nobody has seen, runs when it comes back."""
+    recollection = Recollection()
+    recollection.done(delivery())
+    recollection.not_done(delivery())
+
+    assert not recollection.is_done(delivery())
+
+
 def test_memory_is_bounded() -> None:
     """The latest are remembered, however many there were."""
     recollection = Recollection()
