@@ -87,6 +87,11 @@ INSERT OR IGNORE INTO boot VALUES (1, '');
 
 #: The version of the schema. 2 has `boot`, and leases by another clock.
 _VERSION: Final = 2
+#: What a file of version 1 lacks that ``CREATE ... IF NOT EXISTS`` does not add.
+_FROM_1: Final = """
+ALTER TABLE message ADD COLUMN due INTEGER NOT NULL DEFAULT 0;
+UPDATE message SET due = moment WHERE state = 1;
+"""
 #: Rows that one statement names at most; SQLite's own limit on parameters is far above.
 _CHUNK: Final = 500
 
@@ -393,11 +398,9 @@ class SQLiteStore:
                     db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
                 version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version == 1:
-                    db.execute("ALTER TABLE message ADD COLUMN due INTEGER NOT NULL DEFAULT 0")
-                    db.execute("UPDATE message SET due = moment WHERE state = 1")
                 if version < _VERSION:
-                    db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+                    older = _FROM_1 if version == 1 else ""
+                    db.executescript(f"BEGIN IMMEDIATE; {older} {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
                 elif version != _VERSION:
                     raise Invalid(
                         f"broker: {self._path} has schema {version}, this kq knows {_VERSION}; "

@@ -19,6 +19,7 @@ from typing import Any
 
 from kq.errors import Invalid
 from kq.outcome import DONE
+from kq.shield import shielded
 from kq.target import open_app
 from kq.worker import frame
 from kq.worker.log import configure
@@ -120,8 +121,12 @@ class Child:
             raise Invalid("this process is a fork of the one that handles the message, which alone can settle it")
         try:
             data = frame.encode(message)
-            with self._writing:
+            # A time limit that strikes in the middle of a frame would garble all that follow.
+            with shielded(), self._writing:
                 self._socket.sendall(data)
+        except (BrokenPipeError, ConnectionResetError):
+            # The supervisor is gone; what runs here will be delivered again.
+            os._exit(1)
         except BaseException:
             # Nothing can be reported from here any more: whatever runs is charged with it, the rest runs elsewhere.
             logger.critical("cannot answer the supervisor; ending", exc_info=True, extra={"action": "child_mute"})
