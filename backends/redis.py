@@ -7,6 +7,7 @@ be lost without harm.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import socket
@@ -20,7 +21,14 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
 from redis.retry import Retry
 
 from kq import limit
@@ -106,7 +114,7 @@ class RedisStore:
             self._pool.connection_class = TlsConnection
         self._client = redis.Redis(connection_pool=self._pool)
         self._scripts = {
-            name: self._client.register_script(redis_script.source(getattr(redis_script, name)))
+            name: _Script(redis_script.source(getattr(redis_script, name)))
             for name in (
                 "DECLARE", "PUT", "TAKE", "ACK", "RETURN", "COMPLETED", "MOVE", "RENEW", "COUNTS", "BROWSE", "REMOVE",
                 "CLEAR", "TOPOLOGY",
@@ -332,8 +340,13 @@ class RedisStore:
         self._waker.close()
 
     def _run(self, name: str, keys: list[str], arguments: Sequence[Any]) -> Any:
+        script = self._scripts[name]
         with self._mapped():
-            return self._scripts[name](keys=keys, args=list(arguments))
+            try:
+                return self._client.evalsha(script.sha, len(keys), *keys, *arguments)
+            except NoScriptError:
+                # Not loaded first and then run by name: it may be forgotten in between.
+                return self._client.eval(script.source, len(keys), *keys, *arguments)
 
     def _run_all(self, name: str, calls: Sequence[tuple[list[str], Sequence[Any]]]) -> list[Any]:
         """Run one script several times in one round trip; an answer may be an error."""
@@ -342,8 +355,12 @@ class RedisStore:
         with self._mapped():
             pipeline = self._client.pipeline(transaction=False)
             for keys, arguments in calls:
-                self._scripts[name](keys=keys, args=list(arguments), client=pipeline)
-            return list(pipeline.execute(raise_on_error=False))
+                pipeline.evalsha(self._scripts[name].sha, len(keys), *keys, *arguments)
+            answers = list(pipeline.execute(raise_on_error=False))
+        for i, answer in enumerate(answers):
+            if isinstance(answer, NoScriptError):
+                answers[i] = self._run(name, *calls[i])
+        return answers
 
     def _setting(self, name: str) -> str:
         found = self._ask(lambda: self._client.config_get(name))
@@ -390,6 +407,16 @@ class RedisStore:
             raise Internal(f"Redis at {self._shown} refused a command: {text}", details={"reason": "refused"}) from None
         except redis.exceptions.RedisError as error:
             raise Internal(f"Redis at {self._shown} failed: {error}", details={"reason": "unavailable"}) from None
+
+
+class _Script:
+    """A script, and the name by which a server that has run it once knows it."""
+
+    __slots__ = ("sha", "source")
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
 class _Bell:

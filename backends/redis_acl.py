@@ -13,7 +13,7 @@ from kq import limit
 from kq.backend import Role
 
 #: What every account needs, whatever it does.
-_CONNECTION: Final = ("ping", "client|setname", "select", "script|load", "script|exists", "evalsha", "time")
+_CONNECTION: Final = ("ping", "client|setname", "select", "evalsha", "eval", "time")
 
 #: What a publisher does, by the last part of the key.
 PUBLISHER: Final[dict[str, tuple[str, ...]]] = {

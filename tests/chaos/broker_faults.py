@@ -208,9 +208,10 @@ def redis_settings(stage: Stage) -> None:
         try:
             site.start()
             worker = stage.worker("-p", "1", url=site.url)
-            stage.expect(worker.log.count(word) == 1, f"{worker.log.count(word)} warnings that name {word}")
+            stage.until(lambda word=word, worker=worker: word in worker.log, f"a warning of {word}")  # type: ignore[misc]
             worker.signal(signal.SIGTERM)
             worker.wait(20)
+            stage.expect(worker.log.count(word) == 1, f"{worker.log.count(word)} warnings that name {word}")
             stage.environment["KQ_DURABILITY"] = "required"
             refused = stage.worker("-p", "1", url=site.url, ready=False)
             code = refused.wait(20)
