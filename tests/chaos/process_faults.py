@@ -283,7 +283,9 @@ def poisons_among_innocents(stage: Stage) -> None:
     stage.drain()
     starts = Counter(line.id for line in stage.history.lines("started"))
     for n, deadly in enumerate(kinds):
-        stage.expect(starts[f"poison-{n}"] == 3, f"{deadly}: started {starts[f'poison-{n}']} times, not 3")
+        # Another one may end the process just before this one's handler can write that it began.
+        stage.expect(2 <= starts[f"poison-{n}"] <= 3, f"{deadly}: started {starts[f'poison-{n}']} times, not 3")
+        _expect_crash_loop(stage, f"poison-{n}", deadly)
     stage.balance(dead=len(kinds), duplicates=12 * 8)
     stage.stop_workers()
 
