@@ -18,6 +18,7 @@ import kq
 from kq import errors
 from tests.chaos.process import Program
 from tests.chaos.scenario import SERVERS, SHARED, scenario
+from tests.chaos.site import RETURN_RETRY
 from tests.chaos.stage import ROOT, Stage
 
 publisher_fault = partial(scenario, "publishers")
@@ -240,7 +241,10 @@ def out_of_descriptors(stage: Stage) -> None:
 
 @publisher_fault(quick=("redis",))
 def delays_are_the_brokers(stage: Stage) -> None:
-    """Delayed messages, whose workers and broker die before they are due: all come, none early, none late."""
+    """Delayed messages, whose workers and broker die before they are due: all come, none early, none late.
+
+    RabbitMQ may send what has expired before it finds the queue again after its start; it tries again later.
+    """
     count = {"brief": 100, "standard": 300, "full": 1000}[stage.size.name]
     load = stage.load(messages=count, rate=0, ms=0, delay=[3.0, 9.0])
     stage.finish(load)
@@ -267,7 +271,8 @@ def delays_are_the_brokers(stage: Stage) -> None:
         late.append(line.at - max(acked[line.id] + delay, back_at + 1.0))
     late.sort()
     stage.figures["late_p99"] = round(max(0.0, late[int(len(late) * 0.99)]), 2)
-    stage.expect(stage.figures["late_p99"] <= 2.0, f"late by {stage.figures['late_p99']} s")
+    within = 2.0 + (RETURN_RETRY if stage.site.kind == "rabbitmq" else 0.0)
+    stage.expect(stage.figures["late_p99"] <= within, f"late by {stage.figures['late_p99']} s")
     stage.balance()
     stage.stop_workers()
 
