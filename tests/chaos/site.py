@@ -333,7 +333,9 @@ class RabbitSite(Site):
     def rest(self, queue: str) -> Rest:
         """See `Site.rest`; what is delayed, of all queues, for RabbitMQ keeps it in buckets that all share."""
         ready = delayed = leased = 0
-        listed = self.control("list_queues", "--no-table-headers", "name", "messages", "messages_ready", "messages_unacknowledged")
+        listed = self.control(
+            "list_queues", "--no-table-headers", "name", "messages", "messages_ready", "messages_unacknowledged"
+        )
         for line in listed.splitlines():
             name, total, waiting, held = line.split("\t")
             if name == queue:
