@@ -102,9 +102,11 @@ def broker_away(stage: Stage) -> None:
     stage.pause({"brief": 5.0, "standard": 10.0, "full": 60.0}[stage.size.name])
     seconds = monotonic() - since
     stage.figures["cpu_percent"] = round(100 * (cpu(worker.pid) - used) / seconds, 2)
-    stage.figures["tries_a_second"] = round((stage.wire.accepted - tries) / seconds, 2)
+    tried = stage.wire.accepted - tries
+    stage.figures["tries_a_second"] = round(tried / seconds, 2)
     stage.expect(stage.figures["cpu_percent"] < 5, f"an idle worker used {stage.figures['cpu_percent']} % CPU")
-    stage.expect(stage.figures["tries_a_second"] <= 1.5, f"{stage.figures['tries_a_second']} connections a second")
+    # The first few follow each other faster.
+    stage.expect(tried <= 3 + 1.5 * seconds, f"{tried} connections in {seconds:.1f} s")
     stage.site.start()
     back_at = monotonic()
     stage.publish("after")
@@ -272,7 +274,8 @@ def channels_closed(stage: Stage) -> None:
     """Connections and channels closed by RabbitMQ under load: workers are back within 5 s, nothing is lost."""
     assert isinstance(stage.site, RabbitSite)
     stage.worker("-p", "2", "-c", "2")
-    load = stage.load(messages=stage.size.messages, tries=20)
+    # A publisher whose channel has gone without a word waits for as long as it may.
+    load = stage.load(messages=stage.size.messages, tries=20, timeout=_RECOVERY - 1.5)
     kills = max(2, stage.size.kills // 2)
     slowest = 0.0
     ways = (
