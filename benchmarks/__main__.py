@@ -1,0 +1,120 @@
+"""``scripts/bench``: measures kq and its peers side by side, shows how far it is, and prints tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from benchmarks.bare import LIMITS
+from benchmarks.contender import CONTENDERS
+from benchmarks.measure import GivenUp
+from benchmarks.report import LIMIT, Results, chart, scale_table, table
+from benchmarks.trial import FIGURES, SCALE, TRIALS, Size
+
+_URLS = {"redis": "redis://127.0.0.1", "rabbitmq": "amqp://guest:guest@127.0.0.1"}
+_NAMES = sorted({contender.name for contenders in CONTENDERS.values() for contender in contenders})
+
+
+@click.command()
+@click.option("-b", "--broker", "brokers", multiple=True, type=click.Choice(list(CONTENDERS)), help="Default: all.")
+@click.option("-c", "--contender", "names", multiple=True, type=click.Choice(_NAMES), help="Default: all installed.")
+@click.option(
+    "-t", "--trial", "trials", multiple=True, type=click.Choice([*TRIALS, *SCALE]), help="Default: all of peers."
+)
+@click.option("--scale", is_flag=True, help="Measure kq alone: large backlogs, many queues, several supervisors.")
+@click.option("-n", "--messages", type=click.IntRange(100), default=20_000, show_default=True, help="Of a backlog.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--redis", "redis_url", envvar="KQ_TEST_REDIS_URL", default=_URLS["redis"], show_default=True, metavar="URL"
+)
+@click.option(
+    "--rabbitmq", "rabbitmq_url", envvar="KQ_TEST_AMQP_URL", default=_URLS["rabbitmq"], show_default=True, metavar="URL"
+)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures.")
+@click.option("--chart", "chart_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw: an SVG or a PNG.")
+@click.option("--from", "earlier", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Measure nothing: take what --json wrote.")  # fmt: skip
+def main(
+    brokers: Sequence[str], names: Sequence[str], trials: Sequence[str], scale: bool, messages: int, repeats: int,
+    redis_url: str, rabbitmq_url: str, json_path: Path | None, chart_path: Path | None, earlier: Path | None,
+) -> None:  # fmt: skip
+    """Measure kq and other task queues on the same work, in turn, on brokers that run.
+
+    Each has the settings that its documentation recommends, two worker processes, a queue of its own and a publisher in
+    a process of its own. Medians are printed, with the lowest and the highest of all repeats.
+    """
+    if earlier is not None:
+        results = Results(**json.loads(earlier.read_text()))
+    else:
+        with tempfile.TemporaryDirectory(prefix="kq-bench-") as folder:
+            urls = {"redis": redis_url, "rabbitmq": rabbitmq_url, "sqlite": f"sqlite:///{folder}/bench.db"}
+            chosen = trials or list(SCALE if scale else TRIALS)
+            results = measure(urls, brokers or list(CONTENDERS), names, chosen, messages, repeats)
+    if json_path is not None:
+        json_path.write_text(json.dumps(asdict(results), indent=1) + "\n")
+    if chart_path is not None:
+        chart(results, chart_path)
+    for broker, found in results.values.items():
+        if any(key in FIGURES for figures in found.values() for key in figures):
+            click.echo(f"\n{broker}\n\n{table(results, broker)}")
+    if text := scale_table(results):
+        click.echo(f"\nkq at scale\n\n{text}")
+    for text in results.failed:
+        click.echo(f"\nnot measured: {text}")
+
+
+def measure(
+    urls: dict[str, str],
+    brokers: Sequence[str],
+    names: Sequence[str],
+    trials: Sequence[str],
+    messages: int,
+    repeats: int,
+) -> Results:
+    """Measure; contenders take turns within each trial, so that the machine's mood spreads evenly."""
+    size = Size(messages, max(200, messages // 10), max(100, messages // 40))
+    results = Results(about={"cores": os.cpu_count(), "python": platform.python_version(), "size": asdict(size)})
+    chosen = {
+        broker: [c for c in CONTENDERS[broker] if c.installed and (not names or c.name in names)] for broker in brokers
+    }
+    results.about["contenders"] = {
+        f"{contender.name} on {broker}": {"versions": contender.versions, "guarantee": contender.guarantee}
+        for broker in brokers
+        for contender in chosen[broker]
+    }
+    left = repeats * sum(len(trials) * len(chosen[broker]) for broker in brokers)
+    for repeat in range(repeats):
+        for broker in brokers:
+            if broker in LIMITS and not set(trials) <= set(SCALE):
+                results.add(broker, LIMIT, LIMITS[broker](urls[broker], messages, 100))
+            for trial in trials:
+                turn = repeat % max(1, len(chosen[broker]))
+                for contender in chosen[broker][turn:] + chosen[broker][:turn]:
+                    try:
+                        found = {**TRIALS, **SCALE}[trial](contender, urls[broker], size)
+                    except GivenUp as error:
+                        results.failed.append(f"{trial} of {contender.name} on {broker}: {error}")
+                        found = {}
+                    results.add(broker, contender.name, found)
+                    left -= 1
+                    if found:
+                        figures = ", ".join(f"{key} {value:,.4g}" for key, value in found.items())
+                        click.echo(f"[{left} left] {broker} {trial} {contender.name}: {figures}", err=True)
+    # In the order of the contenders, whoever began.
+    for broker in brokers:
+        found_on = results.values.get(broker, {})
+        order = [contender.name for contender in chosen[broker]] + [LIMIT]
+        results.values[broker] = {name: found_on[name] for name in order if name in found_on}
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Dramatiq, with its defaults; on RabbitMQ with confirms. Its queues there are classic ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dramatiq
+from dramatiq.middleware.asyncio import AsyncIO
+
+from benchmarks import work
+from benchmarks.apps.publishing import Publisher, one_by_one
+
+broker: Any
+if work.URL.startswith("amqp"):
+    from dramatiq.brokers.rabbitmq import RabbitmqBroker
+
+    broker = RabbitmqBroker(url=work.URL, confirm_delivery=True)
+else:
+    from dramatiq.brokers.redis import RedisBroker
+
+    broker = RedisBroker(url=work.URL)
+dramatiq.set_broker(broker)
+
+if work.STYLE == "async":
+    broker.add_middleware(AsyncIO())
+
+    @dramatiq.actor(queue_name=work.QUEUE, actor_name="handle")
+    async def handle(payload: dict[str, Any]) -> None:
+        """Handle a message."""
+        await work.arun(payload)
+
+else:
+
+    @dramatiq.actor(queue_name=work.QUEUE, actor_name="handle")
+    def handle(payload: dict[str, Any]) -> None:
+        """Handle a message."""
+        work.run(payload)
+
+
+def publisher() -> Publisher:
+    """Return how Dramatiq publishes."""
+    return one_by_one(
+        handle.send, lambda payload, delay: handle.send_with_options(args=(payload,), delay=int(delay * 1000))
+    )

@@ -1,0 +1,55 @@
+"""kq, with its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import kq
+from benchmarks import work
+from benchmarks.apps.publishing import Publisher
+
+app = kq.App("bench", broker=work.URL)
+QUEUES = [f"bench:{name}" for name in work.names(work.QUEUE, work.QUEUES)]
+for _name in work.names(f"{work.QUEUE}-more", work.DECLARED):
+    app.queue(f"bench:{_name}")
+_HEADERS = {f"header-{n}": "x" * 20 for n in range(work.HEADERS)}
+_PRIORITIES = ("normal", "high", "low")[: work.PRIORITIES]
+
+for _queue in QUEUES:
+    if work.PRIORITIES > 1 and work.URL.startswith("amqp"):
+        app.queue(_queue, max_priority=9)
+    if work.STYLE == "async":
+
+        @app.consumer(_queue)
+        async def ahandle(payload: dict[str, Any]) -> None:
+            """Handle a message."""
+            await work.arun(payload)
+
+    else:
+
+        @app.consumer(_queue)
+        def handle(payload: dict[str, Any]) -> None:
+            """Handle a message."""
+            work.run(payload)
+
+
+def publisher() -> Publisher:
+    """Return how kq publishes."""
+    turn = 0
+
+    def many(payloads: Sequence[dict[str, Any]]) -> None:
+        nonlocal turn
+        places = [(queue, priority) for queue in QUEUES for priority in _PRIORITIES]
+        # Where there are many, each gets its messages in one call for every so many of them.
+        share = max(1, len(payloads) // len(places))
+        for start in range(0, len(payloads), share):
+            queue, priority = places[turn % len(places)]
+            headers = _HEADERS if priority == "normal" else {**_HEADERS, "priority": priority}
+            app.publish_many(queue, payloads[start : start + share], headers or None)
+            turn += 1
+
+    def later(payloads: Sequence[dict[str, Any]], delay: float) -> None:
+        app.publish_many(QUEUES[0], payloads, delay=delay)
+
+    return Publisher(lambda payload: app.publish(QUEUES[0], payload), many, "publish_many", later)

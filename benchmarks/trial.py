@@ -1,0 +1,198 @@
+"""What is measured: each trial is one thing that a contender is asked to do, and gives one or more figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from benchmarks import scale
+from benchmarks.contender import Contender
+from benchmarks.measure import Bench
+from benchmarks.publish import Order
+
+#: Messages by which a publisher has connected and declared what it needs.
+_WARM: Final = 20
+#: A slow contender is given a part of the messages where its handlers take long.
+_SLOW_PART: Final = 10
+#: Seconds by which messages are delayed: more than a contender takes to publish as many as are measured.
+_DELAY: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much to measure.
+
+    Attributes:
+        messages: Of a backlog.
+        singles: Messages published one at a time.
+        samples: Messages whose latency is measured.
+    """
+
+    messages: int = 20_000
+    singles: int = 2_000
+    samples: int = 500
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure.
+
+    Attributes:
+        title: What people read.
+        unit: Its unit.
+        more: Whether more is better.
+        limit: The figure of the bare client (`benchmarks.bare`) that it is compared with; empty if there is none.
+    """
+
+    title: str
+    unit: str
+    more: bool = True
+    limit: str = ""
+
+
+#: What contenders are compared by, in the order of the table.
+FIGURES: Final[Mapping[str, Figure]] = {
+    "publish": Figure("publish, one at a time", "/s", limit="publish"),
+    "bulk": Figure("publish in bulk", "/s", limit="bulk"),
+    "drain": Figure("drain a backlog", "/s", limit="drain"),
+    "cpu": Figure("CPU of the worker", "s per 1,000", more=False),
+    "idle-p50": Figure("publish to start, idle, p50", "ms", more=False),
+    "idle-p99": Figure("publish to start, idle, p99", "ms", more=False),
+    "half-p50": Figure("publish to start, half load, p50", "ms", more=False),
+    "half-p99": Figure("publish to start, half load, p99", "ms", more=False),
+    "late-p50": Figure("delayed by 2 s: late by, p50", "ms", more=False),
+    "late-p99": Figure("delayed by 2 s: late by, p99", "ms", more=False),
+    "start": Figure("start of a worker to its first handler", "s", more=False),
+    "first": Figure("start of a publisher to its first message", "s", more=False),
+    "memory": Figure("memory of an idle worker", "MiB", more=False),
+    "compute": Figure("drain, 1 ms of CPU each", "/s"),
+    "sleep": Figure("drain, sleep 10 ms, sync", "/s"),
+    "asleep": Figure("drain, sleep 10 ms, async", "/s"),
+    "drain-10k": Figure("drain, 10 KB each", "/s"),
+    "publish-10k": Figure("publish, 10 KB, one at a time", "/s"),
+    "drain-500k": Figure("drain, 500 KB each", "/s"),
+    "publish-500k": Figure("publish, 500 KB, one at a time", "/s"),
+}
+
+#: What kq alone is measured at.
+SCALE_FIGURES: Final[Mapping[str, Figure]] = {
+    "plain": Figure("drain of one queue, without anything else", "/s"),
+    "backlog": Figure("with a backlog fifty times as long", "x"),
+    "queues": Figure("from 100 queues of 1,000", "x"),
+    "headers": Figure("with 30 headers each", "x"),
+    "priorities": Figure("with three priorities", "x"),
+    "waiting": Figure("with fifty times as many delayed ones waiting", "x"),
+    "supervisors-1": Figure("1 supervisor of 8 threads, handlers of 10 ms", "/s"),
+    "supervisors-2": Figure("2 supervisors", "/s"),
+    "supervisors-4": Figure("4 supervisors", "/s"),
+    "supervisors-8": Figure("8 supervisors", "/s"),
+    "early": Figure("memory after a tenth of all messages", "MiB", more=False),
+    "late": Figure("memory after all of them", "MiB", more=False),
+}
+
+Found = dict[str, float]
+
+
+def _publish(contender: Contender, url: str, size: Size) -> Found:
+    with Bench(contender, url) as bench:
+        return {"publish": bench.publish(Order(size.singles, warm=_WARM))}
+
+
+def _drain(contender: Contender, url: str, size: Size) -> Found:
+    with Bench(contender, url) as bench:
+        bulk = bench.publish(Order(size.messages, "many", warm=_WARM))
+        found = bench.drain(size.messages + _WARM)
+        return {"bulk": bulk, "drain": found["drain"], "cpu": found["cpu"]}
+
+
+def _idle(contender: Contender, url: str, size: Size) -> Found:
+    with Bench(contender, url) as bench:
+        found = bench.latency(100.0, size.samples)
+        return {"idle-p50": found["p50"] * 1000, "idle-p99": found["p99"] * 1000}
+
+
+def _half(contender: Contender, url: str, size: Size) -> Found:
+    with Bench(contender, url) as bench:
+        rate = bench.publish(Order(size.singles // 2, warm=_WARM)) / 2
+    with Bench(contender, url) as bench:
+        found = bench.latency(rate, size.samples * 4)
+        return {"half-p50": found["p50"] * 1000, "half-p99": found["p99"] * 1000}
+
+
+def _late(contender: Contender, url: str, size: Size) -> Found:
+    if not contender.delays:
+        return {}
+    with Bench(contender, url) as bench:
+        found = bench.lateness(_DELAY, size.samples)
+        return {"late-p50": found["p50"] * 1000, "late-p99": found["p99"] * 1000}
+
+
+def _start(contender: Contender, url: str, size: Size) -> Found:
+    with Bench(contender, url) as bench:
+        first = bench.first()
+    with Bench(contender, url) as bench:
+        return {"start": bench.start(), "first": first}
+
+
+def _memory(contender: Contender, url: str, size: Size) -> Found:
+    with Bench(contender, url) as bench:
+        return {"memory": bench.idle_memory()}
+
+
+def _working(figure: str, work: str, style: str) -> Callable[[Contender, str, Size], Found]:
+    def measure(contender: Contender, url: str, size: Size) -> Found:
+        if style and style not in contender.styles:
+            return {}
+        messages = size.messages // _SLOW_PART
+        with Bench(contender, url, work, style) as bench:
+            bench.publish(Order(messages, "many"))
+            return {figure: bench.drain(messages)["drain"]}
+
+    return measure
+
+
+def _payload(name: str, pad: int, part: int) -> Callable[[Contender, str, Size], Found]:
+    def measure(contender: Contender, url: str, size: Size) -> Found:
+        singles, messages = max(10, size.singles // part), max(20, size.messages // part)
+        with Bench(contender, url) as bench:
+            published = bench.publish(Order(singles, pad=pad, warm=1))
+            bench.publish(Order(messages, "many", pad=pad))
+            return {f"publish-{name}": published, f"drain-{name}": bench.drain(singles + messages + 1)["drain"]}
+
+    return measure
+
+
+def _at_scale(measure: Callable[[Contender, str, int], Found]) -> Callable[[Contender, str, Size], Found]:
+    return lambda contender, url, size: measure(contender, url, size.messages) if contender.bends else {}
+
+
+#: What contenders are compared by, by name.
+TRIALS: Final[Mapping[str, Callable[[Contender, str, Size], Found]]] = {
+    "publish": _publish,
+    "drain": _drain,
+    "idle": _idle,
+    "half": _half,
+    "late": _late,
+    "start": _start,
+    "memory": _memory,
+    "compute": _working("compute", "cpu", ""),
+    "sleep": _working("sleep", "sleep", "sync"),
+    "asleep": _working("asleep", "sleep", "async"),
+    "10k": _payload("10k", 10_000, 10),
+    "500k": _payload("500k", 500_000, 200),
+}
+
+#: What kq alone is measured at.
+SCALE: Final[Mapping[str, Callable[[Contender, str, Size], Found]]] = {
+    name: _at_scale(measure)
+    for name, measure in {
+        "backlog": scale.backlog,
+        "queues": scale.queues,
+        "headers": scale.headers,
+        "priorities": scale.priorities,
+        "waiting": scale.waiting,
+        "supervisors": scale.supervisors,
+        "endurance": scale.endurance,
+    }.items()
+}

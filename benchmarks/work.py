@@ -1,0 +1,70 @@
+"""What every contender's handler does, and what the environment says of it.
+
+====================  ===============================================================
+``BENCH_URL``         the broker
+``BENCH_QUEUE``       the queue, a name without a colon
+``BENCH_TALLY``       the file of `benchmarks.tally`
+``BENCH_WORK``        ``noop``, ``cpu`` (about a millisecond of it) or ``sleep`` (10 ms)
+``BENCH_STYLE``       ``sync`` or ``async``: which kind of handler, where there is a choice
+``BENCH_QUEUES``      over how many queues messages are spread
+``BENCH_DECLARED``    how many queues are declared besides
+``BENCH_HEADERS``     how many headers each message has
+``BENCH_PRIORITIES``  over how many priorities messages are spread
+====================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from typing import Any, Final
+
+from benchmarks.tally import Tally
+
+URL: Final = os.environ.get("BENCH_URL", "redis://127.0.0.1")
+QUEUE: Final = os.environ.get("BENCH_QUEUE", "bench")
+STYLE: Final = os.environ.get("BENCH_STYLE", "sync")
+QUEUES: Final = int(os.environ.get("BENCH_QUEUES", "1"))
+DECLARED: Final = int(os.environ.get("BENCH_DECLARED", "0"))
+HEADERS: Final = int(os.environ.get("BENCH_HEADERS", "0"))
+PRIORITIES: Final = int(os.environ.get("BENCH_PRIORITIES", "1"))
+_WORK: Final = os.environ.get("BENCH_WORK", "noop")
+#: Seconds of a handler that waits for something.
+_SLEEP: Final = 0.01
+#: Rounds of a hash: about a millisecond, with the interpreter's lock held.
+_ROUNDS: Final = 1500
+
+_tally = Tally(os.environ["BENCH_TALLY"]) if "BENCH_TALLY" in os.environ else None
+
+
+def names(queue: str, number: int) -> list[str]:
+    """Return the names of the queues that messages are spread over."""
+    return [queue] if number == 1 else [f"{queue}-{n}" for n in range(number)]
+
+
+def _compute() -> None:
+    digest = b""
+    for _ in range(_ROUNDS):
+        digest = hashlib.sha256(digest).digest()
+
+
+def run(payload: dict[str, Any]) -> None:
+    """Handle a message."""
+    if _tally is not None:
+        _tally.count(payload["at"])
+    if _WORK == "cpu":
+        _compute()
+    elif _WORK == "sleep":
+        time.sleep(_SLEEP)
+
+
+async def arun(payload: dict[str, Any]) -> None:
+    """Handle a message on an event loop."""
+    if _tally is not None:
+        _tally.count(payload["at"])
+    if _WORK == "cpu":
+        _compute()
+    elif _WORK == "sleep":
+        await asyncio.sleep(_SLEEP)
