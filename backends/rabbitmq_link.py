@@ -111,9 +111,9 @@ class Link:
 
     @property
     def pending(self) -> bool:
-        """Whether bytes have arrived that are decrypted already: `select` knows nothing of them."""
+        """Whether something has arrived and been read or decrypted already: `select` knows nothing of it."""
         pending = getattr(self.connection.sock, "pending", None)
-        return pending is not None and pending() > 0
+        return bool(self.connection.transport.has_frame) or (pending is not None and pending() > 0)
 
     def open_channel(self) -> Any:
         """Return one more channel."""
@@ -131,8 +131,15 @@ class Link:
 
     def drain_all(self) -> None:
         """Dispatch every frame that has arrived."""
-        while self.drain(0):
-            pass
+        transport, dispatch = self.connection.transport, self.connection.on_inbound_frame
+        while True:
+            while (frame := transport.take_frame()) is not None:
+                dispatch(frame)
+            try:
+                with transport.having_timeout(0):
+                    transport.read()
+            except TimeoutError:
+                return
 
     def close(self, *, wait: bool = True) -> None:
         """Say goodbye, wait a moment for the answer, and drop the connection.

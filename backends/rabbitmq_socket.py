@@ -1,47 +1,87 @@
-"""Connections of py-amqp whose reads end when their time is up, also in the middle of a frame.
+"""Connections of py-amqp that read ahead, and whose reads end when their time is up, also in the middle of a frame.
 
-py-amqp's own go on reading in a loop where a frame has begun and the rest does not come: a broker, or a network, that
-goes silent at that point would hold up its reader for ever, at full speed. Here a read that has to wait longer than
-the socket's timeout says so, and what has been read of the frame is kept for the next one.
+py-amqp asks the system several times for each frame, and where a frame has begun and the rest does not come it goes on
+in a loop: a broker, or a network, that goes silent at that point would hold up its reader for ever, at full speed.
+Here one call reads what has arrived, for as many frames as that may be, and a read that has to wait longer than the
+socket's timeout says so; what has been read of a frame is kept for the next one.
 """
 
 from __future__ import annotations
 
 import ssl
-from typing import Any
+from struct import Struct
+from typing import Any, Final
 
 import kombu
+from amqp.exceptions import UnexpectedFrame
 from amqp.transport import TCPTransport
 from kombu.transport import pyamqp
+
+#: Bytes that one call asks for. Above this the allocator asks the system for memory each time.
+_READ_SIZE: Final = 1 << 16
+#: A frame: its type, its channel, and the size of the payload that follows...
+_HEAD: Final = Struct(">BHI")
+#: ...and what stands behind that.
+_END: Final = 0xCE
+
+#: A frame's type, channel and payload.
+Frame = tuple[int, int, bytes]
 
 
 class ReadsInTime:
     """A transport's way of reading; mixed into py-amqp's."""
 
+    connected: bool
     _quick_recv: Any
-    _read_buffer: bytes
+    _arrived = b""
+    _at = 0
 
-    def _read(self, n: int, initial: bool = False) -> bytes:
-        """Return exactly ``n`` bytes.
+    @property
+    def has_frame(self) -> bool:
+        """Whether a whole frame has been read and not been taken: `select` knows nothing of it."""
+        left = len(self._arrived) - self._at
+        return left >= _HEAD.size and left > _HEAD.size + int(_HEAD.unpack_from(self._arrived, self._at)[2])
+
+    def take_frame(self) -> Frame | None:
+        """Return the next frame that has been read as a whole; None if there is none."""
+        data, at = self._arrived, self._at
+        start = at + _HEAD.size
+        if len(data) < start:
+            return None
+        kind, channel, size = _HEAD.unpack_from(data, at)
+        end = start + size
+        if len(data) <= end:
+            return None
+        if data[end] != _END:
+            raise UnexpectedFrame(f"expected a frame that ends with {_END:#04x}, got {data[end]:#04x}")
+        self._at = end + 1
+        return kind, channel, data[start:end]
+
+    def read(self) -> None:
+        """Read what has arrived; where nothing has, wait for it.
 
         Raises:
-            TimeoutError: If they do not come in time.
+            TimeoutError: If nothing comes in time.
             OSError: If the connection breaks.
         """
-        buffer = self._read_buffer
         try:
-            while len(buffer) < n:
-                try:
-                    data = self._quick_recv(n - len(buffer))
-                except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                    raise TimeoutError from None
-                if not data:
-                    raise OSError("the broker closed the connection")
-                buffer += data
-        finally:
-            self._read_buffer = buffer
-        self._read_buffer = buffer[n:]
-        return buffer[:n]
+            data = self._quick_recv(_READ_SIZE)
+        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise TimeoutError from None
+        except OSError:
+            self.connected = False
+            raise
+        if not data:
+            self.connected = False
+            raise OSError("the broker closed the connection")
+        rest = self._arrived[self._at :]
+        self._arrived, self._at = rest + data if rest else data, 0
+
+    def read_frame(self, unpack: Any = None) -> Frame:
+        """Return the next frame, and wait for it; raises as `read`."""
+        while (frame := self.take_frame()) is None:
+            self.read()
+        return frame
 
 
 class _Socket(ReadsInTime, TCPTransport):  # type: ignore[misc, unused-ignore]
