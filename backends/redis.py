@@ -12,9 +12,8 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from time import monotonic
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -22,11 +21,9 @@ import msgspec
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import (
-    AuthenticationError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
-    ReadOnlyError,
     ResponseError,
 )
 from redis.retry import Retry
@@ -35,11 +32,14 @@ from kq import limit
 from kq.backend import Capabilities, Danger, Role
 from kq.backends import redis_acl, redis_script
 from kq.backends import tls as secure
-from kq.backends.redis_tls import TlsConnection, UnsafeConnection
+from kq.backends.redis_error import Mapped
+from kq.backends.redis_line import Bell, Head, Lines
+from kq.backends.redis_tls import TlsConnection
 from kq.backends.store import TAKE_BYTES, BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.config import hide_password
 from kq.driver import Tls
-from kq.errors import Internal, Invalid, PermissionDenied
+from kq.errors import Invalid
+from kq.header import NORMAL
 from kq.waker import Waker, readable
 
 _T = TypeVar("_T")
@@ -48,14 +48,8 @@ _T = TypeVar("_T")
 _CHUNK: Final = 500
 #: Bytes of messages that one Lua call stores at most.
 _CHUNK_BYTES: Final = 4 * 2**20
-#: Seconds that the server holds a blocked wake-up call; also how soon a dead connection is noticed.
-_BLOCK: Final = 3.0
 
 _DATABASE: Final = re.compile(r"/?\d*/?", re.ASCII)
-#: What Redis says where the account may not: by a command, and, by version, from within a script.
-_REFUSALS: Final = (
-    "NOAUTH", "WRONGPASS", "NOPERM", "invalid password", "user executing the script can't", "ACL failure in script",
-)  # fmt: skip
 _TOPOLOGY: Final = "kq:topology"
 
 #: What an id starts with that is no UTF-8, before its bytes in hexadecimal. No publisher's id has such a thing.
@@ -116,11 +110,13 @@ class RedisStore:
         self._scripts = {
             name: _Script(redis_script.source(getattr(redis_script, name)))
             for name in (
-                "DECLARE", "PUT", "TAKE", "ACK", "RETURN", "COMPLETED", "MOVE", "RENEW", "COUNTS", "BROWSE", "REMOVE",
-                "CLEAR", "TOPOLOGY",
+                "DECLARE", "PUT", "PUT_PLAIN", "TAKE", "ACK", "RETURN", "COMPLETED", "MOVE", "RENEW", "COUNTS",
+                "BROWSE", "REMOVE", "CLEAR", "TOPOLOGY",
             )
         }  # fmt: skip
-        self._bell: _Bell | None = None
+        self._lines = Lines(self._pool)
+        self._errors = Mapped(self._shown, timeout)
+        self._bell: Bell | None = None
         self._waker = Waker()
         self._closed = threading.Event()
 
@@ -176,16 +172,21 @@ class RedisStore:
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
         """See `Store.put`; long batches are pipelined in several calls."""
+        p = prefix(queue)
         calls: list[list[Any]] = []
         sizes: list[int] = []
-        room = -1 if max_length is None else max_length
+        is_plain = max_length is None and all(map(_is_plain, entries))
+        head = [] if is_plain else [-1 if max_length is None else max_length]
         size = _CHUNK_BYTES + 1
         for entry in entries:
             if size + len(entry.raw) > _CHUNK_BYTES or sizes[-1] >= _CHUNK:
-                calls.append([room])
+                calls.append([*head])
                 sizes.append(0)
                 size = 0
-            calls[-1] += (entry.id, entry.raw, entry.priority, entry.delay, entry.ttl)
+            if is_plain:
+                calls[-1] += (entry.id, entry.raw)
+            else:
+                calls[-1] += (entry.id, entry.raw, entry.priority, entry.delay, entry.ttl)
             sizes[-1] += 1
             size += len(entry.raw)
         # Where the queue has a length, one after the other: in a later call there might be room for what a call
@@ -193,7 +194,8 @@ class RedisStore:
         lot = 1 if max_length is not None else len(calls)
         accepted = 0
         for i in range(0, len(calls), lot):
-            answers = self._run_all("PUT", [([prefix(queue)], call) for call in calls[i : i + lot]])
+            script = "PUT_PLAIN" if is_plain else "PUT"
+            answers = self._run_all(script, [([p], call) for call in calls[i : i + lot]])
             for answer, expected in zip(answers, sizes[i : i + lot], strict=True):
                 if isinstance(answer, Exception):
                     if accepted:
@@ -307,7 +309,7 @@ class RedisStore:
         """See `Store.wait`."""
         with self._mapped():
             if self._bell is None and queues:
-                self._bell = _Bell(self._pool)
+                self._bell = Bell(self._pool, _bell_key)
             if self._bell is None:
                 readable([self._waker], max(0.0, timeout))
                 self._waker.drain()
@@ -322,7 +324,7 @@ class RedisStore:
                 # We cannot follow it now: pass it on to somebody who can, unless the server is full. Then
                 # whoever looks next without being woken finds the work.
                 with suppress(OutOfMemoryError):
-                    self._client.rpush(prefix(queue) + "w", "1")
+                    self._client.rpush(_bell_key(queue), "1")
             return sorted(rung.intersection(queues))
 
     def wake(self) -> None:
@@ -336,30 +338,30 @@ class RedisStore:
         self._closed.set()
         if self._bell is not None:
             self._bell.close()
+        self._lines.close()
         self._pool.disconnect()
         self._waker.close()
 
     def _run(self, name: str, keys: list[str], arguments: Sequence[Any]) -> Any:
-        script = self._scripts[name]
         with self._mapped():
-            try:
-                return self._client.evalsha(script.sha, len(keys), *keys, *arguments)
-            except NoScriptError:
-                # Not loaded first and then run by name: it may be forgotten in between.
-                return self._client.eval(script.source, len(keys), *keys, *arguments)
+            (answer,) = self._ask_all(name, [(keys, arguments)])
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
 
     def _run_all(self, name: str, calls: Sequence[tuple[list[str], Sequence[Any]]]) -> list[Any]:
         """Run one script several times in one round trip; an answer may be an error."""
-        if len(calls) == 1:
-            return [self._run(name, *calls[0])]
         with self._mapped():
-            pipeline = self._client.pipeline(transaction=False)
-            for keys, arguments in calls:
-                pipeline.evalsha(self._scripts[name].sha, len(keys), *keys, *arguments)
-            answers = list(pipeline.execute(raise_on_error=False))
+            return self._ask_all(name, calls)
+
+    def _ask_all(self, name: str, calls: Sequence[tuple[list[str], Sequence[Any]]]) -> list[Any]:
+        script = self._scripts[name]
+        answers = self._lines.ask([script.by_name.pack((len(keys), *keys, *rest)) for keys, rest in calls])
         for i, answer in enumerate(answers):
             if isinstance(answer, NoScriptError):
-                answers[i] = self._run(name, *calls[i])
+                # Not loaded first and then run by name: it may be forgotten in between.
+                keys, rest = calls[i]
+                (answers[i],) = self._lines.ask([script.whole.pack((len(keys), *keys, *rest))])
         return answers
 
     def _setting(self, name: str) -> str:
@@ -374,82 +376,22 @@ class RedisStore:
             except (ResponseError, NoPermissionError):
                 return None
 
-    @contextmanager
-    def _mapped(self) -> Iterator[None]:
-        """Turn redis-py's errors into ours."""
+    def _mapped(self) -> Mapped:
+        """Return what turns redis-py's errors into ours, as long as the store is open."""
         if self._closed.is_set():
             raise BrokerAway("the connection to Redis is closed", details={"reason": "unavailable"})
-        try:
-            yield
-        except (AuthenticationError, NoPermissionError) as error:
-            raise PermissionDenied(f"Redis at {self._shown} refuses us: {error}") from None
-        except OutOfMemoryError:
-            raise Internal("Redis is full (maxmemory reached); free memory or raise the limit",
-                           details={"reason": "full"}) from None  # fmt: skip
-        except ReadOnlyError as error:
-            raise BrokerAway(f"Redis at {self._shown} is read-only: {error}", details={"reason": "refused"}) from None
-        except redis.exceptions.TimeoutError:
-            raise BrokerAway(
-                f"Redis at {self._shown} did not answer within {self._timeout:g} s", details={"reason": "timeout"}
-            ) from None
-        except UnsafeConnection as error:
-            raise BrokerAway(f"Redis at {self._shown}: {error}", details={"reason": "refused"}) from None
-        except (redis.exceptions.ConnectionError, OSError) as error:
-            raise BrokerAway(f"Redis at {self._shown} cannot be reached: {error}",
-                             details={"reason": "unavailable"}) from None  # fmt: skip
-        except ResponseError as error:
-            text = str(error)
-            if "OOM" in text:
-                raise Internal("Redis is full (maxmemory reached); free memory or raise the limit",
-                               details={"reason": "full"}) from None  # fmt: skip
-            if any(sign in text for sign in _REFUSALS):
-                raise PermissionDenied(f"Redis at {self._shown} refuses us: {text}") from None
-            raise Internal(f"Redis at {self._shown} refused a command: {text}", details={"reason": "refused"}) from None
-        except redis.exceptions.RedisError as error:
-            raise Internal(f"Redis at {self._shown} failed: {error}", details={"reason": "unavailable"}) from None
+        return self._errors
 
 
 class _Script:
-    """A script, and the name by which a server that has run it once knows it."""
+    """How a server is asked to run a script: by the name under which it knows what it has run once, or whole."""
 
-    __slots__ = ("sha", "source")
+    __slots__ = ("by_name", "whole")
 
     def __init__(self, source: str) -> None:
-        self.source = source
-        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-
-
-class _Bell:
-    """A connection that waits for wake-ups; a call may outlast one `wait` and is answered in a later one."""
-
-    def __init__(self, pool: redis.ConnectionPool) -> None:
-        connection: Any = pool.make_connection()
-        connection.connect()
-        self._connection = connection
-        self._asked_at = 0.0
-        self._asked: dict[bytes, str] = {}
-
-    def wait(self, queues: Sequence[str], waker: Waker, timeout: float) -> set[str]:
-        """Return the queues that were rung for; they may be others than those asked for now."""
-        if not self._asked and queues:
-            self._asked = {(prefix(queue) + "w").encode(): queue for queue in queues}
-            self._connection.send_command("BLPOP", *self._asked, _BLOCK)
-            self._asked_at = monotonic()
-        # redis-py has no public way to wait on a connection together with something else.
-        sources = [self._connection._sock, waker] if self._asked else [waker]
-        ready = readable(sources, max(0.0, timeout))
-        waker.drain()
-        if self._connection._sock not in ready:
-            if self._asked and monotonic() - self._asked_at > _BLOCK + 2.0:
-                # The server answers at the latest after _BLOCK: this connection is dead.
-                raise redis.exceptions.ConnectionError("no answer to a blocked call")
-            return set()
-        answer = self._connection.read_response()
-        asked, self._asked = self._asked, {}
-        return {asked[answer[0]]} if answer else set()
-
-    def close(self) -> None:
-        self._connection.disconnect()
+        name = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+        self.by_name = Head("EVALSHA", name)
+        self.whole = Head("EVAL", source)
 
 
 def prefix(queue: str) -> str:
@@ -461,6 +403,14 @@ def prefix(queue: str) -> str:
     if queue.endswith(limit.DEAD_SUFFIX):
         return f"{{kq:{queue.removesuffix(limit.DEAD_SUFFIX)}}}.dead:"
     return f"{{kq:{queue}}}:"
+
+
+def _is_plain(entry: Entry) -> bool:
+    return entry.priority == NORMAL and not entry.delay and not entry.ttl
+
+
+def _bell_key(queue: str) -> str:
+    return prefix(queue) + "w"
 
 
 def _to_id(key: bytes) -> str:

@@ -35,40 +35,50 @@ from __future__ import annotations
 
 from typing import Final
 
-_PRELUDE: Final = """
+_HEAD: Final = """
 local P = KEYS[1]
 local unpack = unpack or table.unpack
 local call = redis.call
+"""
 
+#: What scripts share, by the name that they call; each may call those before it.
+_FUNCTIONS: Final[dict[str, str]] = {
+    "now": """
 local function now()
   local t = call('TIME')
   return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
 end
-
+""",
+    "number": """
 local function number(n)  -- Lua prints large numbers with an exponent
   return string.format('%.0f', n)
 end
-
--- What a stranger may have written is read as if it were not there, where it makes no sense.
-local function level(prefix, id)
+""",
+    "level": """
+local function level(prefix, id)  -- what a stranger may have written is read as if it were not there
   return string.match(call('HGET', prefix .. 'p', id) or '', '^%d$') or '4'
 end
-
+""",
+    "state": """
 local function state(id)
   local a, c, d = string.match(call('HGET', P .. 's', id) or '', '^(%d+):(%d+):(%d+)$')
   return a or '0', c or '0', d or '0'
 end
-
+""",
+    "wake": """
 local function wake(prefix)
   if call('LLEN', prefix .. 'w') == 0 then call('RPUSH', prefix .. 'w', '1') end
 end
-
+""",
+    "forget": """
 local function forget(prefix, ids)  -- everything that is known of messages but their bodies
+  if call('EXISTS', prefix .. 's', prefix .. 'p', prefix .. 'x') == 0 then return end
   for _, key in ipairs({'s', 'p', 'x'}) do
     if call('EXISTS', prefix .. key) == 1 then call('HDEL', prefix .. key, unpack(ids)) end
   end
 end
-
+""",
+    "add": """
 local function add(prefix, id, raw, priority, delay, ttl, at)
   if priority ~= '4' then call('HSET', prefix .. 'p', id, priority) end
   if ttl > 0 then call('HSET', prefix .. 'x', id, number(at + ttl)) end
@@ -81,14 +91,16 @@ local function add(prefix, id, raw, priority, delay, ttl, at)
     wake(prefix)
   end
 end
-
+""",
+    "unwait": """
 local function unwait(prefix, id)  -- take a waiting message off its list; true if it was waiting
   if call('ZREM', prefix .. 'd', id) == 1 then return true end
   local n = level(prefix, id)
   if call('ZREM', prefix .. 'b:' .. n, id) == 1 then return true end
   return call('LREM', prefix .. 'r:' .. n, 1, id) == 1
 end
-"""
+""",
+}
 
 #: ARGV: arguments as JSON. Returns the arguments it was made with before, or nil.
 DECLARE: Final = """
@@ -119,6 +131,23 @@ end
 return accepted
 """
 
+#: ARGV: id, raw of each: messages of no special kind, for a queue without a length. Otherwise as PUT.
+PUT_PLAIN: Final = """
+if call('EXISTS', P .. 'q') == 0 then return -1 end
+local m, new, n = P .. 'm', {}, 0
+for i = 1, #ARGV, 2 do
+  if call('HSETNX', m, ARGV[i], ARGV[i + 1]) == 1 then
+    n = n + 1
+    new[n] = ARGV[i]
+  end
+end
+if n > 0 then
+  call('RPUSH', P .. 'r:4', unpack(new))
+  wake(P)
+end
+return #ARGV / 2
+"""
+
 #: ARGV: limit, lease in ms, bytes after which to take no more. Returns one string: a msgpack array of byte
 #: strings, which are more_in, the first token, then id, raw, state, expired of each message.
 TAKE: Final = """
@@ -141,6 +170,18 @@ for _, id in ipairs(due) do
   call('RPUSH', P .. 'r:' .. level(P, id), id)
 end
 
+local lines = {}
+for n = 9, 0, -1 do
+  if n ~= 4 then
+    lines[#lines + 1] = P .. 'r:' .. n
+    lines[#lines + 1] = P .. 'b:' .. n
+  end
+end
+
+local function levels()  -- as a rule there is but one
+  return call('EXISTS', unpack(lines)) == 0 and {4} or {9, 8, 7, 6, 5, 4, 3, 2, 1, 0}
+end
+
 -- In small steps, so that little is read beyond the bytes that one answer may have.
 local ids, raws, size, most = {}, {}, 0, tonumber(ARGV[3])
 
@@ -153,7 +194,7 @@ local function keep(got)
   end
 end
 
-for n = 9, 0, -1 do
+for _, n in ipairs(levels()) do
   while #ids < limit and size < most do
     local step = math.min(limit - #ids, 50)
     local got = call('EXISTS', P .. 'b:' .. n) == 1 and call('ZRANGE', P .. 'b:' .. n, 0, step - 1) or {}
@@ -167,10 +208,13 @@ for n = 9, 0, -1 do
   end
 end
 
+local char, floor = string.char, math.floor
+local empty = char(198, 0, 0, 0, 0)
+
 local function bin(s)
   local n = #s
-  return string.char(198, math.floor(n / 16777216) % 256, math.floor(n / 65536) % 256,
-                     math.floor(n / 256) % 256, n % 256) .. s
+  if n < 65536 then return char(198, 0, 0, floor(n / 256), n % 256) .. s end
+  return char(198, floor(n / 16777216) % 256, floor(n / 65536) % 256, floor(n / 256) % 256, n % 256) .. s
 end
 
 local out = {}
@@ -193,15 +237,15 @@ if #ids > 0 then
     leases[#leases + 1] = id
     tokens[#tokens + 1] = id
     tokens[#tokens + 1] = number(token + i - 1)
-    out[#out + 1] = bin(id) .. bin(raws[i]) .. bin(states[i] or '')
-      .. bin((ends[i] and tonumber(ends[i]) <= at) and '1' or '')
+    out[#out + 1] = bin(id)
+    out[#out + 1] = bin(raws[i])
+    out[#out + 1] = states[i] and bin(states[i]) or empty
+    out[#out + 1] = (ends[i] and tonumber(ends[i]) <= at) and bin('1') or empty
   end
   call('ZADD', P .. 'l', unpack(leases))
   call('HSET', P .. 't', unpack(tokens))
   if limit > 0 and (#ids >= limit or size >= most) then
-    for n = 9, 0, -1 do
-      if call('EXISTS', P .. 'r:' .. n, P .. 'b:' .. n) > 0 then wake(P) break end
-    end
+    if call('EXISTS', P .. 'r:4', P .. 'b:4', unpack(lines)) > 0 then wake(P) end
   end
 end
 
@@ -211,7 +255,7 @@ for _, key in ipairs({'d', 'l'}) do
   if head[2] and (not soonest or tonumber(head[2]) < soonest) then soonest = tonumber(head[2]) end
 end
 local more = soonest and number(math.max(1, soonest - at)) or ''
-local count = #out * 4 + 2
+local count = #out + 2
 return string.char(221, 0, math.floor(count / 65536) % 256, math.floor(count / 256) % 256, count % 256)
   .. bin(more) .. bin(number(token)) .. table.concat(out)
 """
@@ -429,5 +473,8 @@ return 1
 
 
 def source(script: str) -> str:
-    """Return a script with what all of them share."""
-    return _PRELUDE + script
+    """Return a script with what it calls of the functions that they share."""
+    for name, function in reversed(_FUNCTIONS.items()):
+        if f"{name}(" in script:
+            script = function + script
+    return _HEAD + script

@@ -136,6 +136,8 @@ class StoredBackend:
                 for index in indexes:
                     results[index] = error
                 continue
+            if accepted == len(entries):
+                continue
             if accepted is None:
                 text = f"queue {queue} does not exist any more; the next publish makes it again"
                 failed = Internal(text, details={"reason": "unroutable"})

@@ -1,0 +1,100 @@
+"""Reads what a Redis server answers: its protocol's second version, from a socket that blocks."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Final
+
+from redis.exceptions import (
+    BusyLoadingError,
+    MasterDownError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as Broken
+
+#: Bytes that one call asks for. Above this the allocator asks the system for memory each time.
+_READ_SIZE: Final = 1 << 16
+
+#: Errors that are not just any, by their first word. Two of them are a `redis.ConnectionError`: later it may go well.
+_ERRORS: Final[dict[bytes, type[Exception]]] = {
+    b"NOSCRIPT": NoScriptError,
+    b"NOPERM": NoPermissionError,
+    b"OOM": OutOfMemoryError,
+    b"READONLY": ReadOnlyError,
+    b"LOADING": BusyLoadingError,
+    b"MASTERDOWN": MasterDownError,
+}
+
+
+class Answers:
+    """The answers on one socket, one after the other."""
+
+    def __init__(self, source: socket.socket) -> None:
+        self._receive = source.recv
+        self._data = b""
+        self._at = 0
+
+    def read(self) -> Any:
+        """Return an answer: an int, bytes, None, a list of such, or the exception that an error is.
+
+        Raises:
+            redis.ConnectionError: If the server closes the connection, or says what is no answer.
+            TimeoutError: If nothing comes in time.
+            OSError: If the connection breaks.
+        """
+        line = self._line()
+        kind, rest = line[:1], line[1:]
+        if kind == b":":
+            return int(rest)
+        if kind == b"$":
+            return None if rest == b"-1" else self._exactly(int(rest))
+        if kind == b"*":
+            return None if rest == b"-1" else [self.read() for _ in range(int(rest))]
+        if kind == b"+":
+            return rest
+        if kind == b"-":
+            return _error(rest)
+        raise Broken(f"expected an answer of Redis, got {line[:20]!r}")
+
+    def _line(self) -> bytes:
+        start = self._at
+        while (end := self._data.find(b"\r\n", start)) < 0:
+            # Where the last byte may be half of what is looked for.
+            start = max(0, len(self._data) - self._at - 1)
+            self._more()
+        line = self._data[self._at : end]
+        self._at = end + 2
+        return line
+
+    def _exactly(self, size: int) -> bytes:
+        missing = self._at + size + 2 - len(self._data)
+        if missing > 0:
+            parts = [self._data[self._at :]]
+            while missing > 0:
+                parts.append(self._received())
+                missing -= len(parts[-1])
+            self._data, self._at = b"".join(parts), 0
+        end = self._at + size
+        found = self._data[self._at : end]
+        self._at = end + 2
+        return found
+
+    def _more(self) -> None:
+        data = self._received()
+        self._data, self._at = self._data[self._at :] + data, 0
+
+    def _received(self) -> bytes:
+        data: bytes = self._receive(_READ_SIZE)
+        if not data:
+            raise Broken("the server closed the connection")
+        return data
+
+
+def _error(text: bytes) -> Exception:
+    code, _, rest = text.partition(b" ")
+    kind = _ERRORS.get(code)
+    return ResponseError(text.decode(errors="replace")) if kind is None else kind(rest.decode(errors="replace"))
