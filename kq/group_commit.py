@@ -53,6 +53,8 @@ class GroupCommit:
             return self._publish(batch, timeout)
 
     def _publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
+        if (results := self._publish_alone(batch, timeout)) is not None:
+            return results
         ticket = _Ticket(batch, monotonic() + timeout)
         group: list[_Ticket] = []
         try:
@@ -77,6 +79,26 @@ class GroupCommit:
             self._let_go(group)
             raise
         return _late(ticket) if ticket.results is None else ticket.results
+
+    def _publish_alone(self, batch: Sequence[Publication], timeout: float) -> list[Error | None] | None:
+        """Publish where nobody else does; None, with nothing done, where somebody does."""
+        with self._turn:
+            if self._busy or self._waiting or not self._proven:
+                return None
+            self._busy = True
+        proven = False
+        try:
+            results = self._commit(batch, timeout)
+            proven = not any(results) or not any(error is not None and error.retryable for error in results)
+        except Error as error:
+            results = [error] * len(batch)
+            proven = not error.retryable
+        finally:
+            with self._turn:
+                self._busy, self._proven = False, proven
+                if self._waiting:
+                    self._turn.notify_all()
+        return results
 
     def _gives_up(self, ticket: _Ticket) -> bool:
         """Tell whether a caller whose time is over has to go without an answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ from functools import partial
 from threading import Lock
 from time import monotonic
 from typing import Any
-from uuid import uuid4
 
 from kq import clock, codec, config, header, limit
 from kq.backend import WIRE_VERSION, Envelope, Publication, QueueSpec
@@ -176,6 +176,8 @@ class Producer:
         self.close()
 
     def _send(self, draft: Draft) -> list[str]:
+        if not self._middleware:
+            return self._publish(draft)
         call: Callable[[Draft], list[str]] = self._publish
         for middleware in reversed(self._middleware):
             call = _wrap(middleware, call)
@@ -193,7 +195,7 @@ class Producer:
                 raise Internal("there was no thread to publish in all the time", details={"reason": "timeout"})
         results = commit.publish(publications, timeout)
         ids = [publication.envelope.id for publication in publications]
-        failed = [error for error in results if error is not None]
+        failed = [error for error in results if error is not None] if any(results) else []
         if not failed:
             return ids
         first = failed[0]
@@ -238,7 +240,7 @@ class Producer:
             wire["x_due_at"] = now + delay
         if expires is not None:
             wire["x_expires_at"] = now + expires
-        envelopes = [Envelope(id or uuid4().hex, wire, properties, body) for body in bodies]
+        envelopes = [Envelope(id or _new_id(), wire, properties, body) for body in bodies]
         signing = self._registry.signing
         if signing is not None and signing.signs:
             for envelope in envelopes:
@@ -261,13 +263,17 @@ class Producer:
                 self._registry.ensure(spec)
             except Error as error:
                 refused[spec.id] = error
-        good = [p for p in batch if p.queue.id not in refused] if refused else batch
-        answers = iter(backend.publish(good, timeout) if good else [])
-        results = [refused[p.queue.id] if p.queue.id in refused else next(answers) for p in batch]
-        for publication, result in zip(batch, results, strict=True):
-            if result is not None and result.details.get("reason") == "unroutable":
-                # Somebody deleted the queue; the next publish declares it anew.
-                self._registry.forget(publication.queue.id)
+        if refused:
+            good = [p for p in batch if p.queue.id not in refused]
+            answers = iter(backend.publish(good, timeout) if good else [])
+            results = [refused[p.queue.id] if p.queue.id in refused else next(answers) for p in batch]
+        else:
+            results = backend.publish(batch, timeout)
+        if any(results):
+            for publication, result in zip(batch, results, strict=True):
+                if result is not None and result.details.get("reason") == "unroutable":
+                    # Somebody deleted the queue; the next publish declares it anew.
+                    self._registry.forget(publication.queue.id)
         return results
 
     async def _send_in_thread(self, draft: Draft) -> list[str]:
@@ -281,6 +287,14 @@ class Producer:
         # Waiting for one of the threads counts as well.
         draft = replace(draft, deadline=monotonic() + self._registry.settings.publish_timeout)
         return await asyncio.get_running_loop().run_in_executor(threads, partial(context.run, self._send, draft))
+
+
+def _new_id() -> str:
+    """Return a random UUID in hexadecimal; faster than `uuid.uuid4`."""
+    data = bytearray(os.urandom(16))
+    data[6] = data[6] & 0x0F | 0x40
+    data[8] = data[8] & 0x3F | 0x80
+    return data.hex()
 
 
 def _wrap(middleware: PublishMiddleware, call: Callable[[Draft], list[str]]) -> Callable[[Draft], list[str]]:

@@ -28,6 +28,8 @@ from kq.signing import Signing
 
 #: The origin of settings that have been overridden.
 COMMAND_LINE: Final = "command line"
+#: Queues that nobody declared and that are remembered at most.
+_ASSUMED_MOST: Final = 10_000
 
 
 class Registry:
@@ -47,20 +49,31 @@ class Registry:
         self.variables: frozenset[str] = frozenset()
         #: What asks the app's policies. Where there is no app, strict mode is as everywhere in the process.
         self.guard = Guard(strict=settings.strict_mode or None)
-        #: What signs and verifies messages, if there are keys.
-        self.signing: Signing | None = None
+        self._signing: Signing | None = None
         #: What has been changed by `override`, by name.
         self.overrides: dict[str, Any] = {}
         self.router = Router()
         self.drivers: dict[str, Driver] = {MAIN: Driver(settings.broker)}
         self._declared: dict[str, QueueSpec] = {}
         self._implied: dict[str, QueueSpec] = {}
+        #: What `spec` has said of queues that nobody declared.
+        self._assumed: dict[str, QueueSpec] = {}
         self._lock = RLock()
         self._backends: dict[str, Backend] = {}
         #: By driver, the queues that its shared backend has declared.
         self._confirmed: defaultdict[str, set[str]] = defaultdict(set)
         self._on_reset: list[weakref.WeakMethod[Callable[[], None]]] = []
         _registries.add(self)
+
+    @property
+    def signing(self) -> Signing | None:
+        """What signs and verifies messages, if there are keys."""
+        return self._signing
+
+    @signing.setter
+    def signing(self, signing: Signing | None) -> None:
+        self._signing = signing
+        self._assumed.clear()
 
     @property
     def create_queues(self) -> bool:
@@ -152,6 +165,7 @@ class Registry:
                     if other.id != spec.id:
                         _check_together(other, spec)
                 self._declared[spec.id] = spec
+                self._assumed.clear()
                 self._implied.pop(spec.id, None)
                 dead = self._implied.get(spec.dead_letter or "")
                 if dead is not None:
@@ -197,6 +211,7 @@ class Registry:
             if queue_id not in self._declared:
                 spec = replace(default_spec(queue_id), driver=self._driver_of_dead(queue_id) or MAIN)
                 self._implied[queue_id] = self._under_rules(spec)
+                self._assumed.clear()
 
     def is_declared(self, queue_id: str) -> bool:
         """Tell whether the app declared this queue, or a queue that this one holds the dead letters of."""
@@ -211,14 +226,18 @@ class Registry:
 
     def spec(self, queue_id: str) -> QueueSpec:
         """Return a queue as declared, or with default values; dead letters live where their queue does."""
-        found = self._declared.get(queue_id) or self._implied.get(queue_id)
+        found = self._declared.get(queue_id) or self._implied.get(queue_id) or self._assumed.get(queue_id)
         if found is not None:
             return found
         with self._lock:
             driver = self._driver_of_dead(queue_id)
-        if driver is not None:
-            return self._under_rules(replace(default_spec(queue_id), dead_letter=None, driver=driver))
-        return self._under_rules(default_spec(queue_id))
+            spec = default_spec(queue_id)
+            if driver is not None:
+                spec = replace(spec, dead_letter=None, driver=driver)
+            if len(self._assumed) >= _ASSUMED_MOST:
+                self._assumed.clear()
+            spec = self._assumed[queue_id] = self._under_rules(spec)
+            return spec
 
     def dead_letters_of(self, queue_id: str) -> QueueSpec:
         """Return the dead-letter queue of a queue.

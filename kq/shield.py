@@ -7,13 +7,13 @@ under a shield: the exception waits until it is over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock, local
+from typing import Final
 
 
 class Shield:
-    """What a thread that runs handlers and its watchdog share.
+    """What a thread that runs handlers and its watchdog share. As a context manager it is the thread's alone.
 
     Attributes:
         lock: Held while either decides.
@@ -26,8 +26,17 @@ class Shield:
         self.lock = Lock()
         self.depth = 0
 
+    def __enter__(self) -> None:
+        with self.lock:
+            self.depth += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self.lock:
+            self.depth -= 1
+
 
 _mine = local()
+_NONE: Final = nullcontext()
 
 
 def carry(shield: Shield) -> None:
@@ -35,17 +44,7 @@ def carry(shield: Shield) -> None:
     _mine.shield = shield
 
 
-@contextmanager
-def shielded() -> Iterator[None]:
-    """Hold off the time limit of the handler that runs in this thread, if any, while the block runs."""
+def shielded() -> AbstractContextManager[None]:
+    """Return what holds off the time limit of the handler that runs in this thread, if any, while a block runs."""
     shield: Shield | None = getattr(_mine, "shield", None)
-    if shield is None:
-        yield
-        return
-    with shield.lock:
-        shield.depth += 1
-    try:
-        yield
-    finally:
-        with shield.lock:
-            shield.depth -= 1
+    return _NONE if shield is None else shield
