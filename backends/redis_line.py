@@ -140,13 +140,16 @@ class Bell:
         # redis-py has no public way to wait on a connection together with something else.
         sources = [self._connection._sock, waker] if self._asked else [waker]
         ready = readable(sources, max(0.0, timeout))
-        waker.drain()
+        if waker in ready:
+            waker.drain()
         if self._connection._sock not in ready:
             if self._asked and monotonic() - self._asked_at > _BLOCK + 2.0:
                 # The server answers at the latest after _BLOCK: this connection is dead.
                 raise Broken("no answer to a blocked call")
             return set()
-        answer = self._connection.read_response()
+        answer = Answers(self._connection._sock).read()
+        if isinstance(answer, Exception):
+            raise answer
         asked, self._asked = self._asked, {}
         return {asked[answer[0]]} if answer else set()
 

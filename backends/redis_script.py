@@ -164,22 +164,23 @@ for _, id in ipairs(ended) do
   call('ZADD', P .. 'b:' .. level(P, id), token, id)
 end
 
-local due = call('ZRANGEBYSCORE', P .. 'd', '-inf', number(at), 'LIMIT', 0, 1000)
-for _, id in ipairs(due) do
-  call('ZREM', P .. 'd', id)
-  call('RPUSH', P .. 'r:' .. level(P, id), id)
-end
-
-local lines = {}
+-- What there is but seldom: other priorities, what was put back, delayed, charged, or expires.
+local lines, seldom = {}, {P .. 'b:4', P .. 'd', P .. 's', P .. 'x'}
 for n = 9, 0, -1 do
   if n ~= 4 then
     lines[#lines + 1] = P .. 'r:' .. n
     lines[#lines + 1] = P .. 'b:' .. n
   end
 end
+for _, key in ipairs(lines) do seldom[#seldom + 1] = key end
+local plain = call('EXISTS', unpack(seldom)) == 0
 
-local function levels()  -- as a rule there is but one
-  return call('EXISTS', unpack(lines)) == 0 and {4} or {9, 8, 7, 6, 5, 4, 3, 2, 1, 0}
+if not plain then
+  local due = call('ZRANGEBYSCORE', P .. 'd', '-inf', number(at), 'LIMIT', 0, 1000)
+  for _, id in ipairs(due) do
+    call('ZREM', P .. 'd', id)
+    call('RPUSH', P .. 'r:' .. level(P, id), id)
+  end
 end
 
 -- In small steps, so that little is read beyond the bytes that one answer may have.
@@ -194,17 +195,18 @@ local function keep(got)
   end
 end
 
-for _, n in ipairs(levels()) do
+for _, n in ipairs((plain or call('EXISTS', unpack(lines)) == 0) and {4} or {9, 8, 7, 6, 5, 4, 3, 2, 1, 0}) do
   while #ids < limit and size < most do
     local step = math.min(limit - #ids, 50)
-    local got = call('EXISTS', P .. 'b:' .. n) == 1 and call('ZRANGE', P .. 'b:' .. n, 0, step - 1) or {}
+    local got, last = plain and {} or call('ZRANGE', P .. 'b:' .. n, 0, step - 1), false
     if #got > 0 then
       call('ZREM', P .. 'b:' .. n, unpack(got))
     else
-      got = call('LPOP', P .. 'r:' .. n, step)
+      got = call('LPOP', P .. 'r:' .. n, step) or {}
+      last = #got < step
     end
-    if not got then break end
-    keep(got)
+    if #got > 0 then keep(got) end
+    if last then break end
   end
 end
 
@@ -221,8 +223,10 @@ local out = {}
 local token = 0
 if #ids > 0 then
   token = call('INCRBY', P .. 'n', #ids) - #ids + 1
-  local states = call('EXISTS', P .. 's') == 1 and call('HMGET', P .. 's', unpack(ids)) or {}
-  local ends = call('EXISTS', P .. 'x') == 1 and call('HMGET', P .. 'x', unpack(ids)) or {}
+  local states, ends = {}, {}
+  if not plain then
+    states, ends = call('HMGET', P .. 's', unpack(ids)), call('HMGET', P .. 'x', unpack(ids))
+  end
   local leases, tokens = {}, {}
   local lease_end = number(at + tonumber(ARGV[2]))
   for i, id in ipairs(ids) do
@@ -250,7 +254,7 @@ if #ids > 0 then
 end
 
 local soonest = nil
-for _, key in ipairs({'d', 'l'}) do
+for _, key in ipairs(plain and {'l'} or {'d', 'l'}) do
   local head = call('ZRANGE', P .. key, 0, 0, 'WITHSCORES')
   if head[2] and (not soonest or tonumber(head[2]) < soonest) then soonest = tonumber(head[2]) end
 end

@@ -227,7 +227,8 @@ class Fetcher(Thread):
             self._return_unseen(deliveries)
             raise
         with self._lock:
-            self._in_hand.update(Counter(delivery.queue for delivery in deliveries))
+            for delivery in deliveries:
+                self._in_hand[delivery.queue] += 1
             self.in_hand += len(deliveries)
         if self._idleness is not None:
             self._idleness.changed()

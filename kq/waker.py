@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import selectors
+import select
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from math import ceil
 from typing import Protocol, TypeVar
 
 
@@ -25,10 +26,13 @@ def readable(sources: Sequence[_T], timeout: float) -> list[_T]:
 
     Unlike ``select.select`` it takes descriptors beyond 1023.
     """
-    with selectors.DefaultSelector() as selector:
-        for source in sources:
-            selector.register(source, selectors.EVENT_READ)
-        return [key.fileobj for key, _ in selector.select(timeout)]  # type: ignore[misc]
+    by_descriptor = {source.fileno(): source for source in sources}
+    poll = select.poll()
+    for descriptor in by_descriptor:
+        poll.register(descriptor, select.POLLIN)
+    # Rounded up: a wait that ends too early is made again, and again.
+    ready = poll.poll(ceil(max(0.0, timeout) * 1000))
+    return [by_descriptor[descriptor] for descriptor, _ in ready]
 
 
 class Waker:
