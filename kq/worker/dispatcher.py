@@ -44,7 +44,7 @@ class Hands(Protocol):
 
 
 class Dispatcher:
-    """Gives jobs to places. One thread's.
+    """Gives jobs to places. Under the pool's lock.
 
     Args:
         pool: Where handlers run.

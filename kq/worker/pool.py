@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Protocol
 
 from kq.executor import Job
@@ -84,9 +85,15 @@ class Place:
 
 
 class Pool(Protocol):
-    """Places that run jobs. One thread's, but for `wake`."""
+    """Places that run jobs.
+
+    Attributes:
+        places: Where.
+        lock: Held by whoever uses the pool, or anything that is decided by it; `wake` needs no lock.
+    """
 
     places: list[Place]
+    lock: Lock
 
     def start(self) -> None:
         """Make the places; they report when they are ready."""
@@ -97,7 +104,15 @@ class Pool(Protocol):
         ...
 
     def poll(self, timeout: float) -> list[Event]:
-        """Wait for events at most ``timeout`` seconds, or until `wake`, and return them."""
+        """Wait for events at most ``timeout`` seconds, or until `wake`, and return them.
+
+        While it waits the lock is let go.
+        """
+        ...
+
+    @property
+    def needs_watching(self) -> bool:
+        """Whether it may have to do something before anything happens, so that a `poll` must end in time."""
         ...
 
     def wake(self) -> None:
@@ -121,7 +136,7 @@ class Pool(Protocol):
         ...
 
     def close(self, patience: float) -> list[Event]:
-        """End every place, after ``patience`` seconds by force, and return what was still to come."""
+        """End every place, after ``patience`` seconds by force, and return what was still to come; takes the lock."""
         ...
 
 

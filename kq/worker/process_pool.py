@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import selectors
 from collections.abc import Callable, Sequence
+from threading import Lock
 from time import monotonic
 from typing import Any
 
@@ -66,6 +67,7 @@ class ProcessPool:
         self._hello = hello
         self._timeout_of = timeout_of
         self.places: list[Place] = []
+        self.lock = Lock()
         self._children: list[ChildProcess] = []
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
@@ -95,7 +97,13 @@ class ProcessPool:
     def poll(self, timeout: float) -> list[Event]:
         """See `Pool.poll`."""
         events: list[Event] = []
-        for key, mask in self._selector.select(self._patience(timeout)):
+        patience = self._patience(timeout)
+        self.lock.release()
+        try:
+            ready = self._selector.select(patience)
+        finally:
+            self.lock.acquire()
+        for key, mask in ready:
             child = key.data
             if child is None:
                 self._waker.drain()
@@ -120,6 +128,11 @@ class ProcessPool:
         ):
             self.start()
         return events
+
+    @property
+    def needs_watching(self) -> bool:
+        """See `Pool.needs_watching`: handlers may run late, and children hoard."""
+        return self._timeout_of is not None or bool(self._hoarders())
 
     def wake(self) -> None:
         """See `Pool.wake`."""
@@ -164,6 +177,10 @@ class ProcessPool:
 
     def close(self, patience: float) -> list[Event]:
         """See `Pool.close`."""
+        with self.lock:
+            return self._close(patience)
+
+    def _close(self, patience: float) -> list[Event]:
         self._closing = True
         events: list[Event] = []
         until = monotonic() + patience

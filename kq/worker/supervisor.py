@@ -1,7 +1,8 @@
 """The loop that hands deliveries to handlers and settles what comes of them.
 
-One thread. Deliveries come in from the fetchers, go to the pool's places as jobs, and end as outcomes,
-which go back to them as settlements. The `Dispatcher` decides what runs where and beside what.
+Deliveries come in from the fetchers, go to the pool's places as jobs, and end as outcomes, which go back to them as
+settlements. The `Dispatcher` decides what runs where and beside what. The worker's own thread does all of it, but for
+a few deliveries that find it waiting: those their fetcher hands out. Whoever does anything holds the pool's lock.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _PAUSE_PATIENCE = 2.0
 #: Seconds over which the handlers' pace is measured, and for how many of the broker's round trips it is to last.
 _PACE_OVER = 0.5
 _AHEAD = 2.0
+#: Deliveries that are handed out in the thread that brought them. More of them find this worker busy anyway, and their
+#: fetcher is better off with fetching.
+_AT_ONCE = 8
 #: Ends of lost deliveries that are remembered.
 _ENDS = 1000
 #: Bytes of messages that a worker holds at most, beyond what its handlers run.
@@ -84,6 +88,8 @@ class Supervisor:
         self._per_second = 0.0
         self._size = 0.0
         self._stopping = False
+        #: What went wrong in a fetcher's thread.
+        self._failure: Exception | None = None
         self._intake: Intake | None = None
         self.tally = Tally()
 
@@ -92,9 +98,29 @@ class Supervisor:
         self._intake = intake
 
     def arrived(self, deliveries: list[Delivery]) -> None:
-        """Take deliveries; called in a fetcher's thread."""
+        """Take deliveries; called in a fetcher's thread.
+
+        A few are handed out at once where this worker is waiting: its own thread would have to wake up first.
+        """
         self._arrivals.append(deliveries)
-        self._pool.wake()
+        if not (len(deliveries) <= _AT_ONCE and self._hand_out()):
+            self._pool.wake()
+
+    def _hand_out(self) -> bool:
+        """Take what arrived and hand it out, in the thread of a fetcher; False where that must be left to our own."""
+        if not self._pool.lock.acquire(blocking=False):
+            return False
+        try:
+            if self._stopping:
+                return False
+            self._admit()
+            self._dispatcher.dispatch()
+            return not self._pool.needs_watching
+        except Exception as error:
+            self._failure = error
+            return False
+        finally:
+            self._pool.lock.release()
 
     def lost(self) -> None:
         """Hear that deliveries have been lost; called in a fetcher's thread."""
@@ -113,25 +139,30 @@ class Supervisor:
 
     def turn(self, timeout: float) -> None:
         """Do one round: wait for events, settle, take what arrived, hand out jobs."""
-        self._handle(self._pool.poll(timeout))
-        if self._has_lost:
-            self._look_for_lost()
-        self._admit()
-        if self._stopping:
-            self._release_waiting()
-        else:
-            self._dispatcher.dispatch()
-            self._ask()
+        with self._pool.lock:
+            self._handle(self._pool.poll(timeout))
+            if self._failure is not None:
+                raise self._failure
+            if self._has_lost:
+                self._look_for_lost()
+            self._admit()
+            if self._stopping:
+                self._release_waiting()
+            else:
+                self._dispatcher.dispatch()
+                self._ask()
 
     def stop_fetching(self) -> None:
         """Take nothing more, and give back what has not started."""
         assert self._intake is not None
-        self._stopping = True
+        with self._pool.lock:
+            self._stopping = True
         self._intake.pause(_PAUSE_PATIENCE)
-        self._admit()
-        self._dispatcher.start_anyway()
-        self._release_waiting()
-        self._pool.recall()
+        with self._pool.lock:
+            self._admit()
+            self._dispatcher.start_anyway()
+            self._release_waiting()
+            self._pool.recall()
 
     def take_last(self, events: list[Event]) -> None:
         """Take the results that came while the pool was closing; nobody is charged for being closed."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
+from threading import Lock
 from time import monotonic
 
 from kq.executor import Executor, Job
@@ -41,6 +42,7 @@ class ThreadPool:
     ) -> None:
         self._place = Place(1, concurrency * _AHEAD, ready=True)
         self.places: list[Place] = [self._place]
+        self.lock = Lock()
         self._events: SimpleQueue[Event | None] = SimpleQueue()
         self._slots = SlotTable(2 * concurrency)
         self._runner = Runner(
@@ -62,9 +64,15 @@ class ThreadPool:
     def poll(self, timeout: float) -> list[Event]:
         """See `Pool.poll`."""
         events: list[Event] = []
+        self.lock.release()
         try:
             # Not get(timeout=0): up to Python 3.11 that can wait for ever, on a remainder below zero.
             event = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
+        except Empty:
+            return events
+        finally:
+            self.lock.acquire()
+        try:
             while True:
                 if event is not None:
                     tags = event.tags if isinstance(event, Returned) else [tag for tag, _ in _results(event)]
@@ -73,6 +81,11 @@ class ThreadPool:
                 event = self._events.get_nowait()
         except Empty:
             return events
+
+    @property
+    def needs_watching(self) -> bool:
+        """See `Pool.needs_watching`: threads report by themselves."""
+        return False
 
     def wake(self) -> None:
         """See `Pool.wake`."""
@@ -100,6 +113,10 @@ class ThreadPool:
 
     def close(self, patience: float) -> list[Event]:
         """See `Pool.close`; threads that still run are daemons and end with the process."""
+        with self.lock:
+            return self._close(patience)
+
+    def _close(self, patience: float) -> list[Event]:
         self._runner.stop()
         events: list[Event] = []
         until = monotonic() + patience

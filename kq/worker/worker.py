@@ -339,12 +339,14 @@ class Worker:
         intake.hold(0)
         supervisor.attach(intake)
         try:
-            pool.start()
+            with pool.lock:
+                pool.start()
             intake.start()
             supervisor.turn(0.0)
             self._ready.set()
             while not self._stop.is_set():
-                self._obey(pool)
+                with pool.lock:
+                    self._obey(pool)
                 supervisor.turn(self._patience())
             self._wind_down(pool, supervisor)
         finally:
@@ -388,7 +390,8 @@ class Worker:
                 extra={"action": "stop"},
             )  # fmt: skip
         while supervisor.in_hand and not self._hurry and monotonic() < until:
-            self._obey(pool)
+            with pool.lock:
+                self._obey(pool)
             supervisor.turn(min(_IDLE_TURN, max(0.0, until - monotonic())))
 
     def _patience(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 
 from kq.backend import Delivery
 from kq.executor import Job
@@ -18,6 +19,8 @@ class Places:
 
     def __init__(self, count: int, window: int = 4) -> None:
         self.places = [Place(number, window, ready=True) for number in range(1, count + 1)]
+        self.lock = Lock()
+        self.needs_watching = False
 
     def start(self) -> None: ...
     def wake(self) -> None: ...
