@@ -29,6 +29,7 @@ from kq.backend import (
     bury,
     pack,
 )
+from kq.backends.rabbitmq_delivery import Receive
 from kq.backends.rabbitmq_link import Link, mapped
 from kq.backends.rabbitmq_recollection import Recollection
 from kq.backends.rabbitmq_topology import (
@@ -37,7 +38,6 @@ from kq.backends.rabbitmq_topology import (
     due_in,
     is_classic,
     read_count,
-    to_envelope,
     without_history,
 )
 from kq.backends.rabbitmq_watch import Watch
@@ -66,7 +66,7 @@ class _Receipt:
 
     epoch: int
     tag: int
-    message: Any
+    envelope: Envelope
     #: Whether what takes its place is stored: it is never published twice.
     copied: bool = False
 
@@ -408,40 +408,35 @@ class RabbitFeed:
             if self._windows.get(queue) == window:
                 continue
             if queue in self._tags:
-                self._unsubscribe(channel, queue, self._tags.pop(queue))
+                self._unsubscribe(link, queue, self._tags.pop(queue))
             self._windows[queue] = window
             if not window:
                 continue
             # A tag is never used twice: RabbitMQ 3.10 closes a channel whose quorum queue consumer comes
             # back under an old one while messages of it are unsettled.
             self._subscribed += 1
-            self._tags[queue] = f"kq-{self._subscribed}"
+            tag = self._tags[queue] = f"kq-{self._subscribed}"
+            link.receive(tag, self._receiver(queue))
             channel.basic_qos(0, window, False)
-            channel.basic_consume(
-                queue,
-                consumer_tag=self._tags[queue],
-                callback=self._receiver(queue),
-                on_cancel=self._cancelled,
-            )
+            channel.basic_consume(queue, consumer_tag=tag, callback=_refuse, on_cancel=self._cancelled)
 
-    def _unsubscribe(self, channel: Any, queue: str, tag: str) -> None:
+    def _unsubscribe(self, link: Link, queue: str, tag: str) -> None:
         """End a subscription once all that is on its way has come.
 
         Later it would be put back, by RabbitMQ or by py-amqp, out of order and counted as one more delivery that
         nobody settled. What a queue has sent before comes before its answer to a count.
         """
-        channel.queue_declare(queue, passive=True)
-        channel.basic_cancel(tag)
-        channel.callbacks[tag] = self._receiver(queue)
+        link.channel.queue_declare(queue, passive=True)
+        link.channel.basic_cancel(tag)
         self._ended_tags.append(tag)
         if len(self._ended_tags) > _ENDED_TAGS * len(self._specs):
-            channel.callbacks.pop(self._ended_tags.popleft(), None)
+            link.forget(self._ended_tags.popleft())
 
     def _cancelled(self, tag: str) -> None:
         self._missing = True
         raise amqp.exceptions.RecoverableConnectionError(f"RabbitMQ cancelled the consumer {tag}: its queue is gone")
 
-    def _receiver(self, queue: str) -> Callable[[Any], None]:
+    def _receiver(self, queue: str) -> Receive:
         epoch = self._epoch
         # Whoever looks into a queue is counted by the broker as one more delivery that nobody settled; and
         # into the dead letters, people do look.
@@ -449,12 +444,10 @@ class RabbitFeed:
         # Classic queues count nothing: they only say that a message was delivered before.
         uncounting = is_classic(self._specs[queue])
 
-        def receive(message: Any) -> None:
+        def receive(tag: int, redelivered: bool, envelope: Envelope) -> None:
             if epoch != self._epoch:
                 return
-            envelope = to_envelope(message)
             headers = envelope.headers
-            redelivered = bool(message.delivery_info.get("redelivered"))
             envelope.headers = without_history(headers)
             attempts, crashes = counters(headers)
             delivery = Delivery(
@@ -464,9 +457,9 @@ class RabbitFeed:
                 read_count(headers, attempts),
                 read_count(headers, crashes),
                 self._lost_deliveries(queue, envelope.id, headers, redelivered, uncounting) if counted else 0,
-                _Receipt(epoch, message.delivery_tag, message),
+                _Receipt(epoch, tag, envelope),
             )
-            self._outstanding[message.delivery_tag] = delivery
+            self._outstanding[tag] = delivery
             self._watch.arrived(queue)
             if redelivered and self._recollection.is_done(delivery):
                 # It was done here, and only the acknowledgement got lost.
@@ -512,8 +505,7 @@ class RabbitFeed:
         if outcome.action == "done" or self._goes_back(settlement):
             return None
         spec = self._specs[delivery.queue]
-        envelope = to_envelope(delivery.receipt.message)
-        envelope.id = delivery.id
+        envelope: Envelope = delivery.receipt.envelope
         if outcome.action == "dead" and spec.dead_letter is not None:
             letter = bury(envelope, delivery.queue, outcome, clock.now())
             return Publication(QueueSpec(spec.dead_letter), letter)
@@ -577,8 +569,7 @@ class RabbitFeed:
         onward, self._onward = self._onward, []
         copies = []
         for delivery in onward:
-            envelope = to_envelope(delivery.receipt.message)
-            envelope.id = delivery.id
+            envelope: Envelope = delivery.receipt.envelope
             if delivery.deliveries:
                 envelope.headers[DELIVERIES] = delivery.deliveries
             copies.append(Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers))))
@@ -616,13 +607,18 @@ class _Guard:
         return self._mapped.__exit__(kind, error, trace)
 
 
+def _refuse(message: Any) -> None:
+    """Take what py-amqp delivers itself: nothing."""
+    raise amqp.exceptions.UnexpectedFrame("a delivery did not reach its subscription")
+
+
 def _pack(envelope: Envelope) -> bytes:
     try:
         return pack(envelope)
     except (TypeError, ValueError, OverflowError, RecursionError):
         # A stranger's headers may hold what msgpack has no type for.
-        envelope.headers = {key: _plain(value) for key, value in envelope.headers.items()}
-        return pack(envelope)
+        headers = {key: _plain(value) for key, value in envelope.headers.items()}
+        return pack(Envelope(envelope.id, headers, envelope.properties, envelope.body))
 
 
 def _plain(value: Any) -> Any:

@@ -18,8 +18,15 @@ from amqp.serialization import loads
 
 #: The type of a frame that holds a content's header.
 _HEADER: Final = 2
-#: The types of the basic properties in their order: short string, table, octet, timestamp.
-_KINDS: Final = "ssFoossssTssss"
+_NAMES: Final = (
+    "content_type", "content_encoding", "headers", "delivery_mode", "priority", "correlation_id", "reply_to",
+    "expiration", "message_id", "timestamp", "type", "user_id", "app_id", "cluster_id",
+)  # fmt: skip
+#: The basic properties in their order: the flag that says that it is there, its name, and its type: short string,
+#: table, octet, timestamp.
+FIELDS: Final = tuple(
+    (1 << (15 - place), name, kind) for place, (name, kind) in enumerate(zip(_NAMES, "ssFoossssTssss", strict=True))
+)
 #: Bytes of a header before its flags, and of the flags.
 _FLAGS_AT: Final = 12
 _FLAGS: Final = 2
@@ -27,8 +34,8 @@ _FLAGS: Final = 2
 _SHORT: Final = 255
 
 # What py-amqp raises when a header makes no sense, e.g. a date out of range.
-_UNREADABLE: Final = (ValueError, OverflowError, ArithmeticError, RecursionError, TypeError, struct.error, LookupError,
-                      OSError, FrameSyntaxError)  # fmt: skip
+UNREADABLE: Final = (ValueError, OverflowError, ArithmeticError, RecursionError, TypeError, struct.error, LookupError,
+                     OSError, FrameSyntaxError)  # fmt: skip
 
 
 def lenient_frame_handler(connection: Any, callback: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -50,7 +57,7 @@ def lenient_frame_handler(connection: Any, callback: Callable[..., Any]) -> Call
         dispatched = False
         try:
             return strict(frame)
-        except _UNREADABLE:
+        except UNREADABLE:
             if dispatched:
                 raise
         return strict((kind, channel, legible_header(bytes(raw))))
@@ -63,8 +70,8 @@ def legible_header(raw: bytes) -> bytes:
     (flags,) = unpack_from(">H", raw, _FLAGS_AT)
     offset = _FLAGS_AT + _FLAGS
     parts = [raw[:offset]]
-    for place, kind in enumerate(_KINDS):
-        if not flags & 1 << (15 - place):
+    for bit, _, kind in FIELDS:
+        if not flags & bit:
             continue
         if kind == "s":
             size = 1 + raw[offset]
@@ -87,7 +94,7 @@ def _short(raw: bytes) -> bytes:
 def _table(raw: bytes) -> bytes:
     try:
         loads("F", raw, 0)
-    except _UNREADABLE:
+    except UNREADABLE:
         return pack(">I", 0)
     return raw
 

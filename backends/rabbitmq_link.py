@@ -18,7 +18,7 @@ from kombu.exceptions import KombuError
 
 from kq import errors
 from kq.backend import BackendOptions
-from kq.backends.rabbitmq_frame import lenient_frame_handler
+from kq.backends.rabbitmq_delivery import Deliveries, Receive
 from kq.backends.rabbitmq_socket import PlainClient
 from kq.backends.rabbitmq_tls import TlsClient, UnsafeConnection
 from kq.backends.tls import explain
@@ -61,6 +61,7 @@ class Link:
         patience: float = inf, timeout: float | None = None,
     ) -> None:  # fmt: skip
         self.blocked = ""
+        self._deliveries = Deliveries()
         interval = max(1, int(options.heartbeat / 3))
         transport_options: dict[str, Any] = {
             "read_timeout": options.timeout if timeout is None else timeout,
@@ -74,7 +75,7 @@ class Link:
                 socket.TCP_KEEPCNT: 3,
             },
             "client_properties": {"connection_name": f"kq {options.name} {purpose}"},
-            "frame_handler": lenient_frame_handler,
+            "frame_handler": self._deliveries.frame_handler,
         }
         connect_timeout = max(_LEAST_PATIENCE, min(options.timeout, options.connect_timeout, patience))
         self._client: Any = None
@@ -115,6 +116,14 @@ class Link:
         pending = getattr(self.connection.sock, "pending", None)
         return bool(self.connection.transport.has_frame) or (pending is not None and pending() > 0)
 
+    def receive(self, consumer_tag: str, receive: Receive) -> None:
+        """Have the deliveries of a subscription taken by ``receive``; say so before subscribing."""
+        self._deliveries.receivers[self.channel.channel_id, consumer_tag] = receive
+
+    def forget(self, consumer_tag: str) -> None:
+        """Listen to a subscription that has ended no more."""
+        self._deliveries.receivers.pop((self.channel.channel_id, consumer_tag), None)
+
     def open_channel(self) -> Any:
         """Return one more channel."""
         channel = self.connection.channel()
@@ -132,12 +141,15 @@ class Link:
     def drain_all(self) -> None:
         """Dispatch every frame that has arrived."""
         transport, dispatch = self.connection.transport, self.connection.on_inbound_frame
+        more = True
         while True:
             while (frame := transport.take_frame()) is not None:
                 dispatch(frame)
+            if not more:
+                return
             try:
                 with transport.having_timeout(0):
-                    transport.read()
+                    more = transport.read()
             except TimeoutError:
                 return
 

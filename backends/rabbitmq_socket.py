@@ -32,6 +32,8 @@ class ReadsInTime:
     """A transport's way of reading; mixed into py-amqp's."""
 
     connected: bool
+    #: Whether a read that returns less than it could has returned all there is.
+    takes_all = True
     _quick_recv: Any
     _arrived = b""
     _at = 0
@@ -57,8 +59,8 @@ class ReadsInTime:
         self._at = end + 1
         return kind, channel, data[start:end]
 
-    def read(self) -> None:
-        """Read what has arrived; where nothing has, wait for it.
+    def read(self) -> bool:
+        """Read what has arrived; where nothing has, wait for it. Returns whether more may have.
 
         Raises:
             TimeoutError: If nothing comes in time.
@@ -76,6 +78,7 @@ class ReadsInTime:
             raise OSError("the broker closed the connection")
         rest = self._arrived[self._at :]
         self._arrived, self._at = rest + data if rest else data, 0
+        return len(data) == _READ_SIZE or not self.takes_all
 
     def read_frame(self, unpack: Any = None) -> Frame:
         """Return the next frame, and wait for it; raises as `read`."""

@@ -27,6 +27,8 @@ class _Socket(ReadsInTime, SSLTransport):  # type: ignore[misc, unused-ignore]
     """A socket that is encrypted before anything is said."""
 
     sock: Any
+    #: Records are decrypted one at a time.
+    takes_all = False
 
     def _setup_transport(self) -> None:
         context: ssl.SSLContext = self.sslopts["context"]

@@ -159,7 +159,7 @@ def to_envelope(message: amqp.Message) -> Envelope:
         if (value := found.get(key)) is not None
     }
     try:
-        headers = _legible_table(found.get("application_headers") or {})
+        headers = legible_table(found.get("application_headers") or {})
     except RecursionError:
         headers = {}
     id = properties.pop("message_id", None)
@@ -172,7 +172,8 @@ def to_envelope(message: amqp.Message) -> Envelope:
     )
 
 
-def _legible_table(table: Mapping[Any, Any]) -> dict[str, Any]:
+def legible_table(table: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return headers with all text as UTF-8 can hold it."""
     return {legible(key): _legible_value(value) for key, value in table.items()}
 
 
@@ -182,7 +183,7 @@ def _legible_value(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if isinstance(value, dict):
-        return _legible_table(value)
+        return legible_table(value)
     if isinstance(value, list):
         return [_legible_value(item) for item in value]
     return value
