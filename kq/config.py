@@ -81,7 +81,7 @@ class Settings:
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in config_file.RANGES:
+        for name in limit.RANGES:
             _within(name, getattr(self, name), name)
         if self.durability not in (WARNED, REQUIRED):
             source = self.origins.get("durability", ARGUMENT)
@@ -231,7 +231,7 @@ def _read_url(path: str) -> str:
 
 
 def _within(source: str, value: Any, setting: str) -> None:
-    low, high = config_file.RANGES.get(setting, (None, None))
+    low, high = limit.RANGES.get(setting, (None, None))
     if low is not None and high is not None and not low <= value <= high:
         raise Invalid(f"{source}: expected a number from {low:,} to {high:,}, got {value!r}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
-from kq.config_file import Document, Entry, Given, policy
+from kq.config_file import Document, Entry, Given
 from kq.driver import MAIN, Driver, Tls
 from kq.errors import Invalid
 from kq.retry import Backoff
@@ -41,6 +41,10 @@ def queue_of(entry: Entry, document: Document) -> Said:
 
 def policies_of(document: Document) -> list[Policy]:
     """Return the policies that the files declare."""
+    if not document.policies:
+        return []
+    from kq.config_file.policy import policy
+
     return [policy(entry.id, entry.given) for entry in document.policies.values()]
 
 

@@ -6,7 +6,6 @@ settles anything: the outcome is a value, and the supervisor carries it out.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
@@ -179,12 +178,15 @@ class Executor:
 
     async def run_async(self, run: Run) -> Outcome:
         """Run an async handler in its own task; otherwise as `run`."""
+        # Imported here: a process that has no async handlers does without the largest of all modules.
+        from asyncio import CancelledError
+
         enter(run.message)
         try:
             with self._activate():
                 result: Awaitable[Any] = self._call(run.consumer)(run.message, run.payload)
                 value = await result
-        except asyncio.CancelledError:
+        except CancelledError:
             raise
         except BaseException as error:
             outcome = _failed(run, error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
@@ -27,6 +28,14 @@ QUEUE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:[A-Za-z0-9][A-Za-
 #: What comes on top of the length limit for dead-letter queues.
 DEAD_SUFFIX: Final = ".dead"
 
+#: The least and the most that a setting may be, in arguments, variables and files alike; seconds, bytes, deliveries.
+RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "publish_timeout": (0.001, 3600),
+    "lease": (0.1, 86400),
+    "heartbeat": (1, 3600),
+    "max_body": (1, MAX_BODY_CEILING),
+    "max_deliveries": (1, 1_000_000),
+}
 #: A duration as people write it; seconds where no unit is named.
 DURATION: Final = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h|d)?$", re.ASCII)
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kq import clock, codec, config, header, limit
 from kq.backend import WIRE_VERSION, Envelope, Publication, QueueSpec
@@ -20,6 +18,9 @@ from kq.errors import Error, Internal, Invalid, NotFound
 from kq.group_commit import GroupCommit
 from kq.registry import HasRegistry, Registry
 from kq.signature import HEADER
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +278,10 @@ class Producer:
         return results
 
     async def _send_in_thread(self, draft: Draft) -> list[str]:
+        # Imported here: who publishes without an event loop does without the largest of all modules.
+        from asyncio import get_running_loop
+        from concurrent.futures import ThreadPoolExecutor
+
         # What is no queue id is refused in the thread, where all is checked.
         driver = self._registry.spec(draft.queue_id).driver if isinstance(draft.queue_id, str) else MAIN
         with self._threads_lock:
@@ -286,7 +291,7 @@ class Producer:
         context = contextvars.copy_context()
         # Waiting for one of the threads counts as well.
         draft = replace(draft, deadline=monotonic() + self._registry.settings.publish_timeout)
-        return await asyncio.get_running_loop().run_in_executor(threads, partial(context.run, self._send, draft))
+        return await get_running_loop().run_in_executor(threads, partial(context.run, self._send, draft))
 
 
 def _new_id() -> str:

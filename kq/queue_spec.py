@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import Any, Final
 
 from kq import codec as codecs
-from kq import limit
+from kq import limit, plugin
 from kq.backend import QueueSpec
 from kq.driver import MAIN
 from kq.errors import Invalid
@@ -95,7 +94,7 @@ def _options(options: Any) -> dict[str, dict[str, Any]]:
         return {}
     if not isinstance(options, Mapping):
         raise Invalid(f'options: expected a mapping such as {{"amqp": {{...}}}}, got {type(options).__name__}')
-    known = _OPTION_GROUPS | {point.name for point in entry_points(group="kq.backends")}
+    known = _OPTION_GROUPS if _OPTION_GROUPS.issuperset(options) else _OPTION_GROUPS | frozenset(plugin.backends())
     for group, values in options.items():
         if group not in known:
             raise Invalid(f"options: unknown backend {group!r}; expected one of {', '.join(sorted(known))}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Final
 
-from kq import config
+from kq import config, plugin
 from kq.backend import Backend, BackendOptions
 from kq.driver import Driver, address
 from kq.errors import Internal, Invalid
@@ -33,7 +32,7 @@ def find_backend(broker: str) -> str:
     scheme = config.scheme(broker)
     if scheme in BUILT_IN:
         return BUILT_IN[scheme]
-    found = {point.name: point.value for point in entry_points(group="kq.backends")}
+    found = plugin.backends()
     if scheme in found:
         return found[scheme]
     known = ", ".join(f"{name}://" for name in sorted({*BUILT_IN, *found}))

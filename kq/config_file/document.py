@@ -4,9 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from kq.config_file.reader import Place
-from kq.config_file.value import Given
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something stands.
+
+    Attributes:
+        path: The file, as it was named.
+        line: From 1.
+    """
+
+    path: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The fields of a section that a file gives.
+
+    Attributes:
+        place: Where the section stands.
+        values: By field name; what is left out is not there. Never shown: there are passwords and keys in it.
+        places: Where each stands.
+        written: As written, what variables stand in, by field name: what these held is not to be shown.
+    """
+
+    place: Place
+    values: dict[str, Any] = field(default_factory=dict, repr=False)
+    places: dict[str, Place] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field's value, or ``default`` if it is not given."""
+        return self.values.get(name, default)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,14 +41,6 @@ POLICY: Final = "security.policy"
 EXPRESSION: Final = "security.policy.expr"
 
 VERSION: Final = "1.0"
-#: The least and the most that a setting may be; `kq.config` refuses arguments and variables by the same.
-RANGES: Final[Mapping[str, tuple[float, float]]] = {
-    "publish_timeout": (0.001, 3600),
-    "lease": (0.1, 86400),
-    "heartbeat": (1, 3600),
-    "max_body": (1, limit.MAX_BODY_CEILING),
-    "max_deliveries": (1, 1_000_000),
-}
 
 
 def _jitter(text: str) -> str | float:
@@ -254,9 +246,12 @@ ENTRIES: Final[Mapping[str, Section]] = {
 
 SETTINGS: Final = Section(
     (
-        Field("publish_timeout", duration(*RANGES["publish_timeout"]), "How long one publish may take.", "10s"),
-        Field("lease", duration(*RANGES["lease"]), "How long a delivery stays with a worker that has died.", "30s"),
-        Field("heartbeat", duration(*RANGES["heartbeat"]), "How often a silent connection is probed.", "30s"),
+        Field("publish_timeout", duration(*limit.RANGES["publish_timeout"]), "How long one publish may take.", "10s"),
+        Field(
+            "lease", duration(*limit.RANGES["lease"]),
+            "How long a delivery stays with a worker that has died.", "30s",
+        ),
+        Field("heartbeat", duration(*limit.RANGES["heartbeat"]), "How often a silent connection is probed.", "30s"),
         Field("create_queues", BOOLEAN, "Whether publishing to an undeclared queue makes it.", "true"),
         Field("max_body", integer(1, limit.MAX_BODY_CEILING), "Bytes of the largest body.", "1048576"),
         Field(

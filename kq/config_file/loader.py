@@ -12,15 +12,13 @@ from typing import Final
 
 from kq import limit
 from kq.config_file import kind as kinds
-from kq.config_file.document import Document, Draft, Entry, empty
+from kq.config_file.document import Document, Draft, Entry, Given, empty
 from kq.config_file.policy import policy
 from kq.config_file.reader import Mapping as MappingNode
 from kq.config_file.reader import Node, Problems, Scalar, Sequence, read
-from kq.config_file.value import Given, Reading, near
+from kq.config_file.value import Reading, near
 from kq.errors import Invalid
 
-#: What is read where nobody names a file.
-DEFAULT: Final = "kq.yaml"
 #: The driver that is the app's own where a file has several.
 MAIN: Final = "broker"
 #: Files that one may include, those that they include counted in.
@@ -30,31 +28,12 @@ MAX_FILES: Final = 64
 _ONCE: Final = ("settings", "worker", "security", "signing")
 
 
-def find(path: str | None, environment: Mapping[str, str]) -> str | None:
-    """Return the file to read: the one named, else ``KQ_CONFIG``, else ``kq.yaml`` if there is one."""
-    named = path or environment.get("KQ_CONFIG") or None
-    if named is None and os.path.isfile(DEFAULT):
-        return DEFAULT
-    return named
-
-
-def load(path: str | None = None, environment: Mapping[str, str] | None = None) -> Document:
-    """Return what the configuration file and those it includes say.
+class Loader:
+    """Reads one set of files.
 
     Args:
-        path: The file; see `find`. Where there is none the document is empty.
-        environment: Where ``${env:NAME}`` is looked up, instead of the process's own.
-
-    Raises:
-        Invalid: If a file cannot be read or is wrong; each line of the text is one mistake, with its place.
+        environment: Where ``${env:NAME}`` is looked up.
     """
-    environment = os.environ if environment is None else environment
-    found = find(path, environment)
-    return empty() if found is None else _Loader(environment).load(found)
-
-
-class _Loader:
-    """Reads one set of files."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._problems = Problems()
@@ -63,6 +42,7 @@ class _Loader:
         self._seen: dict[str, None] = {}
 
     def load(self, path: str) -> Document:
+        """Return what a file and those it includes say; see `kq.config_file.search.load`."""
         namespace = self._file(path, ())
         draft = self._draft
         found = {name: draft.entries.get(name, {}) for name in ("driver", "queue", "consumer", "policy")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kq.config_file.value import Given
+from kq.config_file.document import Given
 from kq.security import Policy
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from kq.config_file.document import Place
 from kq.errors import Invalid
 
 #: Bytes of a file.
@@ -24,22 +25,6 @@ MAX_DEPTH: Final = 32
 
 #: What stands for a variable of the environment in a text.
 VARIABLE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where something stands.
-
-    Attributes:
-        path: The file, as it was named.
-        line: From 1.
-    """
-
-    path: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,12 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from collections.abc import Mapping as MappingOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from kq import limit
-from kq.config_file.reader import VARIABLE, Mapping, Node, Place, Problems, Scalar, Sequence, Text, look_up
+from kq.config_file.document import Given
+from kq.config_file.reader import VARIABLE, Mapping, Node, Problems, Scalar, Sequence, Text, look_up
 from kq.errors import Invalid
 
 _INTEGER: Final = re.compile(r"[-+]?[0-9]+", re.ASCII)
@@ -306,27 +307,6 @@ class Field:
     default: str = "none"
     required: bool = False
     alias: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """The fields of a section that a file gives.
-
-    Attributes:
-        place: Where the section stands.
-        values: By field name; what is left out is not there. Never shown: there are passwords and keys in it.
-        places: Where each stands.
-        written: As written, what variables stand in, by field name: what these held is not to be shown.
-    """
-
-    place: Place
-    values: dict[str, Any] = field(default_factory=dict, repr=False)
-    places: dict[str, Place] = field(default_factory=dict)
-    written: dict[str, str] = field(default_factory=dict)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a field's value, or ``default`` if it is not given."""
-        return self.values.get(name, default)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,23 +7,25 @@ otherwise together with the next ones.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import logging
 import os
 import sys
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, get_ident
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from kq.executor import Executor, HandlerTimeout, Job, Run, last_resort
 from kq.outcome import DONE, Outcome
 from kq.shield import Shield, carry
 from kq.worker.slot import UNSENT_MAX, SlotTable
+
+if TYPE_CHECKING:
+    from kq.worker.event_loop import EventLoop
 
 logger = logging.getLogger("kq.worker")
 
@@ -75,7 +77,7 @@ class Runner:
         self._outbox: list[Result] = []
         self._outbox_lock = Lock()
         self._flushed_at = 0.0
-        self._loop: _LoopThread | None = None
+        self._loop: EventLoop | None = None
         self._flusher = _Flusher(self)
         self._watchdog = None if shortest_timeout is None else _Watchdog(self._threads, shortest_timeout)
         if self._watchdog is not None:
@@ -180,9 +182,12 @@ class Runner:
             parts += self._loop.dump()
         return "\n".join(parts) or "nothing runs"
 
-    def _event_loop(self) -> _LoopThread:
+    def _event_loop(self) -> EventLoop:
         if self._loop is None:
-            self._loop = _LoopThread(self, self._executor, self._concurrency, self._slots)
+            # Imported here: a process that has no async handlers does without the largest of all modules.
+            from kq.worker.event_loop import EventLoop
+
+            self._loop = EventLoop(self, self._executor, self._concurrency, self._slots)
             self._loop.start()
         return self._loop
 
@@ -347,115 +352,3 @@ class _Watchdog(Thread):
 
     def stop(self) -> None:
         self._stopped.set()
-
-
-class _LoopThread(Thread):
-    """A thread with an event loop that runs async handlers."""
-
-    def __init__(self, runner: Runner, executor: Executor, concurrency: int, slots: SlotTable) -> None:
-        super().__init__(name="kq-loop", daemon=True)
-        self._runner = runner
-        self._executor = executor
-        self._slots = slots
-        self._free = list(range(2 * concurrency - 1, concurrency - 1, -1))
-        self._waiting: deque[Job] = deque()
-        self._tasks: dict[asyncio.Task[None], Job] = {}
-        self._loop = asyncio.new_event_loop()
-        self._stopping = False
-
-    def run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-        finally:
-            self._loop.close()
-
-    def submit(self, job: Job) -> None:
-        self._waiting.append(job)
-        self._loop.call_soon_threadsafe(self._start)
-
-    def recall(self) -> list[int]:
-        tags, kept = [], []
-        with contextlib.suppress(IndexError):
-            while True:
-                job = self._waiting.popleft()
-                if job.settled:
-                    kept.append(job)
-                else:
-                    tags.append(job.tag)
-        self._waiting.extend(kept)
-        return tags
-
-    def stop(self) -> None:
-        def end_when_idle() -> None:
-            self._stopping = True
-            if not self._tasks:
-                self._loop.stop()
-
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(end_when_idle)
-
-    def dump(self) -> list[str]:
-        parts = []
-        for task, job in list(self._tasks.items()):
-            stack = "".join(line for frame in task.get_stack() for line in traceback.format_stack(frame, 1))
-            parts.append(f"the event loop runs {job.id} of {job.queue}\n{stack}")
-        return parts
-
-    def _start(self) -> None:
-        while self._waiting and self._free:
-            try:
-                job = self._waiting.popleft()
-            except IndexError:
-                return
-            task = self._loop.create_task(self._work_on(job, self._free.pop()))
-            self._tasks[task] = job
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(task, None)
-        self._start()
-        if self._stopping and not self._tasks:
-            self._loop.stop()
-
-    async def _work_on(self, job: Job, slot: int) -> None:
-        outcome: Outcome | None
-        out_of_memory = False
-        self._slots.enter(slot, job.tag, monotonic())
-        try:
-            prepared = self._executor.prepare(job, self._runner.report_now)
-            if isinstance(prepared, Outcome):
-                outcome = prepared
-            else:
-                outcome = await self._run(prepared)
-                self._runner.end_fork(outcome)
-                out_of_memory = prepared.out_of_memory
-                outcome = outcome if prepared.message.claim() else None
-        except Exception as error:
-            logger.exception("unexpected failure around %s of %s", job.id, job.queue)
-            outcome = last_resort(job, error)
-        self._runner.report(job, outcome)
-        self._slots.leave(slot)
-        self._free.append(slot)
-        if out_of_memory:
-            self._runner.on_out_of_memory()
-
-    async def _run(self, run: Run) -> Outcome:
-        task = self._loop.create_task(self._executor.run_async(run))
-        late = False
-
-        def expire() -> None:
-            nonlocal late
-            late = True
-            task.cancel()
-
-        timer = None if run.consumer.timeout is None else self._loop.call_later(run.consumer.timeout, expire)
-        try:
-            return await task
-        except asyncio.CancelledError:
-            if late:
-                return self._executor.timed_out(run)
-            return self._executor.canceled(run)
-        finally:
-            if timer is not None:
-                timer.cancel()

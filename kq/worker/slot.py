@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -108,6 +107,8 @@ def _shared(size: int) -> int:
         fd = os.memfd_create("kq-slots")
         os.truncate(fd, size)
         return fd
+    import tempfile
+
     with tempfile.TemporaryFile() as file:
         file.write(bytes(size))
         file.flush()

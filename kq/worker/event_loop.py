@@ -1,0 +1,163 @@
+"""Runs async handlers: an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import traceback
+from collections import deque
+from threading import Thread
+from time import monotonic
+from typing import Protocol
+
+from kq.executor import Executor, Job, Run, last_resort
+from kq.outcome import Outcome
+from kq.worker.slot import SlotTable
+
+logger = logging.getLogger("kq.worker")
+
+
+class Reports(Protocol):
+    """Where the ends of jobs are told."""
+
+    def report(self, job: Job, outcome: Outcome | None) -> None:
+        """Take a result; None if the handler settled the message itself before."""
+        ...
+
+    def report_now(self, job: Job, outcome: Outcome) -> None:
+        """Take the result of a handler that settled its message and runs on."""
+        ...
+
+    def end_fork(self, outcome: Outcome) -> None:
+        """End the process if it is a copy that a handler made of this one."""
+        ...
+
+    def on_out_of_memory(self) -> None:
+        """Hear that a handler ran out of memory, once its result was reported."""
+        ...
+
+
+class EventLoop(Thread):
+    """A thread with an event loop that runs async handlers.
+
+    Args:
+        runner: Who is told of their ends.
+        executor: Turns a job into an outcome.
+        concurrency: Handlers at once.
+        slots: Where to note what runs: the second ``concurrency`` of them.
+    """
+
+    def __init__(self, runner: Reports, executor: Executor, concurrency: int, slots: SlotTable) -> None:
+        super().__init__(name="kq-loop", daemon=True)
+        self._runner = runner
+        self._executor = executor
+        self._slots = slots
+        self._free = list(range(2 * concurrency - 1, concurrency - 1, -1))
+        self._waiting: deque[Job] = deque()
+        self._tasks: dict[asyncio.Task[None], Job] = {}
+        self._loop = asyncio.new_event_loop()
+        self._stopping = False
+
+    def run(self) -> None:
+        """Run the loop until stopped."""
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; never blocks."""
+        self._waiting.append(job)
+        self._loop.call_soon_threadsafe(self._start)
+
+    def recall(self) -> list[int]:
+        """Return the tags of jobs that have not started, and forget them; but not of those settled before."""
+        tags, kept = [], []
+        with contextlib.suppress(IndexError):
+            while True:
+                job = self._waiting.popleft()
+                if job.settled:
+                    kept.append(job)
+                else:
+                    tags.append(job.tag)
+        self._waiting.extend(kept)
+        return tags
+
+    def stop(self) -> None:
+        """Let the loop end as soon as it is idle."""
+
+        def end_when_idle() -> None:
+            self._stopping = True
+            if not self._tasks:
+                self._loop.stop()
+
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(end_when_idle)
+
+    def dump(self) -> list[str]:
+        """Return what runs, with stacks."""
+        parts = []
+        for task, job in list(self._tasks.items()):
+            stack = "".join(line for frame in task.get_stack() for line in traceback.format_stack(frame, 1))
+            parts.append(f"the event loop runs {job.id} of {job.queue}\n{stack}")
+        return parts
+
+    def _start(self) -> None:
+        while self._waiting and self._free:
+            try:
+                job = self._waiting.popleft()
+            except IndexError:
+                return
+            task = self._loop.create_task(self._work_on(job, self._free.pop()))
+            self._tasks[task] = job
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        self._start()
+        if self._stopping and not self._tasks:
+            self._loop.stop()
+
+    async def _work_on(self, job: Job, slot: int) -> None:
+        outcome: Outcome | None
+        out_of_memory = False
+        self._slots.enter(slot, job.tag, monotonic())
+        try:
+            prepared = self._executor.prepare(job, self._runner.report_now)
+            if isinstance(prepared, Outcome):
+                outcome = prepared
+            else:
+                outcome = await self._run(prepared)
+                self._runner.end_fork(outcome)
+                out_of_memory = prepared.out_of_memory
+                outcome = outcome if prepared.message.claim() else None
+        except Exception as error:
+            logger.exception("unexpected failure around %s of %s", job.id, job.queue)
+            outcome = last_resort(job, error)
+        self._runner.report(job, outcome)
+        self._slots.leave(slot)
+        self._free.append(slot)
+        if out_of_memory:
+            self._runner.on_out_of_memory()
+
+    async def _run(self, run: Run) -> Outcome:
+        task = self._loop.create_task(self._executor.run_async(run))
+        late = False
+
+        def expire() -> None:
+            nonlocal late
+            late = True
+            task.cancel()
+
+        timer = None if run.consumer.timeout is None else self._loop.call_later(run.consumer.timeout, expire)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if late:
+                return self._executor.timed_out(run)
+            return self._executor.canceled(run)
+        finally:
+            if timer is not None:
+                timer.cancel()
