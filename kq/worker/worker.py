@@ -141,8 +141,16 @@ class Worker:
             backends = stack.enter_context(self._backends())
             for number, handler in self._install_signals().items():
                 stack.callback(signal.signal, number, handler)
-            self._connect(backends)
-            self._work(backends)
+            pool = self._pool = self._make_pool()
+            try:
+                # Children load the app while the brokers are reached.
+                with pool.lock:
+                    pool.start()
+                self._connect(backends)
+            except BaseException:
+                pool.close(0.0)
+                raise
+            self._work(pool, backends)
 
     def rehearse(self) -> None:
         """Do what `run` does before it works: ask the policies, reach the brokers, declare the queues.
@@ -320,8 +328,7 @@ class Worker:
         assert self._supervisor is not None
         return self._supervisor.timeout_of(tag)
 
-    def _work(self, backends: Mapping[str, Backend]) -> None:
-        pool = self._pool = self._make_pool()
+    def _work(self, pool: Pool, backends: Mapping[str, Backend]) -> None:
         prefetch = self.options.prefetch or self.processes * _PREFETCH_PER_CHILD
         supervisor = self._supervisor = Supervisor(
             pool,
@@ -339,8 +346,6 @@ class Worker:
         intake.hold(0)
         supervisor.attach(intake)
         try:
-            with pool.lock:
-                pool.start()
             intake.start()
             supervisor.turn(0.0)
             self._ready.set()
