@@ -205,10 +205,10 @@ class Bench:
             _end([process])
 
     @contextmanager
-    def _worker(self) -> Iterator[list[psutil.Popen]]:
+    def _worker(self) -> Iterator[list[subprocess.Popen[bytes]]]:
         with (self._folder / "worker.log").open("ab") as log:
             processes = [
-                psutil.Popen(self._command, env=self._environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
+                subprocess.Popen(self._command, env=self._environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
                              stderr=log, start_new_session=True)
                 for _ in range(self._contender.copies)
             ]  # fmt: skip
@@ -217,7 +217,7 @@ class Bench:
         finally:
             _end(processes)
 
-    def _wait(self, done: int, processes: Sequence[psutil.Popen]) -> Any:
+    def _wait(self, done: int, processes: Sequence[subprocess.Popen[Any]]) -> Any:
         last, changed = -1, time.monotonic()
         while True:
             count = self._tally.read()
@@ -242,7 +242,7 @@ def _percentiles(samples: Sequence[float]) -> dict[str, float]:
     return {"p50": samples[len(samples) // 2], "p99": samples[min(len(samples) - 1, int(len(samples) * 0.99))]}
 
 
-def _tree(processes: Sequence[psutil.Popen]) -> list[psutil.Process]:
+def _tree(processes: Sequence[subprocess.Popen[Any]]) -> list[psutil.Process]:
     found = []
     for process in processes:
         with suppress(psutil.Error):
@@ -251,7 +251,7 @@ def _tree(processes: Sequence[psutil.Popen]) -> list[psutil.Process]:
     return found
 
 
-def _cpu(processes: Sequence[psutil.Popen]) -> float:
+def _cpu(processes: Sequence[subprocess.Popen[Any]]) -> float:
     used = 0.0
     for process in _tree(processes):
         with suppress(psutil.Error):
@@ -260,7 +260,7 @@ def _cpu(processes: Sequence[psutil.Popen]) -> float:
     return used
 
 
-def _memory(processes: Sequence[psutil.Popen]) -> float:
+def _memory(processes: Sequence[subprocess.Popen[Any]]) -> float:
     used = 0
     for process in _tree(processes):
         with suppress(psutil.Error):
@@ -268,13 +268,15 @@ def _memory(processes: Sequence[psutil.Popen]) -> float:
     return used / 2**20
 
 
-def _end(processes: Sequence[Any]) -> None:
+def _end(processes: Sequence[subprocess.Popen[Any]]) -> None:
     members = _tree(processes)
     for process in processes:
-        with suppress(ProcessLookupError, psutil.Error):
-            process.terminate()
-    psutil.wait_procs(members, _END)
-    for member in members:
+        process.terminate()
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END)
+    _, alive = psutil.wait_procs([member for member in members if member.is_running()], 1.0)
+    for member in alive:
         with suppress(psutil.Error):
             member.kill()
     for process in processes:

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from threading import Thread
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.retry import Retry
+
+from kq.backends.redis_answer import Answers
+from kq.backends.redis_line import Head, Lines
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.binary(max_size=100), lambda inner: st.lists(inner, max_size=5), max_leaves=20
+)
+
+
+def written(value: Any) -> bytes:
+    """Return an answer as Redis writes it."""
+    if value is None:
+        return b"$-1\r\n"
+    if isinstance(value, int):
+        return b":%d\r\n" % value
+    if isinstance(value, bytes):
+        return b"$%d\r\n%b\r\n" % (len(value), value)
+    return b"*%d\r\n" % len(value) + b"".join(map(written, value))
+
+
+class Trickle:
+    """A socket that gives what it has in pieces."""
+
+    def __init__(self, data: bytes, sizes: list[int]) -> None:
+        self.data = data
+        self.sizes = sizes
+
+    def recv(self, size: int) -> bytes:
+        size = min(size, self.sizes.pop() if self.sizes else size)
+        part, self.data = self.data[:size], self.data[size:]
+        return part
+
+
+def answers(data: bytes, sizes: list[int] | None = None) -> Answers:
+    return Answers(Trickle(data, sizes or []))  # type: ignore[arg-type]
+
+
+@given(st.lists(VALUES, min_size=1, max_size=5), st.lists(st.integers(1, 20)))
+def test_answers_come_out_as_they_went_in(values: list[Any], sizes: list[int]) -> None:
+    """However the stream is cut."""
+    source = answers(b"".join(map(written, values)), sizes)
+    assert [source.read() for _ in values] == values
+
+
+def test_errors_are_values() -> None:
+    """Each kind that matters as redis-py's own, also within others."""
+    source = answers(
+        b"-NOSCRIPT No matching script\r\n-OOM too much\r\n-READONLY x\r\n-ERR what\r\n*1\r\n-ERR in it\r\n+OK\r\n"
+    )
+    found = [source.read() for _ in range(4)]
+    assert [type(error) for error in found] == [NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError]
+    assert str(found[3]) == "ERR what"
+    (inner,) = source.read()
+    assert isinstance(inner, ResponseError)
+    assert source.read() == b"OK"
+    with pytest.raises(redis.ConnectionError, match="closed"):
+        source.read()
+    with pytest.raises(redis.ConnectionError, match="expected an answer"):
+        answers(b"what\r\n").read()
+
+
+@given(st.lists(st.text() | st.binary() | st.integers(), max_size=10))
+def test_commands_are_packed_as_redis_py_packs_them(items: list[Any]) -> None:
+    """Byte for byte, whatever is in them; text as UTF-8."""
+    items = [item for item in items if not isinstance(item, str) or item.isprintable()]
+    connection: Any = redis.Connection()  # type: ignore[no-untyped-call, unused-ignore]
+    expected = b"".join(connection.pack_command("EVALSHA", "name", *items))
+    assert Head("EVALSHA", "name").pack(items) == expected
+
+
+class Server:
+    """Answers connections one after the other, each up to so many pings, and then closes it."""
+
+    def __init__(self, *lives: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.pings = 0
+        self._lives = lives
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for life in self._lives:
+            connection, _ = self._listener.accept()
+            with connection:
+                left = life
+                while data := connection.recv(1000):
+                    if b"PING" in data:
+                        self.pings += 1
+                        left -= 1
+                    if left >= 0:
+                        # What redis-py says of itself first is answered as well.
+                        connection.sendall(b"+OK\r\n" * (1 + data.count(b"\r\n*")))
+                    if left <= 0 and b"PING" in data:
+                        break
+
+    def close(self) -> None:
+        self._thread.join(10.0)
+        self._listener.close()
+
+
+@pytest.fixture
+def lines() -> Iterator[Any]:
+    made: list[tuple[Lines, Server]] = []
+
+    def make(*lives: int) -> tuple[Lines, Server]:
+        server = Server(*lives)
+        pool = redis.ConnectionPool(port=server.port, socket_timeout=5.0, retry=Retry(NoBackoff(), 0), protocol=2)
+        made.append((Lines(pool), server))
+        return made[-1]
+
+    yield make
+    for line, server in made:
+        line.close()
+        server.close()
+
+
+def test_a_connection_that_broke_while_idle_is_replaced_once(lines: Any) -> None:
+    """The command is sent again over a new one; what breaks in the middle of a first call is an error."""
+    line, server = lines(1, 1, 0)
+    ping = Head("PING").pack(())
+    assert line.ask([ping]) == [b"OK"]
+    assert line.ask([ping]) == [b"OK"]
+    assert server.pings == 2
+    # The second connection is closed by now, and the third one answers nothing.
+    with pytest.raises(redis.ConnectionError):
+        line.ask([ping])
