@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,9 +57,11 @@ def main(
         with tempfile.TemporaryDirectory(prefix="kq-bench-") as folder:
             urls = {"redis": redis_url, "rabbitmq": rabbitmq_url, "sqlite": f"sqlite:///{folder}/bench.db"}
             chosen = trials or list(SCALE if scale else TRIALS)
-            results = measure(urls, brokers or list(CONTENDERS), names, chosen, messages, repeats)
-    if json_path is not None:
-        json_path.write_text(json.dumps(asdict(results), indent=1) + "\n")
+            results = Results()
+            for _ in measure(results, urls, brokers or list(CONTENDERS), names, chosen, messages, repeats):
+                # After each repeat: a run may be long, and end before its time.
+                _write(results, json_path)
+    _write(results, json_path)
     if chart_path is not None:
         chart(results, chart_path)
     for broker, found in results.values.items():
@@ -71,17 +73,26 @@ def main(
         click.echo(f"\nnot measured: {text}")
 
 
+def _write(results: Results, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(asdict(results), indent=1) + "\n")
+
+
 def measure(
+    results: Results,
     urls: dict[str, str],
     brokers: Sequence[str],
     names: Sequence[str],
     trials: Sequence[str],
     messages: int,
     repeats: int,
-) -> Results:
-    """Measure; contenders take turns within each trial, so that the machine's mood spreads evenly."""
+) -> Iterator[int]:
+    """Measure, and yield after each repeat.
+
+    Contenders take turns within each trial, so that the machine's mood spreads evenly.
+    """
     size = Size(messages, max(200, messages // 10), max(100, messages // 40))
-    results = Results(about={"cores": os.cpu_count(), "python": platform.python_version(), "size": asdict(size)})
+    results.about = {"cores": os.cpu_count(), "python": platform.python_version(), "size": asdict(size)}
     chosen = {
         broker: [c for c in CONTENDERS[broker] if c.installed and (not names or c.name in names)] for broker in brokers
     }
@@ -108,12 +119,12 @@ def measure(
                     if found:
                         figures = ", ".join(f"{key} {value:,.4g}" for key, value in found.items())
                         click.echo(f"[{left} left] {broker} {trial} {contender.name}: {figures}", err=True)
-    # In the order of the contenders, whoever began.
-    for broker in brokers:
-        found_on = results.values.get(broker, {})
-        order = [contender.name for contender in chosen[broker]] + [LIMIT]
-        results.values[broker] = {name: found_on[name] for name in order if name in found_on}
-    return results
+        # In the order of the contenders, whoever began.
+        for broker in brokers:
+            found_on = results.values.get(broker, {})
+            order = [contender.name for contender in chosen[broker]] + [LIMIT]
+            results.values[broker] = {name: found_on[name] for name in order if name in found_on}
+        yield repeat
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -27,6 +27,7 @@ class Contender:
         copies: How often the command is started for two processes.
         delays: Whether it has delayed messages, kept without a program of their own.
         bends: Whether its app heeds all that `benchmarks.work` says of queues, headers and priorities.
+        environment: More of what `benchmarks.work` reads.
         pause: Another command where handlers wait, if more processes are needed for `THREADS` handlers each.
     """
 
@@ -41,6 +42,7 @@ class Contender:
     delays: bool = False
     bends: bool = False
     pause: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def installed(self) -> bool:
@@ -65,6 +67,8 @@ _KQ = Contender(
     ("-m", "kq", "worker", _APPS + "kq_app:app", "-p", str(PROCESSES), "-c", str(THREADS), "--log-level", "warning"),
     _ONCE, styles=_BOTH, delays=True, bends=True,
 )  # fmt: skip
+#: Like for like: others use classic queues there, which one broker's death may cost what they hold.
+_KQ_CLASSIC = replace(_KQ, name="kq-classic", environment={"BENCH_QUEUE_TYPE": "classic"}, bends=False)
 _CELERY_WORKER: Final = ("-m", "celery", "-A", _APPS + "celery_app:app", "worker", "-l", "ERROR", "--without-gossip",
                          "--without-mingle", "-c")  # fmt: skip
 _CELERY = Contender(
@@ -98,6 +102,6 @@ _RQ = Contender(
 #: Who is measured on which broker, kq first.
 CONTENDERS: Final[Mapping[str, tuple[Contender, ...]]] = {
     "redis": (_KQ, _CELERY, _DRAMATIQ, _TASKIQ, _FASTSTREAM, _HUEY, _RQ),
-    "rabbitmq": (_KQ, _CELERY, _DRAMATIQ, _TASKIQ, _FASTSTREAM),
+    "rabbitmq": (_KQ, _KQ_CLASSIC, _CELERY, _DRAMATIQ, _TASKIQ, _FASTSTREAM),
     "sqlite": (_KQ,),
 }

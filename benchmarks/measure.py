@@ -84,6 +84,7 @@ class Bench:
             "BENCH_HEADERS": str(headers),
             "BENCH_PRIORITIES": str(priorities),
             "dramatiq_prom_host": "127.0.0.1",
+            **contender.environment,
         }
 
     def __enter__(self) -> Bench:

@@ -67,7 +67,8 @@ def table(results: Results, broker: str) -> str:
             continue
         cells = [_spread(found[name][key]) if key in found[name] else "" for name in names]
         ours = results.median(broker, _OURS, key)
-        others = [value for name in names if name != _OURS and (value := results.median(broker, name, key)) is not None]
+        others = [value for name in names if not name.startswith(_OURS)
+                  and (value := results.median(broker, name, key)) is not None]  # fmt: skip
         best = max(others) if others and figure.more else min(others, default=None)
         limit = results.median(broker, LIMIT, figure.limit) if figure.limit else None
         rows.append(
@@ -118,7 +119,9 @@ def chart(results: Results, path: Path) -> None:
         for column, key in enumerate(keys):
             axis = axes[row][column]
             values = [results.median(broker, name, key) or 0.0 for name in names]
-            bars = axis.barh(names, values, color=["#d1495b" if name == _OURS else "#8d99ae" for name in names])
+            bars = axis.barh(
+                names, values, color=["#d1495b" if name.startswith(_OURS) else "#8d99ae" for name in names]
+            )
             axis.bar_label(bars, [shown(value) if value else "" for value in values], padding=3, fontsize=8)
             less = "" if FIGURES[key].more else ", less is better"
             axis.set_title(f"{broker}: {FIGURES[key].title} ({FIGURES[key].unit}{less})", fontsize=9)

@@ -10,6 +10,7 @@
 ``BENCH_DECLARED``    how many queues are declared besides
 ``BENCH_HEADERS``     how many headers each message has
 ``BENCH_PRIORITIES``  over how many priorities messages are spread
+``BENCH_QUEUE_TYPE``  on RabbitMQ, where there is a choice: ``quorum`` or ``classic``
 ====================  ===============================================================
 """
 
@@ -30,6 +31,7 @@ QUEUES: Final = int(os.environ.get("BENCH_QUEUES", "1"))
 DECLARED: Final = int(os.environ.get("BENCH_DECLARED", "0"))
 HEADERS: Final = int(os.environ.get("BENCH_HEADERS", "0"))
 PRIORITIES: Final = int(os.environ.get("BENCH_PRIORITIES", "1"))
+QUEUE_TYPE: Final = os.environ.get("BENCH_QUEUE_TYPE", "quorum")
 _WORK: Final = os.environ.get("BENCH_WORK", "noop")
 #: Seconds of a handler that waits for something.
 _SLEEP: Final = 0.01

@@ -16,14 +16,14 @@ where: dict[str, Any]
 if work.URL.startswith("amqp"):
     from faststream.rabbit import Channel, QueueType, RabbitBroker, RabbitQueue
 
-    broker = RabbitBroker(work.URL, default_channel=Channel(prefetch_count=200), logger=None)
+    broker = RabbitBroker(work.URL, default_channel=Channel(prefetch_count=200), logger=None, apply_types=False)
     queue = RabbitQueue(work.QUEUE, queue_type=QueueType.QUORUM, durable=True)
     subscriber = broker.subscriber(queue)
     where = {"queue": work.QUEUE}
 else:
     from faststream.redis import RedisBroker, StreamSub
 
-    broker = RedisBroker(work.URL, logger=None)
+    broker = RedisBroker(work.URL, logger=None, apply_types=False)
     stream = StreamSub(work.QUEUE, group="bench", consumer=f"bench-{os.getpid()}", max_records=100, last_id="0")
     subscriber = broker.subscriber(stream=stream)
     where = {"stream": work.QUEUE}

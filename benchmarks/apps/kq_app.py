@@ -19,6 +19,8 @@ _PRIORITIES = ("normal", "high", "low")[: work.PRIORITIES]
 for _queue in QUEUES:
     if work.PRIORITIES > 1 and work.URL.startswith("amqp"):
         app.queue(_queue, max_priority=9)
+    elif work.QUEUE_TYPE == "classic":
+        app.queue(_queue, options={"amqp": {"queue_type": "classic"}})
     if work.STYLE == "async":
 
         @app.consumer(_queue)
