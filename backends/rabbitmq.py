@@ -34,7 +34,6 @@ from kq.backends.rabbitmq_topology import (
     explain_rejection,
     queue_arguments,
     to_envelope,
-    to_message,
 )
 from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound, PermissionDenied
@@ -190,10 +189,9 @@ class RabbitBackend:
     def _outgoing(self, link: Link, publication: Publication) -> Outgoing:
         envelope = publication.envelope
         if publication.delay <= 0:
-            return Outgoing("", publication.queue.id, to_message(envelope))
+            return Outgoing("", publication.queue.id, envelope)
         milliseconds = bucket_for(publication.delay)
         headers = {**envelope.headers, DELAY_LEFT: max(0.0, round(publication.delay - milliseconds / 1000, 3))}
-        message = to_message(Envelope(envelope.id, headers, envelope.properties, envelope.body))
         if milliseconds not in self._buckets:
             name = bucket_name(milliseconds)
             channel = link.open_channel()
@@ -202,7 +200,8 @@ class RabbitBackend:
             channel.queue_bind(name, name)
             channel.close()
             self._buckets.add(milliseconds)
-        return Outgoing(bucket_name(milliseconds), publication.queue.id, message)
+        delayed = Envelope(envelope.id, headers, envelope.properties, envelope.body)
+        return Outgoing(bucket_name(milliseconds), publication.queue.id, delayed)
 
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> RabbitFeed:
         """See `Backend.feed`."""

@@ -130,8 +130,14 @@ class Link:
         channel.auto_decode = False
         return channel
 
+    def write(self, frames: bytes) -> None:
+        """Send frames that are made already."""
+        self.connection.transport.write(frames)
+        # By these py-amqp knows that no heartbeat is needed now.
+        self.connection.bytes_sent += 1
+
     def drain(self, timeout: float) -> bool:
-        """Read one frame and dispatch it; False if none came within ``timeout`` seconds."""
+        """Read until something is dispatched; False if nothing came within ``timeout`` seconds."""
         try:
             self.connection.drain_events(timeout=timeout)
         except TimeoutError:

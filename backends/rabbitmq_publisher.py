@@ -10,20 +10,18 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any, Final, NamedTuple
 
-import amqp
-from amqp import spec
-
+from kq.backend import Envelope
 from kq.backends.rabbitmq_link import Link, away
+from kq.backends.rabbitmq_publication import Writer
 from kq.errors import Internal
 
 #: Messages sent but unconfirmed at most.
 _WINDOW: Final = 2000
-#: Messages sent between two looks at the answers.
+#: Messages that are written at once, and bytes after which no more are: between them is a look at the answers.
 _LOOK_EVERY: Final = 64
+_WRITE_SIZE: Final = 1 << 18
 #: Seconds of one wait for answers, after which to look whether the broker has blocked us.
 _LOOK: Final = 0.5
-
-_ARGUMENTS: Final = "Bssbb"
 
 
 class Outgoing(NamedTuple):
@@ -32,12 +30,12 @@ class Outgoing(NamedTuple):
     Attributes:
         exchange: Where to; empty for the default exchange.
         routing_key: The queue's name.
-        message: What.
+        envelope: What.
     """
 
     exchange: str
     routing_key: str
-    message: amqp.Message
+    envelope: Envelope
 
 
 #: Exchange, routing key and message id, by which a message that comes back is known.
@@ -54,6 +52,7 @@ class Publisher:
         self._channel.events["basic_nack"].add(self._on_nack)
         self._channel.events["basic_return"].add(self._on_return)
         self._channel.confirm_select()
+        self._writer = Writer(self._channel.channel_id, link.connection.frame_max)
         self._last_tag = 0
         #: Unanswered tags in the order of sending, and each one's place in the batch of `send`.
         self._pending: dict[int, int] = {}
@@ -71,22 +70,25 @@ class Publisher:
         """
         self._results = [None] * len(batch)
         self._sent = 0
-        self._routes = [(o.exchange, o.routing_key, o.message.properties["message_id"]) for o in batch]
+        self._routes = [(o.exchange, o.routing_key, o.envelope.id) for o in batch]
         self._pending.clear()
         self._returned.clear()
-        for index, outgoing in enumerate(batch):
-            if self._is_over(deadline):
+        unwritten: list[bytes] = []
+        size = 0
+        for index, (exchange, routing_key, envelope) in enumerate(batch):
+            if not unwritten and self._is_over(deadline):
                 return self._give_up(range(index, len(batch)), "blocked" if self._link.blocked else "timeout")
+            unwritten.append(self._writer.frames(exchange, routing_key, envelope))
+            size += len(unwritten[-1])
             self._last_tag += 1
             self._pending[self._last_tag] = index
             self._sent = index + 1
-            self._channel.send_method(
-                spec.Basic.Publish,
-                _ARGUMENTS,
-                (0, outgoing.exchange, outgoing.routing_key, True, False),
-                outgoing.message,
-            )
-            if index % _LOOK_EVERY == _LOOK_EVERY - 1:
+            if size < _WRITE_SIZE and len(unwritten) < _LOOK_EVERY and index + 1 < len(batch):
+                continue
+            self._link.write(b"".join(unwritten))
+            unwritten.clear()
+            size = 0
+            if index + 1 < len(batch):
                 self._link.drain_all()
             while len(self._pending) >= _WINDOW and not self._is_over(deadline):
                 self._link.drain(_LOOK)

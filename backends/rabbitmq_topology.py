@@ -60,7 +60,7 @@ _HISTORY: Final = frozenset({"x-death", "x-delivery-count", "x-acquired-count"})
 _HISTORY_PREFIXES: Final = ("x-first-death-", "x-last-death-")
 
 #: AMQP's basic properties, but for the headers.
-_PROPERTIES: Final = (
+PROPERTIES: Final = (
     "content_type", "content_encoding", "delivery_mode", "priority", "correlation_id", "reply_to", "message_id",
     "timestamp", "type", "user_id", "app_id",
 )  # fmt: skip
@@ -140,22 +140,12 @@ def bucket_for(remaining: float) -> int:
     return BUCKETS[max(0, bisect_right(BUCKETS, wanted) - 1)]
 
 
-def to_message(envelope: Envelope) -> amqp.Message:
-    """Return an envelope as AMQP carries it."""
-    known = {key: envelope.properties[key] for key in _PROPERTIES if envelope.properties.get(key) is not None}
-    known["message_id"] = envelope.id
-    known["delivery_mode"] = 2
-    # The broker refuses a user_id that is not the connection's own.
-    known.pop("user_id", None)
-    return amqp.Message(envelope.body, application_headers=without_history(envelope.headers), **known)
-
-
 def to_envelope(message: amqp.Message) -> Envelope:
     """Return what arrived as an envelope; a message without an id is given one."""
     found = message.properties
     properties = {
         key: legible(value) if isinstance(value, str) else value
-        for key in _PROPERTIES
+        for key in PROPERTIES
         if (value := found.get(key)) is not None
     }
     try:

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kq import errors
-from kq.backend import Envelope, QueueSpec
+from kq.backend import QueueSpec
 from kq.backends import rabbitmq_topology as topology
 from kq.backends.rabbitmq_topology import (
     BUCKETS,
@@ -16,8 +16,6 @@ from kq.backends.rabbitmq_topology import (
     due_in,
     queue_arguments,
     read_count,
-    to_envelope,
-    to_message,
 )
 
 YEAR = 365 * 86400.0
@@ -187,25 +185,3 @@ def test_a_due_time_that_makes_no_sense_is_now(at: Any) -> None:
     """A due time that is none, or beyond every delay, does not hold a message back."""
     assert due_in({"x_due_at": at}) <= 0
     assert due_in({}) <= 0
-
-
-def test_messages_keep_their_envelope() -> None:
-    """Id, headers, properties and body travel as AMQP has them, and persistently."""
-    envelope = Envelope(
-        "m-1", {"a": 1, "x_kq": 1}, {"content_type": "application/json", "priority": 7, "type": "t"}, b"\xff"
-    )
-    message = to_message(envelope)
-    message.properties["application_headers"] = message.headers
-    found = to_envelope(message)
-    assert (found.id, found.headers, found.body) == ("m-1", {"a": 1, "x_kq": 1}, b"\xff")
-    assert found.properties == {**envelope.properties, "delivery_mode": 2}
-
-
-def test_rabbitmqs_own_history_is_not_sent_on() -> None:
-    """What RabbitMQ says of a message's past is left out, and nobody's user id is claimed."""
-    envelope = Envelope(
-        "m-1", {"a": 1, "x-death": [], "x-first-death-queue": "q", "x-delivery-count": 2}, {"user_id": "u"}, b""
-    )
-    message = to_message(envelope)
-    assert message.headers == {"a": 1}
-    assert "user_id" not in message.properties

@@ -15,7 +15,6 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
-import amqp
 import pytest
 from amqp.serialization import dumps, loads
 from hypothesis import given
@@ -23,9 +22,10 @@ from hypothesis import strategies as st
 
 from kq import errors, header
 from kq.backend import Envelope, pack, unpack
-from kq.backends.rabbitmq_topology import to_envelope, to_message
+from kq.backends.rabbitmq_topology import to_envelope
 from kq.keyring import Keyring
 from kq.signature import CLOCK_SKEW, MAX_SIZE, PREFIX, Claims, Signed, Unverified, sign, verify
+from tests.unit.amqp_frames import read, written
 
 SECRET = "canary-5b1e0d9a7c3f4f0c8e2a6d4b1f7e9c35"
 OTHER = "another-0b8f4e2d6c1a49b7a5e3d1f09c7b2a48"
@@ -198,11 +198,7 @@ def test_a_signature_survives_rabbitmq_whole(headers: dict[str, Any], message_ty
         headers = {**headers, "message_type": message_type}
     properties = {"content_type": "application/json", "content_encoding": "utf-8", **header.properties(headers)}
     sent = Signed("app:emails", "m-1", headers, properties, b"1")
-    message = to_message(Envelope("m-1", {**headers, "x_sig": signed_now(sent)}, properties, b"1"))
-    read = amqp.Message()
-    read._load_properties(amqp.spec.Basic.CLASS_ID, message._serialize_properties(), 0)
-    read.body = message.body
-    envelope = to_envelope(read)
+    envelope = to_envelope(read(written(Envelope("m-1", {**headers, "x_sig": signed_now(sent)}, properties, b"1"))))
     arrived = Signed("app:emails", envelope.id, envelope.headers, envelope.properties, envelope.body)
     assert verify(RING, envelope.headers["x_sig"], arrived, now=NOW)
 
