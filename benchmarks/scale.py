@@ -60,6 +60,15 @@ def waiting(contender: Contender, url: str, messages: int) -> dict[str, float]:
         return {"plain": plain, "waiting": bench.drain(messages)["drain"] / plain}
 
 
+def stages(contender: Contender, url: str, messages: int) -> dict[str, float]:
+    """Drain fifteen times as many messages; the CPU that each costs in the supervisor and in the children."""
+    with Bench(contender, url) as bench:
+        bench.publish(Order(15 * messages, "many"))
+        found = bench.drain(15 * messages)
+    # Seconds per 1,000 are milliseconds each.
+    return {"supervisor": 1000 * found["main"], "children": 1000 * (found["cpu"] - found["main"])}
+
+
 def supervisors(contender: Contender, url: str, messages: int) -> dict[str, float]:
     """Drain with one supervisor of one process, with two, four and eight of them; handlers sleep 10 ms."""
     found = {}

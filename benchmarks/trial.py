@@ -83,6 +83,8 @@ SCALE_FIGURES: Final[Mapping[str, Figure]] = {
     "headers": Figure("with 30 headers each", "x"),
     "priorities": Figure("with three priorities", "x"),
     "waiting": Figure("with fifty times as many delayed ones waiting", "x"),
+    "supervisor": Figure("CPU of a message in the supervisor", "µs", more=False),
+    "children": Figure("CPU of a message in the child", "µs", more=False),
     "supervisors-1": Figure("1 supervisor of 8 threads, handlers of 10 ms", "/s"),
     "supervisors-2": Figure("2 supervisors", "/s"),
     "supervisors-4": Figure("4 supervisors", "/s"),
@@ -192,6 +194,7 @@ SCALE: Final[Mapping[str, Callable[[Contender, str, Size], Found]]] = {
         "headers": scale.headers,
         "priorities": scale.priorities,
         "waiting": scale.waiting,
+        "stages": scale.stages,
         "supervisors": scale.supervisors,
         "endurance": scale.endurance,
     }.items()
