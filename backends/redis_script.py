@@ -213,10 +213,10 @@ end
 local char, floor = string.char, math.floor
 local empty = char(198, 0, 0, 0, 0)
 
-local function bin(s)
+local function head(s)  -- what msgpack has before bytes; not joined with them, for they may be many
   local n = #s
-  if n < 65536 then return char(198, 0, 0, floor(n / 256), n % 256) .. s end
-  return char(198, floor(n / 16777216) % 256, floor(n / 65536) % 256, floor(n / 256) % 256, n % 256) .. s
+  if n < 65536 then return char(198, 0, 0, floor(n / 256), n % 256) end
+  return char(198, floor(n / 16777216) % 256, floor(n / 65536) % 256, floor(n / 256) % 256, n % 256)
 end
 
 local out = {}
@@ -241,10 +241,13 @@ if #ids > 0 then
     leases[#leases + 1] = id
     tokens[#tokens + 1] = id
     tokens[#tokens + 1] = number(token + i - 1)
-    out[#out + 1] = bin(id)
-    out[#out + 1] = bin(raws[i])
-    out[#out + 1] = states[i] and bin(states[i]) or empty
-    out[#out + 1] = (ends[i] and tonumber(ends[i]) <= at) and bin('1') or empty
+    local n = #out
+    out[n + 1] = head(id)
+    out[n + 2] = id
+    out[n + 3] = head(raws[i])
+    out[n + 4] = raws[i]
+    out[n + 5] = states[i] and head(states[i]) .. states[i] or empty
+    out[n + 6] = (ends[i] and tonumber(ends[i]) <= at) and head('1') .. '1' or empty
   end
   call('ZADD', P .. 'l', unpack(leases))
   call('HSET', P .. 't', unpack(tokens))
@@ -255,13 +258,13 @@ end
 
 local soonest = nil
 for _, key in ipairs(plain and {'l'} or {'d', 'l'}) do
-  local head = call('ZRANGE', P .. key, 0, 0, 'WITHSCORES')
-  if head[2] and (not soonest or tonumber(head[2]) < soonest) then soonest = tonumber(head[2]) end
+  local first = call('ZRANGE', P .. key, 0, 0, 'WITHSCORES')
+  if first[2] and (not soonest or tonumber(first[2]) < soonest) then soonest = tonumber(first[2]) end
 end
 local more = soonest and number(math.max(1, soonest - at)) or ''
-local count = #out + 2
+local count = #ids * 4 + 2
 return string.char(221, 0, math.floor(count / 65536) % 256, math.floor(count / 256) % 256, count % 256)
-  .. bin(more) .. bin(number(token)) .. table.concat(out)
+  .. head(more) .. more .. head(number(token)) .. number(token) .. table.concat(out)
 """
 
 #: ARGV: n, then n ids, then n tokens: acknowledge them. Returns the ids that are not held so. Where the

@@ -10,6 +10,8 @@ from typing import Final
 #: Processes of a worker, and handlers of each.
 PROCESSES: Final = 2
 THREADS: Final = 8
+#: Async handlers at once of a process: what taskiq has without being told.
+TASKS: Final = 100
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Contender:
         bends: Whether its app heeds all that `benchmarks.work` says of queues, headers and priorities.
         environment: More of what `benchmarks.work` reads.
         pause: Another command where handlers wait, if more processes are needed for `THREADS` handlers each.
+        loop: Another command where handlers are async, if it is by itself not `TASKS` of them that one process runs.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Contender:
     delays: bool = False
     bends: bool = False
     pause: tuple[str, ...] = ()
+    loop: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -62,10 +66,11 @@ _APPS: Final = "benchmarks.apps."
 _ONCE: Final = "at least once"
 _BOTH: Final = ("sync", "async")
 
+_KQ_WORKER: Final = ("-m", "kq", "worker", _APPS + "kq_app:app", "-p", str(PROCESSES), "--log-level", "warning",
+                     "-c")  # fmt: skip
 _KQ = Contender(
-    "kq", "kq_app", ("kq-tasks",),
-    ("-m", "kq", "worker", _APPS + "kq_app:app", "-p", str(PROCESSES), "-c", str(THREADS), "--log-level", "warning"),
-    _ONCE, styles=_BOTH, delays=True, bends=True,
+    "kq", "kq_app", ("kq-tasks",), (*_KQ_WORKER, str(THREADS)),
+    _ONCE, styles=_BOTH, delays=True, bends=True, loop=(*_KQ_WORKER, str(TASKS)),
 )  # fmt: skip
 #: Like for like: others use classic queues there, which one broker's death may cost what they hold.
 _KQ_CLASSIC = replace(_KQ, name="kq-classic", environment={"BENCH_QUEUE_TYPE": "classic"}, bends=False)
@@ -75,10 +80,11 @@ _CELERY = Contender(
     "celery", "celery_app", ("celery", "kombu"), (*_CELERY_WORKER, str(PROCESSES)),
     _ONCE + "; may lose", delays=True, pause=(*_CELERY_WORKER, str(PROCESSES * THREADS)),
 )  # fmt: skip
+_DRAMATIQ_WORKER: Final = ("-m", "dramatiq", _APPS + "dramatiq_app", "--processes", str(PROCESSES),
+                           "--threads")  # fmt: skip
 _DRAMATIQ = Contender(
-    "dramatiq", "dramatiq_app", ("dramatiq",),
-    ("-m", "dramatiq", _APPS + "dramatiq_app", "--processes", str(PROCESSES), "--threads", str(THREADS)),
-    _ONCE, styles=_BOTH, delays=True,
+    "dramatiq", "dramatiq_app", ("dramatiq",), (*_DRAMATIQ_WORKER, str(THREADS)),
+    _ONCE, styles=_BOTH, delays=True, loop=(*_DRAMATIQ_WORKER, str(TASKS)),
 )  # fmt: skip
 _TASKIQ_WORKER: Final = ("-m", "taskiq", "worker", _APPS + "taskiq_app:broker", "--workers", str(PROCESSES),
                          "--max-threadpool-threads", str(THREADS), "--ack-type", "when_executed", "--log-level",

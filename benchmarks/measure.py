@@ -68,6 +68,7 @@ class Bench:
         self._tally = Tally.create(self._folder / "tally")
         self._work = work
         command = contender.pause if work == "sleep" and contender.pause else contender.command
+        command = contender.loop if style == "async" and contender.loop else command
         self._command = [sys.executable, *command, *([self._queue] if contender.name == "rq" else [])]
         if contender.name == "rq":
             self._command += ["--url", url]

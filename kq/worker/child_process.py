@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -18,6 +19,9 @@ from kq.outcome import Death
 from kq.worker import frame
 from kq.worker.pool import Place
 from kq.worker.slot import SlotTable
+
+#: Bytes that the system is to hold of what a child has not read yet; it may allow less.
+_SEND_BUFFER = 1 << 20
 
 
 @dataclass(eq=False)
@@ -66,34 +70,40 @@ class ChildProcess(Place):
             self.slots.close()
             raise
         ours.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         self.socket = ours
         self.reader = frame.Reader()
-        self.outgoing = bytearray()
+        self.outgoing: deque[memoryview] = deque()
         self.pid_fd = _pid_fd(self.process.pid)
         self.send(self.hello)
 
     def send(self, message: frame.ToChild) -> None:
         """Queue a frame and write what the socket takes; the rest goes when it is writable."""
-        self.outgoing += frame.encode(message)
+        self.outgoing.append(memoryview(frame.encode(message)))
         self.write()
 
     def write(self) -> None:
         """Write as much as the socket takes."""
         while self.outgoing:
+            first = self.outgoing[0]
             try:
-                sent = self.socket.send(self.outgoing)
+                sent = self.socket.send(first)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
                 # It died; waiting for the process says so.
                 self.outgoing.clear()
                 return
-            del self.outgoing[:sent]
+            if sent == len(first):
+                self.outgoing.popleft()
+            else:
+                self.outgoing[0] = first[sent:]
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Hand over jobs."""
         self.tags.update(job.tag for job in jobs)
-        self.send(frame.Work(list(jobs)))
+        for part in frame.parts(jobs):
+            self.send(frame.Work(part))
 
     def read(self) -> list[Any]:
         """Return the frames that have arrived."""

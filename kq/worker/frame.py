@@ -5,6 +5,7 @@ Many small things go in one frame: a system call costs more than a message.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 from typing import Any
 
@@ -16,6 +17,8 @@ from kq.outcome import Outcome
 _LENGTH = Struct("<I")
 #: Bytes that one read asks for.
 READ_SIZE = 1 << 18
+#: Bytes of messages after which a frame takes no more jobs: the first ones run while the others are on their way.
+_WORK_SIZE = 1 << 17
 
 
 class Hello(msgspec.Struct, tag="hello"):
@@ -102,6 +105,19 @@ def encode(frame: ToChild | FromChild) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+def parts(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Return jobs in as many parts as there are to be frames."""
+    found: list[list[Job]] = []
+    size = _WORK_SIZE
+    for job in jobs:
+        if size >= _WORK_SIZE:
+            found.append([])
+            size = 0
+        found[-1].append(job)
+        size += len(job.raw)
+    return found
+
+
 class Reader:
     """Cuts a stream of bytes into frames."""
 
@@ -117,7 +133,8 @@ class Reader:
             (length,) = _LENGTH.unpack_from(buffer, start)
             if end - start - 4 < length:
                 break
-            frames.append(bytes(buffer[start + 4 : start + 4 + length]))
+            with memoryview(buffer) as view:
+                frames.append(bytes(view[start + 4 : start + 4 + length]))
             start += 4 + length
         if start:
             del buffer[:start]

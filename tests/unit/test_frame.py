@@ -85,3 +85,15 @@ def test_a_frame_comes_out_with_its_last_byte() -> None:
 def test_empty_frames_are_frames() -> None:
     """A length of zero is an empty frame, not the end."""
     assert frame.Reader().feed(b"\0\0\0\0" * 2) == [b"", b""]
+
+
+@given(st.lists(st.integers(0, 300_000), max_size=12))
+def test_large_jobs_go_in_several_frames(sizes: list[int]) -> None:
+    """In order, at least one in each, and no more once a frame is large enough: a child runs the first ones sooner."""
+    jobs = [Job(tag, "app:q", f"m{tag}", bytes(size)) for tag, size in enumerate(sizes, 1)]
+    parts = frame.parts(jobs)
+    assert [job for part in parts for job in part] == jobs
+    assert all(parts)
+    for part in parts:
+        assert sum(len(job.raw) for job in part[:-1]) < 2**17
+    assert len(parts) <= 1 + sum(sizes) // 2**17
