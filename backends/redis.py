@@ -48,6 +48,9 @@ _T = TypeVar("_T")
 _CHUNK: Final = 500
 #: Bytes of messages that one Lua call stores at most.
 _CHUNK_BYTES: Final = 4 * 2**20
+#: Bytes of a body, on average, from which on bodies are fetched by a call of their own.
+_LARGE: Final = 1024
+_HMGET: Final = Head("HMGET")
 
 _DATABASE: Final = re.compile(r"/?\d*/?", re.ASCII)
 _TOPOLOGY: Final = "kq:topology"
@@ -116,6 +119,8 @@ class RedisStore:
         }  # fmt: skip
         self._lines = Lines(self._pool)
         self._errors = Mapped(self._shown, timeout)
+        #: Queues whose bodies are large.
+        self._large: set[str] = set()
         self._bell: Bell | None = None
         self._waker = Waker()
         self._closed = threading.Event()
@@ -212,17 +217,35 @@ class RedisStore:
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""
-        parts = _blobs.decode(self._run("TAKE", [prefix(queue)], [min(limit, _CHUNK), lease, TAKE_BYTES]))
+        p = prefix(queue)
+        arguments = (min(limit, _CHUNK), lease, TAKE_BYTES, int(queue in self._large))
+        parts = _blobs.decode(self._run("TAKE", [p], arguments))
         more_in = int(parts[0]) if parts[0] else None
         token = int(parts[1])
+        bodies = self._bodies(p, [parts[i] for i in range(2, len(parts), 4) if b"l" in parts[i + 3]])
         leases = []
+        size = 0
         for i in range(2, len(parts), 4):
-            attempts, crashes, deliveries = _to_state(parts[i + 2])
-            leases.append(
-                Lease(_to_id(parts[i]), parts[i + 1], token, attempts, crashes, deliveries, bool(parts[i + 3]))
-            )
+            raw = bodies.get(parts[i]) if b"l" in parts[i + 3] else parts[i + 1]
+            if raw is not None:
+                size += len(raw)
+                state = _to_state(parts[i + 2])
+                leases.append(Lease(_to_id(parts[i]), raw, token, *state, b"x" in parts[i + 3]))
             token += 1
+        if leases:
+            # As the last ones were, so the next ones will be.
+            (self._large.add if size > _LARGE * len(leases) else self._large.discard)(queue)
         return Taken(leases, more_in)
+
+    def _bodies(self, p: str, ids: list[bytes]) -> dict[bytes, bytes | None]:
+        """Return the bodies of messages that are leased already; None where somebody has removed one."""
+        if not ids:
+            return {}
+        with self._mapped():
+            (answer,) = self._lines.ask([_HMGET.pack((p + "m", *ids))])
+            if isinstance(answer, Exception):
+                raise answer
+            return dict(zip(ids, answer, strict=True))
 
     def settle(self, queue: str, endings: Sequence[Ending]) -> list[bool]:
         """See `Store.settle`."""

@@ -148,8 +148,9 @@ end
 return #ARGV / 2
 """
 
-#: ARGV: limit, lease in ms, bytes after which to take no more. Returns one string: a msgpack array of byte
-#: strings, which are more_in, the first token, then id, raw, state, expired of each message.
+#: ARGV: limit, lease in ms, bytes after which to take no more, '1' where bodies are large. Returns one string: a
+#: msgpack array of byte strings, which are more_in, the first token, then id, raw, state, and marks of each message:
+#: 'x' where it has expired, 'l' where its body is left out, to be asked for: large ones take Lua long to hand over.
 TAKE: Final = """
 local limit = tonumber(ARGV[1])
 local at = now()
@@ -184,9 +185,19 @@ if not plain then
 end
 
 -- In small steps, so that little is read beyond the bytes that one answer may have.
-local ids, raws, size, most = {}, {}, 0, tonumber(ARGV[3])
+local ids, raws, left, size, most = {}, {}, {}, 0, tonumber(ARGV[3])
 
 local function keep(got)
+  if ARGV[4] == '1' then
+    for _, id in ipairs(got) do
+      local n = call('HSTRLEN', P .. 'm', id)
+      ids[#ids + 1] = id
+      left[#ids] = n > 0
+      raws[#ids] = n > 0 and '' or call('HGET', P .. 'm', id)
+      size = size + math.max(n, #id)
+    end
+    return
+  end
   local bodies = call('HMGET', P .. 'm', unpack(got))
   for i, id in ipairs(got) do
     ids[#ids + 1] = id
@@ -197,7 +208,7 @@ end
 
 for _, n in ipairs((plain or call('EXISTS', unpack(lines)) == 0) and {4} or {9, 8, 7, 6, 5, 4, 3, 2, 1, 0}) do
   while #ids < limit and size < most do
-    local step = math.min(limit - #ids, 50)
+    local step = math.min(limit - #ids, ARGV[4] == '1' and 1 or 50)
     local got, last = plain and {} or call('ZRANGE', P .. 'b:' .. n, 0, step - 1), false
     if #got > 0 then
       call('ZREM', P .. 'b:' .. n, unpack(got))
@@ -247,7 +258,8 @@ if #ids > 0 then
     out[n + 3] = head(raws[i])
     out[n + 4] = raws[i]
     out[n + 5] = states[i] and head(states[i]) .. states[i] or empty
-    out[n + 6] = (ends[i] and tonumber(ends[i]) <= at) and head('1') .. '1' or empty
+    local marks = ((ends[i] and tonumber(ends[i]) <= at) and 'x' or '') .. (left[i] and 'l' or '')
+    out[n + 6] = head(marks) .. marks
   end
   call('ZADD', P .. 'l', unpack(leases))
   call('HSET', P .. 't', unpack(tokens))

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from math import ceil
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 
 class Readable(Protocol):
@@ -20,6 +20,9 @@ class Readable(Protocol):
 
 _T = TypeVar("_T", bound=Readable)
 
+#: Seconds that the system can wait at most, in a number of 32 bits of milliseconds.
+_LONGEST: Final = 2_000_000.0
+
 
 def readable(sources: Sequence[_T], timeout: float) -> list[_T]:
     """Return those that can be read, waiting for the first at most ``timeout`` seconds.
@@ -31,7 +34,7 @@ def readable(sources: Sequence[_T], timeout: float) -> list[_T]:
     for descriptor in by_descriptor:
         poll.register(descriptor, select.POLLIN)
     # Rounded up: a wait that ends too early is made again, and again.
-    ready = poll.poll(ceil(max(0.0, timeout) * 1000))
+    ready = poll.poll(ceil(min(max(0.0, timeout), _LONGEST) * 1000))
     return [by_descriptor[descriptor] for descriptor, _ in ready]
 
 
