@@ -28,8 +28,8 @@ PUBLISHER: Final[dict[str, tuple[str, ...]]] = {
 }
 #: What a worker does, and whoever looks after queues.
 WORKER: Final = (
-    "blpop", "exists", "get", "hdel", "hexists", "hget", "hlen", "hmget", "hset", "hsetnx", "incrby", "lindex", "llen",
-    "lpop", "lrange", "lrem", "pexpire", "pttl", "rpush", "setnx", "unlink", "zadd", "zcard", "zcount", "zrange",
+    "blpop", "exists", "get", "hdel", "hexists", "hget", "hlen", "hmget", "hset", "hsetnx", "hstrlen", "incrby", "lindex",
+    "llen", "lpop", "lrange", "lrem", "pexpire", "pttl", "rpush", "setnx", "unlink", "zadd", "zcard", "zcount", "zrange",
     "zrangebyscore", "zrem", "zremrangebyrank", "zremrangebyscore", "zscore",
 )  # fmt: skip
 
