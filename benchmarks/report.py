@@ -110,7 +110,8 @@ def chart(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     keys = [key for key in ("drain", "publish", "bulk", "idle-p50") if key in FIGURES]
-    brokers = list(results.values)
+    # Who is alone is compared with nobody.
+    brokers = [broker for broker, found in results.values.items() if len(found.keys() - {LIMIT}) > 1]
     figure, axes = pyplot.subplots(
         len(brokers), len(keys), figsize=(4.2 * len(keys), 0.6 + 2.4 * len(brokers)), squeeze=False
     )
@@ -126,6 +127,7 @@ def chart(results: Results, path: Path) -> None:
             less = "" if FIGURES[key].more else ", less is better"
             axis.set_title(f"{broker}: {FIGURES[key].title} ({FIGURES[key].unit}{less})", fontsize=9)
             axis.margins(x=0.2)
+            axis.set_xticks([])
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8)
     figure.tight_layout()
