@@ -82,22 +82,23 @@ class GroupCommit:
 
     def _publish_alone(self, batch: Sequence[Publication], timeout: float) -> list[Error | None] | None:
         """Publish where nobody else does; None, with nothing done, where somebody does."""
-        with self._turn:
-            if self._busy or self._waiting or not self._proven:
-                return None
-            self._busy = True
-        proven = False
+        mine = proven = False
         try:
+            with self._turn:
+                if self._busy or self._waiting or not self._proven:
+                    return None
+                self._busy = mine = True
             results = self._commit(batch, timeout)
             proven = not any(results) or not any(error is not None and error.retryable for error in results)
         except Error as error:
             results = [error] * len(batch)
             proven = not error.retryable
         finally:
-            with self._turn:
-                self._busy, self._proven = False, proven
-                if self._waiting:
-                    self._turn.notify_all()
+            if mine:
+                with self._turn:
+                    self._busy, self._proven = False, proven
+                    if self._waiting:
+                        self._turn.notify_all()
         return results
 
     def _gives_up(self, ticket: _Ticket) -> bool:

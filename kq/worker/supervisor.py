@@ -115,7 +115,8 @@ class Supervisor:
                 return False
             self._admit()
             self._dispatcher.dispatch()
-            return not self._pool.needs_watching
+            # Where nothing else may be in hand, or something may have to be done in time, our own thread must know.
+            return not (self._pool.needs_watching or self._dispatcher.isolating)
         except Exception as error:
             self._failure = error
             return False

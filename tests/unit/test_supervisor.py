@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from kq.backend import Delivery, QueueSpec
+from kq.executor import Job
+from kq.intake import Intake
+from kq.router import Consumer
+from kq.worker.pool import Place
+from kq.worker.supervisor import Supervisor
+from tests.unit.test_dispatcher import Places
+
+QUEUE = QueueSpec("app:q", dead_letter="app:q.dead")
+
+
+class Watched(Places):
+    """A pool that counts how often it was woken, and that can break."""
+
+    def __init__(self) -> None:
+        super().__init__(2, window=4)
+        self.woken = 0
+        self.broken = False
+
+    def wake(self) -> None:
+        self.woken += 1
+
+    def submit(self, place: Place, jobs: Sequence[Job]) -> None:
+        if self.broken:
+            raise RuntimeError("broken")
+        super().submit(place, jobs)
+
+
+def arrange() -> tuple[Supervisor, Watched]:
+    """A supervisor that has nothing to do."""
+    pool = Watched()
+    consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload)
+    supervisor = Supervisor(
+        pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=20, prefetch=100
+    )
+    supervisor.attach(Intake({}))
+    return supervisor, pool
+
+
+def deliveries(count: int, lost: int = 0) -> list[Delivery]:
+    return [Delivery("app:q", f"m{n}", b"x", 0, 0, lost, None) for n in range(count)]
+
+
+def test_a_few_deliveries_are_handed_out_at_once() -> None:
+    """In the thread that brings them, without waking another one."""
+    supervisor, pool = arrange()
+    supervisor.arrived(deliveries(3))
+    assert sum(map(len, pool.running)) == 3
+    assert pool.woken == 0
+
+
+def test_many_are_left_to_the_worker() -> None:
+    """Their fetcher goes on fetching."""
+    supervisor, pool = arrange()
+    supervisor.arrived(deliveries(100))
+    assert not any(pool.running)
+    assert pool.woken == 1
+
+
+def test_a_worker_that_is_busy_is_not_waited_for() -> None:
+    """Its own thread sees what has arrived."""
+    supervisor, pool = arrange()
+    with pool.lock:
+        supervisor.arrived(deliveries(1))
+    assert not any(pool.running)
+    assert pool.woken == 1
+
+
+def test_the_worker_hears_of_what_it_must_watch_over() -> None:
+    """Of time limits, and of a message that nothing else may be in hand with."""
+    supervisor, pool = arrange()
+    pool.needs_watching = True
+    supervisor.arrived(deliveries(1))
+    assert pool.woken == 1
+    supervisor, pool = arrange()
+    supervisor.arrived(deliveries(1, lost=15))
+    assert pool.woken == 1
+
+
+def test_what_goes_wrong_in_a_fetchers_thread_ends_the_worker() -> None:
+    """As it would in its own."""
+    supervisor, pool = arrange()
+    pool.broken = True
+    supervisor.arrived(deliveries(1))
+    assert pool.woken == 1
+    with pytest.raises(RuntimeError, match="broken"):
+        supervisor.turn(0.0)
