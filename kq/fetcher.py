@@ -254,7 +254,7 @@ class Fetcher(Thread):
             self._put_off(settlement, error, waits.get(id(settlement), _SETTLE_AGAIN[0]))
         for settlement in late:
             logger.info(
-                "%s %s was settled too late: its lease had run out, it runs again elsewhere",
+                "%s %s was settled too late: it was not ours any more, and may run again",
                 settlement.delivery.queue,
                 settlement.delivery.id,
                 extra={"action": "settled_late"},

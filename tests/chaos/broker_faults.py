@@ -275,7 +275,7 @@ def channels_closed(stage: Stage) -> None:
     assert isinstance(stage.site, RabbitSite)
     stage.worker("-p", "2", "-c", "2")
     # A publisher whose channel has gone without a word waits for as long as it may.
-    load = stage.load(messages=stage.size.messages, tries=20, timeout=_RECOVERY - 1.5)
+    load = stage.load(messages=stage.size.messages, rate=200, tries=20, timeout=_RECOVERY - 1.5)
     kills = max(2, stage.size.kills // 2)
     slowest = 0.0
     ways = (
@@ -288,8 +288,9 @@ def channels_closed(stage: Stage) -> None:
         with suppress(AssertionError):
             # A channel that has gone meanwhile makes the command fail.
             stage.site.control(*ways[n % len(ways)])
-        slowest = max(slowest, stage.next_start(monotonic(), 30.0)) if load.alive else slowest
+        slowest = max(slowest, stage.next_start(monotonic(), 30.0, unless_over=load))
     stage.finish(load)
+    stage.expect(slowest, "all was handled before the first fault")
     stage.drain()
     stage.figures["recovery"] = round(slowest, 2)
     stage.expect(slowest <= _RECOVERY, f"work went on after {slowest:.1f} s")

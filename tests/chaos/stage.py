@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 import kq
-from tests.chaos.history import History, Line, Writer
+from tests.chaos.history import History, Writer
 from tests.chaos.ledger import Ledger
 from tests.chaos.process import Program, children_of, gone
 from tests.chaos.publisher import Order
@@ -212,13 +212,20 @@ class Stage:
         """Wait until there are so many events of a kind."""
         self.until(lambda: self.history.count(event) >= count, f"{count} x {event}", within)
 
-    def next_start(self, since: float, within: float = PATIENCE) -> float:
-        """Return the seconds from a moment of the monotonic clock until the next start of a handler."""
+    def next_start(self, since: float, within: float = PATIENCE, *, unless_over: Program | None = None) -> float:
+        """Return the seconds from a moment of the monotonic clock until the next start of a handler.
 
-        def found() -> list[Line]:
-            return [line for line in self.history.lines("started")[-2000:] if line.at > since]
+        Or 0, where a publisher is given, has ended, and all that was stored has been handled: nothing is left to start.
+        """
 
-        return self.until(found, "a start after the fault", within)[0].at - since
+        def found() -> list[float]:
+            starts = [line.at - since for line in self.history.lines("started")[-2000:] if line.at > since]
+            return starts or ([0.0] if unless_over is not None and is_over(unless_over) else [])
+
+        def is_over(load: Program) -> bool:
+            return not load.alive and set(self.history.ids("acked")) <= set(self.history.ids("done"))
+
+        return self.until(found, "a start after the fault", within)[0]
 
     def pause(self, least: float, most: float | None = None) -> None:
         """Let things run for a while, by chance between two lengths: when a fault strikes is the scenario's choice."""
