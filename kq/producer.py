@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
-from time import monotonic
+from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any
 
 from kq import clock, codec, config, header, limit
@@ -295,9 +295,13 @@ class Producer:
 
 
 def _new_id() -> str:
-    """Return a random UUID in hexadecimal; faster than `uuid.uuid4`."""
-    data = bytearray(os.urandom(16))
-    data[6] = data[6] & 0x0F | 0x40
+    """Return a UUID of version 7 in hexadecimal: milliseconds, then chance (RFC 9562, section 5.7).
+
+    Ids that are published together sort together: an index on them, as in SQLite, is changed in one place then, not
+    in as many as there are messages.
+    """
+    data = bytearray((time_ns() // 1_000_000).to_bytes(6, "big") + os.urandom(10))
+    data[6] = data[6] & 0x0F | 0x70
     data[8] = data[8] & 0x3F | 0x80
     return data.hex()
 
