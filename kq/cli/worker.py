@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from kq.cli.option import CONFIGURATION, DURATION, ConfigurationError, common, end, exit_code, fail, find_app
+from kq.config import hide_password
 from kq.errors import Error, Invalid
 
 
@@ -60,6 +61,7 @@ def worker(
     from kq.worker.log import configure
     from kq.worker.option import WorkerOptions
     from kq.worker.pool import StartFailed
+    from kq.worker.prefork import prefork
     from kq.worker.reload import start_anew
     from kq.worker.worker import Worker
 
@@ -71,25 +73,34 @@ def worker(
         )
     # Before the app's module can do so, and once more when it is known what its file says.
     configure(given["log_level"], given["log_format"])
-    found = find_app(path, broker)
-    try:
-        options = WorkerOptions(**_with_file(given, found.document.worker.values))
-        configure(options.log_level, options.log_format)
-        found.declarations.load_handlers()
-        running = Worker(found, app_path=path or "", options=options)
-        running.run()
-    except Invalid as error:
-        raise ConfigurationError(error.message) from error
-    except StartFailed as error:
-        fail(f"no child could start: {error}", CONFIGURATION)
-    except Error as error:
-        if exit_code(error) == 1:
-            raise
-        end(error)
-    finally:
-        found.close()
+    with prefork(_forks(broker, given), given["concurrency"]) as forks:
+        found = find_app(path, broker)
+        try:
+            options = WorkerOptions(**_with_file(given, found.document.worker.values))
+            configure(options.log_level, options.log_format)
+            found.declarations.load_handlers()
+            running = Worker(found, app_path=path or "", options=options, forks=forks)
+            running.run()
+        except Invalid as error:
+            raise ConfigurationError(error.message) from error
+        except StartFailed as error:
+            fail(f"no child could start: {error}", CONFIGURATION)
+        except Error as error:
+            if exit_code(error) == 1:
+                raise
+            end(error)
+        finally:
+            found.close()
     if running.restart:
         start_anew()
+
+
+def _forks(broker: str | None, given: Mapping[str, Any]) -> int:
+    """Return how many children to fork, as far as it is known yet how many there will be."""
+    # This process's command line is each fork's, and what is secret in it is to be seen in no other place.
+    if given["pool"] == "threads" or (broker is not None and hide_password(broker) != broker):
+        return 0
+    return given["processes"] or os.cpu_count() or 1
 
 
 def _with_file(given: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:

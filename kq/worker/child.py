@@ -136,11 +136,21 @@ class Child:
 def main(arguments: list[str]) -> int:
     """Run the child's program and return its exit code."""
     connection_fd, slots_fd, slot_count, parent = map(int, arguments)
+    return serve(socket.socket(fileno=connection_fd), SlotTable(slot_count, slots_fd), parent)
+
+
+def serve(connection: socket.socket, slots: SlotTable, parent: int) -> int:
+    """Do a child's work in this process; return its exit code, 0, or end the process.
+
+    Args:
+        connection: The way to the supervisor.
+        slots: Where to note what runs.
+        parent: The supervisor's number.
+    """
     die_with(parent)
     leave_signals_to_supervisor()
-    slots = SlotTable(slot_count, slots_fd)
     try:
-        code = Child(socket.socket(fileno=connection_fd), slots).run()
+        code = Child(connection, slots).run()
     except BaseException:
         logger.critical("a child cannot go on", exc_info=True, extra={"action": "child_failed"})
         code = 1
@@ -164,8 +174,11 @@ def leave_signals_to_supervisor() -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, pass_over)
+    # A fork is made with them held back.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 def die_with(parent: int) -> None:

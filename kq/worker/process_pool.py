@@ -17,6 +17,7 @@ from kq.waker import Waker
 from kq.worker import frame
 from kq.worker.child_process import ChildProcess
 from kq.worker.pool import Died, Event, Finished, Place, Returned, StartFailed
+from kq.worker.process import Process
 
 logger = logging.getLogger("kq.worker")
 
@@ -52,6 +53,7 @@ class ProcessPool:
         hello: What each is told first.
         timeout_of: Returns the time limit of a job by its tag, or None.
         max_tasks: Jobs after which a child is replaced, as soon as its successor is ready; None for never.
+        forks: Processes that wait to become children; whichever is used is taken from the list.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class ProcessPool:
         timeout_of: Callable[[int], float | None] | None,
         *,
         max_tasks: int | None = None,
+        forks: list[Process] | None = None,
     ) -> None:
         self._max_tasks = max_tasks
         self._size = size
         self._hello = hello
+        self._forks = [] if forks is None else forks
         self._timeout_of = timeout_of
         self.places: list[Place] = []
         self.lock = Lock()
@@ -117,7 +121,7 @@ class ProcessPool:
         self._share_out()
         self._end_lingering()
         for child in list(self._children):
-            death = child.reap()
+            death = child.process.reap()
             if death is not None:
                 self._bury(child, death, events)
         if (
@@ -192,9 +196,9 @@ class ProcessPool:
         while self._children and monotonic() < until:
             events += self.poll(until - monotonic())
         for child in list(self._children):
-            child.kill()
+            child.process.kill()
         for child in list(self._children):
-            death = child.reap(wait=True)
+            death = child.process.reap(wait=True)
             assert death is not None
             self._bury(child, death, events)
         self._selector.close()
@@ -207,14 +211,14 @@ class ProcessPool:
     def _add(self) -> None:
         self._numbers += 1
         concurrency = self._hello.concurrency
-        child = ChildProcess(self._numbers, concurrency, hello=self._hello, window_min=concurrency)
-        child.start()
+        process = self._forks.pop() if self._forks else Process.spawn(concurrency)
+        child = ChildProcess(self._numbers, concurrency, process=process, hello=self._hello, window_min=concurrency)
         child.doomed_at = monotonic() + _START_PATIENCE
         self._children.append(child)
         self.places.append(child)
         self._selector.register(child.socket, selectors.EVENT_READ, child)
-        if child.pid_fd is not None:
-            self._selector.register(child.pid_fd, selectors.EVENT_READ, child)
+        if process.pid_fd is not None:
+            self._selector.register(process.pid_fd, selectors.EVENT_READ, child)
         self._watch(child)
 
     def _retire(self, child: ChildProcess) -> None:
@@ -237,7 +241,7 @@ class ProcessPool:
                 self._take(child, message, events)
         except msgspec.MsgspecError:
             logger.exception("child %d speaks nonsense; killing it", child.number, extra={"action": "child_broken"})
-            child.kill()
+            child.process.kill()
         if child.ended and child.watched:
             # Its end of the socket is closed; its process says when it is over. It can report nothing more.
             child.watched = False
@@ -318,9 +322,9 @@ class ProcessPool:
     def _forget(self, child: ChildProcess) -> None:
         if child.watched:
             self._selector.unregister(child.socket)
-        if child.pid_fd is not None:
-            self._selector.unregister(child.pid_fd)
-        child.close()
+        if child.process.pid_fd is not None:
+            self._selector.unregister(child.process.pid_fd)
+        child.process.close()
         self._children.remove(child)
         self.places.remove(child)
 
@@ -364,7 +368,7 @@ class ProcessPool:
             if child.doomed_at is not None and now >= child.doomed_at:
                 child.doomed_at = None if child.ready else now + _START_PATIENCE
                 child.why_failed = child.why_failed or f"it did not load the app within {_START_PATIENCE:g} s"
-                child.kill()
+                child.process.kill()
 
     def _stop_late_handlers(self) -> None:
         """Kill a child whose handler does not heed its time limit."""
@@ -382,11 +386,11 @@ class ProcessPool:
             if any(seconds > KILL_AFTER for seconds in overdue.values()):
                 # Others that are late as well are charged as well, and do not get another turn for it.
                 child.late = frozenset(tag for tag, seconds in overdue.items() if seconds > 0)
-                child.kill()
+                child.process.kill()
 
     def _patience(self, timeout: float) -> float:
         now = monotonic()
-        if any(child.pid_fd is None for child in self._children):
+        if any(child.process.pid_fd is None for child in self._children):
             timeout = min(timeout, _LOOK_AT_CHILDREN)
         for child in self._children:
             if child.doomed_at is not None:

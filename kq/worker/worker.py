@@ -36,6 +36,7 @@ from kq.worker.flight import Tally
 from kq.worker.frame import Hello
 from kq.worker.option import WorkerOptions
 from kq.worker.pool import Pool
+from kq.worker.process import Process
 from kq.worker.process_pool import ProcessPool
 from kq.worker.reload import Trial
 from kq.worker.supervisor import Supervisor
@@ -83,6 +84,8 @@ class Worker:
         options: How to work.
         idle_until: For ``app.drain``: the moment until which to wait for what is due.
         quiet: Whether to keep the start and the end out of the log.
+        forks: Processes that wait to become the first children. Those that are used are taken from the list, and
+            those that do not fit the options are ended; any others are still the caller's.
 
     Raises:
         Invalid: If there is nothing to consume, or the pool does not fit.
@@ -96,12 +99,14 @@ class Worker:
         options: WorkerOptions | None = None,
         idle_until: float | None = None,
         quiet: bool = False,
+        forks: list[Process] | None = None,
     ) -> None:
         self._app = app
         self._app_path = app_path
         self.options = options or WorkerOptions()
         self._idle_until = idle_until
         self._quiet = quiet
+        self._forks = [] if forks is None else forks
         self._registry = app.registry
         self._consumers = self._choose()
         self._specs = {queue: self._registry.spec(queue) for queue in self._consumers}
@@ -301,6 +306,7 @@ class Worker:
 
     def _make_pool(self) -> Pool:
         options = self.options
+        self._choose_forks()
         timeouts = [consumer.timeout for consumer in self._each_consumer() if consumer.timeout is not None]
         if self._threads:
             return ThreadPool(
@@ -322,7 +328,16 @@ class Worker:
             hello,
             self._timeout_of if timeouts else None,
             max_tasks=options.max_tasks_per_child,
+            forks=self._forks,
         )
+
+    def _choose_forks(self) -> None:
+        """End those forks that cannot become children of this worker."""
+        wanted = 0 if self._threads else self.processes
+        fit = [fork for fork in self._forks if fork.concurrency == self.options.concurrency][:wanted]
+        for fork in set(self._forks).difference(fit):
+            self._forks.remove(fork)
+            fork.end()
 
     def _timeout_of(self, tag: int) -> float | None:
         assert self._supervisor is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from time import monotonic
 
@@ -96,6 +97,44 @@ def test_killed_child_is_replaced(shop: Shop) -> None:
     assert sorted(attempts[victim["n"]]) == [1, 2]
     assert all(tries == [1] for n, tries in attempts.items() if n != victim["n"])
     assert worker.poll() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux only")
+def test_first_children_are_forks_and_the_next_ones_are_fresh(local_shop: Shop) -> None:
+    """Whichever they are, they load the app by themselves, handle, and are the supervisor's own children."""
+    shop = local_shop
+    worker = shop.worker("-p", "2", "-c", "1")
+
+    def kinds() -> list[bool]:
+        lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in shop.children(worker)]
+        return ["kq.worker.child" in line for line in lines]
+
+    assert kinds() == [False, False]
+    shop.app.publish(shop.queue, {"n": "before"})
+    (handled,) = shop.until("done")
+    assert handled["pid"] in shop.children(worker)
+    os.kill(handled["pid"], signal.SIGKILL)
+    wait_for(lambda: sorted(kinds()) == [False, True], "a new child")
+    shop.app.publish_many(shop.queue, [{"n": n, "do": "sleep", "seconds": 0.5} for n in range(4)])
+    shop.until("done", 5)
+    assert {line["pid"] for line in shop.history("done")[1:]} == set(shop.children(worker))
+    worker.send_signal(signal.SIGHUP)
+    wait_for(lambda: kinds() == [True, True], "fresh children")
+    assert shop.stop(worker) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux only")
+@pytest.mark.parametrize("text", ["{processes: 1}", "{processes: 3}", "{concurrency: 3}", "{pool: threads}"])
+def test_forks_that_do_not_fit_are_ended(local_shop: Shop, text: str) -> None:
+    """What the configuration file says is known later; there are as many children as it says, and no others."""
+    shop = local_shop
+    (shop.folder / "kq.yaml").write_text(f"worker: {text}\n")
+    worker = shop.worker("--log-level", "info")
+    expected = {"{processes: 1}": 1, "{processes: 3}": 3, "{pool: threads}": 0}.get(text, os.cpu_count())
+    shop.app.publish(shop.queue, {"n": 1})
+    shop.until("done")
+    assert len(shop.children(worker)) == expected
+    assert shop.stop(worker) == 0
 
 
 def test_killed_supervisor_leaves_no_orphan(shop: Shop) -> None:
