@@ -1,7 +1,7 @@
 """A publishing process: ``python -m benchmarks.publish MODULE``, with an `Order` as JSON on its standard input.
 
 Prints one line of JSON when it is connected and has published nothing but a warm-up, waits for a line, does what is
-ordered, and prints another: ``seconds``, ``cpu`` (seconds of it) and ``how``.
+ordered, and prints another: ``seconds``.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def main() -> None:
         publisher.one({"at": 0.0, "pad": ""})
     _say(ready=True)
     sys.stdin.readline()
-    began, used = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
     carry_out(order, publisher)
-    _say(seconds=time.perf_counter() - began, cpu=time.process_time() - used, how=publisher.how)
+    _say(seconds=time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ DECLARED: Final = int(os.environ.get("BENCH_DECLARED", "0"))
 HEADERS: Final = int(os.environ.get("BENCH_HEADERS", "0"))
 PRIORITIES: Final = int(os.environ.get("BENCH_PRIORITIES", "1"))
 QUEUE_TYPE: Final = os.environ.get("BENCH_QUEUE_TYPE", "quorum")
-_WORK: Final = os.environ.get("BENCH_WORK", "noop")
+WORK: Final = os.environ.get("BENCH_WORK", "noop")
 #: Seconds of a handler that waits for something.
 _SLEEP: Final = 0.01
 #: Rounds of a hash: about a millisecond, with the interpreter's lock held.
@@ -56,9 +56,9 @@ def run(payload: dict[str, Any]) -> None:
     """Handle a message."""
     if _tally is not None:
         _tally.count(payload["at"])
-    if _WORK == "cpu":
+    if WORK == "cpu":
         _compute()
-    elif _WORK == "sleep":
+    elif WORK == "sleep":
         time.sleep(_SLEEP)
 
 
@@ -66,7 +66,7 @@ async def arun(payload: dict[str, Any]) -> None:
     """Handle a message on an event loop."""
     if _tally is not None:
         _tally.count(payload["at"])
-    if _WORK == "cpu":
+    if WORK == "cpu":
         _compute()
-    elif _WORK == "sleep":
+    elif WORK == "sleep":
         await asyncio.sleep(_SLEEP)

@@ -6,10 +6,12 @@ import asyncio
 import os
 from typing import Any
 
+import anyio.to_thread
 from faststream import FastStream
 
 from benchmarks import work
 from benchmarks.apps.publishing import Publisher, concurrently
+from benchmarks.contender import TASKS, THREADS
 
 broker: Any
 where: dict[str, Any]
@@ -25,9 +27,17 @@ else:
 
     broker = RedisBroker(work.URL, logger=None, apply_types=False)
     stream = StreamSub(work.QUEUE, group="bench", consumer=f"bench-{os.getpid()}", max_records=100, last_id="0")
-    subscriber = broker.subscriber(stream=stream)
+    # One message after the other costs the least; where handlers wait it would be all that is measured.
+    together = {"sync": THREADS, "async": TASKS}[work.STYLE] if work.WORK == "sleep" else None
+    subscriber = broker.subscriber(stream=stream, max_workers=together)
     where = {"stream": work.QUEUE}
 app = FastStream(broker, logger=None)
+
+
+@app.on_startup
+async def limit_threads() -> None:
+    """Run as many sync handlers at once as the others do; forty are the default."""
+    anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
 
 
 if work.STYLE == "sync":

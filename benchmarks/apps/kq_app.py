@@ -54,4 +54,4 @@ def publisher() -> Publisher:
     def later(payloads: Sequence[dict[str, Any]], delay: float) -> None:
         app.publish_many(QUEUES[0], payloads, delay=delay)
 
-    return Publisher(lambda payload: app.publish(QUEUES[0], payload), many, "publish_many", later)
+    return Publisher(lambda payload: app.publish(QUEUES[0], payload), many, later)

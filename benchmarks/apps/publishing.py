@@ -18,13 +18,11 @@ class Publisher(NamedTuple):
     Attributes:
         one: Publishes one message, and returns when the contender says that it is published.
         many: Publishes several in the fastest way that the contender offers.
-        how: What ``many`` does.
         later: Publishes several to be run after so many seconds, where the contender can.
     """
 
     one: Callable[[Payload], object]
     many: Callable[[Sequence[Payload]], object]
-    how: str
     later: Callable[[Sequence[Payload], float], object] | None = None
 
 
@@ -40,7 +38,7 @@ def one_by_one(one: Callable[[Payload], object], later: Callable[[Payload, float
         for payload in payloads:
             later(payload, delay)
 
-    return Publisher(one, many, "one by one", None if later is None else delayed)
+    return Publisher(one, many, None if later is None else delayed)
 
 
 def concurrently(loop: asyncio.AbstractEventLoop, publish: Callable[[Payload], Awaitable[object]]) -> Publisher:
@@ -56,5 +54,4 @@ def concurrently(loop: asyncio.AbstractEventLoop, publish: Callable[[Payload], A
     return Publisher(
         lambda payload: loop.run_until_complete(single(payload)),
         lambda payloads: loop.run_until_complete(all_of(payloads)),
-        f"{_TOGETHER} at a time on an event loop",
     )

@@ -25,4 +25,4 @@ def publisher() -> Publisher:
     def many(payloads: Sequence[dict[str, Any]]) -> None:
         queue.enqueue_many([Queue.prepare_data(path, (payload,), result_ttl=0) for payload in payloads])
 
-    return Publisher(lambda payload: queue.enqueue(path, payload, result_ttl=0), many, "enqueue_many")
+    return Publisher(lambda payload: queue.enqueue(path, payload, result_ttl=0), many)
