@@ -72,16 +72,25 @@ class Answers:
 
     def _exactly(self, size: int) -> bytes:
         missing = self._at + size + 2 - len(self._data)
-        if missing > 0:
-            parts = [self._data[self._at :]]
-            while missing > 0:
-                parts.append(self._received())
-                missing -= len(parts[-1])
-            self._data, self._at = b"".join(parts), 0
-        end = self._at + size
-        found = self._data[self._at : end]
-        self._at = end + 2
-        return found
+        if missing <= 0:
+            end = self._at + size
+            found = self._data[self._at : end]
+            self._at = end + 2
+            return found
+        parts = [self._data[self._at :]]
+        while missing > 0:
+            parts.append(self._received())
+            missing -= len(parts[-1])
+        # The last part also has what comes next, or less than the two bytes that end this one. Joined without either,
+        # a large one is not copied twice.
+        last = parts[-1]
+        end = len(last) + missing - 2
+        if end >= 0:
+            parts[-1] = last[:end]
+            self._data, self._at = last, end + 2
+            return b"".join(parts)
+        self._data, self._at = last, len(last) + missing
+        return b"".join(parts[:-1])[:size]
 
     def _more(self) -> None:
         data = self._received()

@@ -39,7 +39,7 @@ class Child:
         self._socket = connection
         self._slots = slots
         self._writing = Lock()
-        self._reader = frame.Reader()
+        self._reader = frame.in_child()
         self._runner: Runner | None = None
         self._app: Any = None
         self._held = 0
@@ -55,8 +55,8 @@ class Child:
                     break
                 # The supervisor is gone; what runs here will be delivered again.
                 os._exit(1)
-            for raw in self._reader.feed(data):
-                if not self._take(frame.to_child.decode(raw)):
+            for message in self._reader.feed(data):
+                if not self._take(message):
                     return 1
         if self._runner is not None:
             self._runner.flush()

@@ -37,7 +37,7 @@ class ChildProcess(Place):
     def __post_init__(self) -> None:
         self.slots = self.process.slots
         self.socket = self.process.socket
-        self.reader = frame.Reader()
+        self.reader = frame.in_supervisor()
         self.outgoing: deque[memoryview] = deque()
         self.send(self.hello)
 
@@ -66,8 +66,8 @@ class ChildProcess(Place):
     def submit(self, jobs: Sequence[Job]) -> None:
         """Hand over jobs."""
         self.tags.update(job.tag for job in jobs)
-        for part in frame.parts(jobs):
-            self.send(frame.Work(part))
+        self.outgoing.extend(map(memoryview, frame.work(jobs)))
+        self.write()
 
     def read(self) -> list[Any]:
         """Return the frames that have arrived."""
@@ -83,7 +83,7 @@ class ChildProcess(Place):
             if not data:
                 self.ended = True
                 break
-            frames += [frame.from_child.decode(raw) for raw in self.reader.feed(data)]
+            frames += self.reader.feed(data)
             if len(data) < frame.READ_SIZE:
                 break
         return frames

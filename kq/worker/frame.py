@@ -1,13 +1,14 @@
 """Frames between the supervisor and a child: four bytes of length, then msgpack.
 
-Many small things go in one frame: a system call costs more than a message.
+Many small things go in one frame: a system call costs more than a message. A large message is in no frame but follows
+one, as it is: to copy it costs more than a system call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from struct import Struct
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -19,6 +20,8 @@ _LENGTH = Struct("<I")
 READ_SIZE = 1 << 18
 #: Bytes of messages after which a frame takes no more jobs: the first ones run while the others are on their way.
 _WORK_SIZE = 1 << 17
+#: Bytes of a message from which on it follows its frame.
+_APART = 1 << 15
 
 
 class Hello(msgspec.Struct, tag="hello"):
@@ -42,9 +45,15 @@ class Hello(msgspec.Struct, tag="hello"):
 
 
 class Work(msgspec.Struct, tag="work"):
-    """Jobs for a child."""
+    """Jobs for a child.
+
+    Attributes:
+        jobs: The jobs.
+        apart: Those of them whose messages follow the frame: where in the list they stand, and how many bytes it is.
+    """
 
     jobs: list[Job]
+    apart: list[tuple[int, int]] = []
 
 
 class Recall(msgspec.Struct, tag="recall"):
@@ -93,10 +102,11 @@ class Returned(msgspec.Struct, tag="returned"):
 
 ToChild = Hello | Work | Recall | Dump
 FromChild = Ready | Exhausted | Failed | Results | Returned
+_Frame = TypeVar("_Frame")
 
 _encoder = msgspec.msgpack.Encoder()
-to_child = msgspec.msgpack.Decoder(ToChild)
-from_child = msgspec.msgpack.Decoder(FromChild)
+_to_child = msgspec.msgpack.Decoder(ToChild)
+_from_child = msgspec.msgpack.Decoder(FromChild)
 
 
 def encode(frame: ToChild | FromChild) -> bytes:
@@ -105,7 +115,21 @@ def encode(frame: ToChild | FromChild) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def parts(jobs: Sequence[Job]) -> list[list[Job]]:
+def work(jobs: Sequence[Job]) -> Iterator[bytes]:
+    """Return jobs as what is to be written one after the other: frames, and the messages that follow them."""
+    for part in _parts(jobs):
+        apart = [(index, len(job.raw)) for index, job in enumerate(part) if len(job.raw) >= _APART]
+        if not apart:
+            yield encode(Work(part))
+            continue
+        messages = [part[index].raw for index, _ in apart]
+        for index, _ in apart:
+            part[index] = msgspec.structs.replace(part[index], raw=b"")
+        yield encode(Work(part, apart))
+        yield from messages
+
+
+def _parts(jobs: Sequence[Job]) -> list[list[Job]]:
     """Return jobs in as many parts as there are to be frames."""
     found: list[list[Job]] = []
     size = _WORK_SIZE
@@ -118,24 +142,70 @@ def parts(jobs: Sequence[Job]) -> list[list[Job]]:
     return found
 
 
-class Reader:
-    """Cuts a stream of bytes into frames."""
+class Reader(Generic[_Frame]):
+    """Cuts a stream of bytes into frames. Use `in_child` and `in_supervisor`."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: msgspec.msgpack.Decoder[_Frame]) -> None:
+        self._decode = decoder.decode
         self._buffer = bytearray()
+        #: Jobs of which messages are still to come, what of the first of these is here, and how much of it is missing.
+        self._work: Work | None = None
+        self._pieces: list[bytes] = []
+        self._missing = 0
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Add what was read and return the frames that are complete."""
+    def feed(self, data: bytes) -> list[_Frame]:
+        """Add what was read and return the frames that are complete.
+
+        Raises:
+            msgspec.MsgspecError: If it is none. There is nothing more to be read then.
+        """
+        frames: list[_Frame] = []
+        at = self._follow(data, 0, frames)
         buffer = self._buffer
-        buffer += data
-        frames, start, end = [], 0, len(buffer)
-        while end - start >= 4:
-            (length,) = _LENGTH.unpack_from(buffer, start)
-            if end - start - 4 < length:
-                break
-            with memoryview(buffer) as view:
-                frames.append(bytes(view[start + 4 : start + 4 + length]))
-            start += 4 + length
+        buffer += data[at:]
+        start, end = 0, len(buffer)
+        with memoryview(buffer) as view:
+            while end - start >= 4:
+                (length,) = _LENGTH.unpack_from(view, start)
+                if end - start - 4 < length:
+                    break
+                with view[start + 4 : start + 4 + length] as body:
+                    frame = self._decode(body)
+                start += 4 + length
+                if isinstance(frame, Work) and frame.apart:
+                    self._work, self._missing = frame, frame.apart[0][1]
+                    start = self._follow(view, start, frames)
+                else:
+                    frames.append(frame)
         if start:
             del buffer[:start]
         return frames
+
+    def _follow(self, data: bytes | memoryview, at: int, frames: list[Any]) -> int:
+        """Take from ``data`` what follows a frame, and return up to where that is."""
+        while self._work is not None:
+            piece = bytes(data[at : at + self._missing])
+            self._pieces.append(piece)
+            at += len(piece)
+            self._missing -= len(piece)
+            if self._missing:
+                break
+            index, _ = self._work.apart.pop(0)
+            self._work.jobs[index].raw = b"".join(self._pieces)
+            self._pieces = []
+            if self._work.apart:
+                self._missing = self._work.apart[0][1]
+            else:
+                frames.append(self._work)
+                self._work = None
+        return at
+
+
+def in_child() -> Reader[ToChild]:
+    """Return a reader of what the supervisor sends."""
+    return Reader(_to_child)
+
+
+def in_supervisor() -> Reader[FromChild]:
+    """Return a reader of what a child sends."""
+    return Reader(_from_child)
