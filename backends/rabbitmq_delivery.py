@@ -19,8 +19,8 @@ from kq.backend import Envelope
 from kq.backends.rabbitmq_frame import FIELDS, UNREADABLE, legible, lenient_frame_handler
 from kq.backends.rabbitmq_topology import legible_table
 
-#: Takes a delivery: its tag, whether it was delivered before, and what it holds.
-Receive = Callable[[int, bool, Envelope], None]
+#: Takes a delivery: its tag, whether it was delivered before, what it holds, without the body, and the body, in pieces.
+Receive = Callable[[int, bool, Envelope, list[bytes]], None]
 
 _METHOD: Final = 1
 _HEADER: Final = 2
@@ -107,13 +107,11 @@ class Deliveries:
         if delivery.missing > 0:
             return False
         del self._partial[channel]
-        chunks = delivery.chunks
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        delivery.receive(delivery.tag, delivery.redelivered, self._envelope(delivery.header, body))
+        delivery.receive(delivery.tag, delivery.redelivered, self._envelope(delivery.header), delivery.chunks)
         return True
 
-    def _envelope(self, raw: bytes, body: bytes) -> Envelope:
-        """Return a message; one without an id is given one."""
+    def _envelope(self, raw: bytes) -> Envelope:
+        """Return a message without its body; one without an id is given one."""
         flags = _HEAD.unpack_from(raw)[3]
         offset = _HEAD.size
         headers: dict[str, Any] = {}
@@ -141,7 +139,7 @@ class Deliveries:
             pass
         for name in ("expiration", "cluster_id"):
             properties.pop(name, None)
-        return Envelope(properties.pop("message_id", "") or uuid4().hex, headers, properties, body)
+        return Envelope(properties.pop("message_id", "") or uuid4().hex, headers, properties, b"")
 
     def _table(self, raw: bytes) -> dict[str, Any]:
         known = self._tables.get(raw)

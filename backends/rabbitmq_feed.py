@@ -27,7 +27,7 @@ from kq.backend import (
     Settlement,
     Settling,
     bury,
-    pack,
+    pack_pieces,
 )
 from kq.backends.rabbitmq_delivery import Receive
 from kq.backends.rabbitmq_link import Link, mapped
@@ -66,7 +66,9 @@ class _Receipt:
 
     epoch: int
     tag: int
+    #: The message without its body, which is the last so many bytes of the delivery.
     envelope: Envelope
+    size: int
     #: Whether what takes its place is stored: it is never published twice.
     copied: bool = False
 
@@ -444,7 +446,7 @@ class RabbitFeed:
         # Classic queues count nothing: they only say that a message was delivered before.
         uncounting = is_classic(self._specs[queue])
 
-        def receive(tag: int, redelivered: bool, envelope: Envelope) -> None:
+        def receive(tag: int, redelivered: bool, envelope: Envelope, body: list[bytes]) -> None:
             if epoch != self._epoch:
                 return
             headers = envelope.headers
@@ -453,11 +455,11 @@ class RabbitFeed:
             delivery = Delivery(
                 queue,
                 envelope.id,
-                _pack(envelope),
+                _pack(envelope, body),
                 read_count(headers, attempts),
                 read_count(headers, crashes),
                 self._lost_deliveries(queue, envelope.id, headers, redelivered, uncounting) if counted else 0,
-                _Receipt(epoch, tag, envelope),
+                _Receipt(epoch, tag, envelope, sum(map(len, body))),
             )
             self._outstanding[tag] = delivery
             self._watch.arrived(queue)
@@ -505,7 +507,7 @@ class RabbitFeed:
         if outcome.action == "done" or self._goes_back(settlement):
             return None
         spec = self._specs[delivery.queue]
-        envelope: Envelope = delivery.receipt.envelope
+        envelope = _envelope_of(delivery)
         if outcome.action == "dead" and spec.dead_letter is not None:
             letter = bury(envelope, delivery.queue, outcome, clock.now())
             return Publication(QueueSpec(spec.dead_letter), letter)
@@ -569,7 +571,7 @@ class RabbitFeed:
         onward, self._onward = self._onward, []
         copies = []
         for delivery in onward:
-            envelope: Envelope = delivery.receipt.envelope
+            envelope = _envelope_of(delivery)
             if delivery.deliveries:
                 envelope.headers[DELIVERIES] = delivery.deliveries
             copies.append(Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers))))
@@ -612,13 +614,21 @@ def _refuse(message: Any) -> None:
     raise amqp.exceptions.UnexpectedFrame("a delivery did not reach its subscription")
 
 
-def _pack(envelope: Envelope) -> bytes:
+def _pack(envelope: Envelope, body: Sequence[bytes]) -> bytes:
     try:
-        return pack(envelope)
+        return pack_pieces(envelope, body)
     except (TypeError, ValueError, OverflowError, RecursionError):
         # A stranger's headers may hold what msgpack has no type for.
         headers = {key: _plain(value) for key, value in envelope.headers.items()}
-        return pack(Envelope(envelope.id, headers, envelope.properties, envelope.body))
+        return pack_pieces(Envelope(envelope.id, headers, envelope.properties, b""), body)
+
+
+def _envelope_of(delivery: Delivery) -> Envelope:
+    """Return a message as it came, with all of its headers."""
+    receipt: _Receipt = delivery.receipt
+    head = receipt.envelope
+    # Not unpacked: what strangers have put into the headers may be deeper than can be read again.
+    return Envelope(head.id, head.headers, head.properties, delivery.raw[len(delivery.raw) - receipt.size :])
 
 
 def _plain(value: Any) -> Any:

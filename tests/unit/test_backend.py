@@ -9,7 +9,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kq import errors
-from kq.backend import Envelope, QueueSpec, bury, clean, identify, pack, unknown_options, unpack, unpack_or_wrap
+from kq.backend import (
+    Envelope,
+    QueueSpec,
+    bury,
+    clean,
+    identify,
+    pack,
+    pack_pieces,
+    unknown_options,
+    unpack,
+    unpack_or_wrap,
+)
 from kq.outcome import Failure, Outcome
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -39,6 +50,14 @@ def test_pack_round_trip(id: str, headers: dict[str, Any], properties: dict[str,
     """An envelope comes back from its bytes as it was."""
     envelope = Envelope(id, headers, properties, body)
     assert unpack(pack(envelope)) == envelope
+
+
+@given(st.lists(st.binary(max_size=10) | st.sampled_from([bytes(255), bytes(256), bytes(65_536)]), max_size=5))
+def test_pieces_are_packed_like_the_whole(pieces: list[bytes]) -> None:
+    """However long they are together, and however many."""
+    envelope = Envelope("m-1", dict(HEADERS), {"priority": 7}, b"")
+    whole = Envelope("m-1", dict(HEADERS), {"priority": 7}, b"".join(pieces))
+    assert pack_pieces(envelope, pieces) == pack(whole)
 
 
 @given(st.binary())

@@ -48,10 +48,15 @@ class Wire:
         self.others: list[tuple[Any, ...]] = []
         self.connection = SimpleNamespace(bytes_recv=0)
         self.deliveries = Deliveries()
-        self.deliveries.receivers[CHANNEL, "kq-1"] = lambda *arrival: self.arrived.append(arrival)
+        self.deliveries.receivers[CHANNEL, "kq-1"] = self._receive
         self.on_frame: Callable[[Any], Any] = self.deliveries.frame_handler(
             self.connection, lambda *call: self.others.append(call)
         )
+
+    def _receive(self, tag: int, redelivered: bool, envelope: Envelope, body: list[bytes]) -> None:
+        assert envelope.body == b""
+        envelope.body = b"".join(body)
+        self.arrived.append((tag, redelivered, envelope))
 
     def deliver(self, header: bytes, *bodies: bytes, tag: int = 7, consumer: str = "kq-1", flag: int = 0) -> list[Any]:
         """Feed a delivery, and return what each frame was answered with."""
