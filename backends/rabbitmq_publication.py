@@ -50,7 +50,7 @@ class Writer:
         """Return a message that the broker is to store, and to confirm or to give back."""
         body = envelope.body
         flags, properties = self._properties(envelope)
-        parts = [
+        parts: list[bytes | memoryview] = [
             self._method(exchange, routing_key),
             self._frame(_HEADER, _HEAD.pack(60, 0, len(body), flags) + properties),
         ]
@@ -58,7 +58,11 @@ class Writer:
             if body:
                 parts.append(self._frame(_BODY, body))
         else:
-            parts += [self._frame(_BODY, body[i : i + self._piece]) for i in range(0, len(body), self._piece)]
+            # Not copied but once, when all is joined.
+            view = memoryview(body)
+            for start in range(0, len(body), self._piece):
+                piece = view[start : start + self._piece]
+                parts += (_FRAME.pack(_BODY, self._channel, len(piece)), piece, _END)
         return b"".join(parts)
 
     def _frame(self, kind: int, payload: bytes) -> bytes:

@@ -104,11 +104,11 @@ class Head:
 
     def pack(self, items: Sequence[bytes | str | int]) -> bytes:
         """Return a command as Redis reads it."""
-        return b"*%d\r\n%b%b" % (self._count + len(items), self._data, _packed(items))
+        return _packed(items, b"*%d\r\n%b" % (self._count + len(items), self._data))
 
 
-def _packed(items: Sequence[bytes | str | int]) -> bytes:
-    parts: list[bytes] = []
+def _packed(items: Sequence[bytes | str | int], head: bytes = b"") -> bytes:
+    parts = [head]
     for item in items:
         data = item if isinstance(item, bytes) else item.encode() if isinstance(item, str) else b"%d" % item
         parts += (b"$%d\r\n" % len(data), data, b"\r\n")

@@ -19,6 +19,8 @@ from kq.errors import Invalid
 from kq.limit import MAX_NESTING
 
 _NESTING_BYTES: Final = (b"[", b"{")
+#: Bytes of a body from which on it is searched for them, not counted through.
+_LONG: Final = 8192
 
 
 class Undecodable(Exception):
@@ -150,7 +152,18 @@ def _decode_msgpack(body: bytes) -> Any:
 
 def _shallow(body: bytes) -> bool:
     """Tell whether a body has too few brackets to be nested too deeply, without walking it."""
-    return body.count(_NESTING_BYTES[0]) + body.count(_NESTING_BYTES[1]) <= MAX_NESTING
+    if len(body) < _LONG:
+        return body.count(_NESTING_BYTES[0]) + body.count(_NESTING_BYTES[1]) <= MAX_NESTING
+    # `count` looks at each byte, `find` at many at a time.
+    left = MAX_NESTING
+    for bracket in _NESTING_BYTES:
+        at = body.find(bracket)
+        while at >= 0:
+            left -= 1
+            if left < 0:
+                return False
+            at = body.find(bracket, at + 1)
+    return True
 
 
 def _check_received(value: Any) -> None:

@@ -148,6 +148,18 @@ def test_nesting_limit_of_publishers(one: codec.Codec) -> None:
         one.encode(nested(65))
 
 
+@pytest.mark.parametrize("pad", [0, 20_000])
+def test_brackets_side_by_side_are_no_nesting(pad: int) -> None:
+    """Many of them, or a few within a long text, are fine; too deep is too deep however long the rest is."""
+    wide: list[Any] = [[[]] * 1000, {"a": "[{" * 100, "b": [{}] * 70}]
+    for data in wide:
+        assert codec.JSON.decode(codec.JSON.encode([data, "x" * pad])) == [data, "x" * pad]
+    with pytest.raises(errors.Invalid, match="nested deeper than 64 levels"):
+        codec.JSON.encode([nested(64), "x" * pad])
+    with pytest.raises(codec.Undecodable, match="nested deeper than 64 levels"):
+        codec.JSON.decode(msgspec.json.encode(["x" * pad, nested(64)]))
+
+
 @BOTH
 def test_nesting_limit_on_receipt(one: codec.Codec) -> None:
     """A body of 65 levels is undecodable, whoever wrote it."""
