@@ -7,9 +7,9 @@ Each loads the app by itself, as those do that replace it, which are fresh inter
 from __future__ import annotations
 
 import gc
+import os
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,8 +29,7 @@ def prefork(count: int, concurrency: int) -> Iterator[list[Process]]:
         concurrency: Handlers of each kind in each.
     """
     forks: list[Process] = []
-    # Elsewhere than on Linux the system's own libraries may have started threads that nobody sees.
-    if count and sys.platform == "linux" and threading.active_count() == 1:
+    if count and _is_alone():
         # What is there by now stays: the collector is not to look at it, which would make copies of its pages.
         gc.freeze()
         _fill(forks, count, concurrency)
@@ -40,6 +39,15 @@ def prefork(count: int, concurrency: int) -> Iterator[list[Process]]:
     finally:
         for fork in forks:
             fork.end()
+
+
+def _is_alone() -> bool:
+    """Tell whether this process has one thread, also where libraries have started some that Python does not know."""
+    try:
+        # Linux has it. Elsewhere nobody can tell, and there are no forks.
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False
 
 
 def _fill(forks: list[Process], count: int, concurrency: int) -> None:
