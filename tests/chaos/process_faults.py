@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -23,8 +24,11 @@ _RECOVERY: Final = {"rabbitmq": 1.0, "redis": LEASE + 1.5, "sqlite": LEASE + 1.5
 _START: Final = 2.5
 #: Seconds from a handler's effect until its supervisor knows of it, on a busy machine.
 _REPORTED_WITHIN: Final = 0.5
-#: Ways for a message to take its process with it.
-_DEADLY: Final = ("segfault", "exit 0", "exit 1", "abort", "kill", "recurse", "grow and die", "fork and die")
+#: Ways for a message to take its process with it. From Python 3.12 on recursion in C is an exception at any limit.
+_DEADLY: Final = (
+    "segfault", "exit 0", "exit 1", "abort", "kill", "grow and die", "fork and die",
+    *(["recurse"] if sys.version_info < (3, 12) else []),
+)  # fmt: skip
 #: How the death is described: a signal's number, or an exit code.
 _SIGNALS: Final = {
     "segfault": signal.SIGSEGV, "abort": signal.SIGABRT, "kill": signal.SIGKILL, "recurse": signal.SIGSEGV,
