@@ -23,6 +23,7 @@ from kq.shield import shielded
 from kq.target import open_app
 from kq.worker import frame
 from kq.worker.log import configure
+from kq.worker.process import FOR_SUPERVISOR, flush
 from kq.worker.runner import Result, Runner
 from kq.worker.slot import SlotTable
 
@@ -156,7 +157,7 @@ def serve(connection: socket.socket, slots: SlotTable, parent: int) -> int:
         code = 1
     if code:
         # Without waiting for threads that the app has started: they may never end.
-        sys.stderr.flush()
+        flush()
         os._exit(code)
     return code
 
@@ -174,11 +175,10 @@ def leave_signals_to_supervisor() -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    for number in numbers:
+    for number in FOR_SUPERVISOR:
         signal.signal(number, pass_over)
     # A fork is made with them held back.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_SUPERVISOR)
 
 
 def die_with(parent: int) -> None:

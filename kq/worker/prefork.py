@@ -6,16 +6,25 @@ Each loads the app by itself, as those do that replace it, which are fresh inter
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
 
 from kq.worker import child
 from kq.worker.process import Process
 from kq.worker.slot import SlotTable
+
+#: What is shown as a fork's command line.
+_TITLE: Final = b"kq.worker.child, forked"
+#: Where in a process's state the address of its command line stands, counted from behind its name.
+_ARG_START: Final = 45
 
 
 @contextmanager
@@ -60,6 +69,18 @@ def _fill(forks: list[Process], count: int, concurrency: int) -> None:
 
 
 def _serve(connection: socket.socket, slots: SlotTable, parent: int) -> int:
-    # What an app may look at is as it is in those that come later.
+    # What an app, `multiprocessing` or a person may look at is as it is with those that come later.
     sys.argv[:] = [child.__file__]
+    sys.modules["__main__"] = child
+    _show(_TITLE)
     return child.serve(connection, slots, parent)
+
+
+def _show(title: bytes) -> None:
+    """Have the system show another command line for this process, as far as there is room for it."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # What follows the name, which may have blanks and brackets in it: https://man7.org/linux/man-pages/man5/proc.5.html
+        fields = Path("/proc/self/stat").read_bytes().rpartition(b") ")[2].split()
+        start, end = int(fields[_ARG_START]), int(fields[_ARG_START + 1])
+        if 0 < start < end:
+            ctypes.memmove(start, title[: end - start - 1].ljust(end - start, b"\0"), end - start)

@@ -7,21 +7,27 @@ the memory of all that both have loaded, and starts at once.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from kq.outcome import Death
 from kq.worker.slot import SlotTable
 
 #: Bytes that the system is to hold of what a child has not read yet; it may allow less.
 _SEND_BUFFER = 1 << 20
-#: Signals that a fork must not get before it knows what to do about them.
-_HELD_BACK = frozenset({signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)})
+#: Signals that mean the whole worker, and end no child: the supervisor says what is to happen.
+FOR_SUPERVISOR = frozenset(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 
 #: A child's program: takes its end of the socket, its slots and its parent's number, and returns the exit code.
 Program = Callable[[socket.socket, SlotTable, int], int]
@@ -90,19 +96,18 @@ class Process:
 
         Args:
             concurrency: Handlers of each kind.
-            program: What it runs, with the signals held back that are the supervisor's affair.
+            program: What it runs, with `FOR_SUPERVISOR` held back.
             beside: Forks made before, of which it is to hold nothing.
 
         Raises:
             OSError: If there is no room for it.
         """
+        # What waits to be written is written once.
+        flush()
         ours, theirs = socket.socketpair()
         slots = SlotTable(2 * concurrency)
         parent = os.getpid()
-        # What waits to be written is written once.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_SUPERVISOR)
         try:
             pid = os.fork()
         except OSError:
@@ -111,8 +116,7 @@ class Process:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             raise
         if not pid:
-            _leave_home(ours, beside)
-            sys.exit(program(theirs, slots, parent))
+            _live(ours, beside, lambda: program(theirs, slots, parent))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         return cls(pid, concurrency, ours, slots)
@@ -171,18 +175,42 @@ class Process:
         self.close()
 
 
-def _leave_home(parents_end: socket.socket, beside: Sequence[Process]) -> None:
-    """Give up, in a fork, what is its parent's: the terminal, what is typed, and the connections to other forks."""
+def flush() -> None:
+    """Write what waits to be written, as far as it can be."""
+    for stream in (sys.stdout, sys.stderr):
+        # They are None where they were closed from the start, and an app may have put in anything.
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _live(parents_end: socket.socket, beside: Sequence[Process], program: Callable[[], int]) -> NoReturn:
+    """Do in a fork what it is for, and end as an interpreter does; nothing of its parent's is gone on with."""
+    code = 1
     try:
-        os.setsid()
-        with open(os.devnull, "rb") as nothing:
-            os.dup2(nothing.fileno(), 0)
-        parents_end.close()
-        for other in beside:
-            other.close_ends()
+        _leave_home(parents_end, beside)
+        code = program()
+        # As `multiprocessing` ends its forks: threads that are to be waited for, then what is to be called at the end.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
     except BaseException:
-        # It must not go on as if it were its parent.
-        os._exit(1)
+        if sys.stderr is not None:
+            traceback.print_exc()
+    finally:
+        flush()
+        os._exit(code)
+
+
+def _leave_home(parents_end: socket.socket, beside: Sequence[Process]) -> None:
+    """Give up what is the parent's: the connections, the terminal, what is typed."""
+    parents_end.close()
+    for other in beside:
+        other.close_ends()
+    os.setsid()
+    # Where the parent has no standard input, this is already it.
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    if nothing:
+        os.dup2(nothing, 0)
+        os.close(nothing)
 
 
 def _pid_fd(pid: int) -> int | None:

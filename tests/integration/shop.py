@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -52,6 +53,11 @@ def handle(payload):
         if os.fork() == 0:
             return
         time.sleep(0.3)
+    elif do == "process":
+        process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 0
     elif do == "sys.exit":
         sys.exit(1)
     elif do == "recurse":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from time import monotonic
 
 import pytest
 
-from tests.integration.conftest import LEASE, Shop, children_of, is_alive, wait_for
+from tests.integration.conftest import LEASE, PATIENCE, Shop, children_of, is_alive, wait_for
 
 
 def test_runs_retries_and_dead_letters(shop: Shop) -> None:
@@ -105,21 +106,22 @@ def test_first_children_are_forks_and_the_next_ones_are_fresh(local_shop: Shop) 
     shop = local_shop
     worker = shop.worker("-p", "2", "-c", "1")
 
-    def kinds() -> list[bool]:
+    def kinds() -> list[str]:
+        """Return what the system shows of each: nobody is to take a child for a worker."""
         lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in shop.children(worker)]
-        return ["kq.worker.child" in line for line in lines]
+        return sorted("other" if "kq.worker.child" not in x else "fork" if "forked" in x else "fresh" for x in lines)
 
-    assert kinds() == [False, False]
+    wait_for(lambda: kinds() == ["fork", "fork"], "the first children")
     shop.app.publish(shop.queue, {"n": "before"})
     (handled,) = shop.until("done")
     assert handled["pid"] in shop.children(worker)
     os.kill(handled["pid"], signal.SIGKILL)
-    wait_for(lambda: sorted(kinds()) == [False, True], "a new child")
+    wait_for(lambda: kinds() == ["fork", "fresh"], "a new child")
     shop.app.publish_many(shop.queue, [{"n": n, "do": "sleep", "seconds": 0.5} for n in range(4)])
     shop.until("done", 5)
     assert {line["pid"] for line in shop.history("done")[1:]} == set(shop.children(worker))
     worker.send_signal(signal.SIGHUP)
-    wait_for(lambda: kinds() == [True, True], "fresh children")
+    wait_for(lambda: kinds() == ["fresh", "fresh"], "fresh children")
     assert shop.stop(worker) == 0
 
 
@@ -135,6 +137,56 @@ def test_forks_that_do_not_fit_are_ended(local_shop: Shop, text: str) -> None:
     shop.until("done")
     assert len(shop.children(worker)) == expected
     assert shop.stop(worker) == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_a_worker_needs_no_terminal(local_shop: Shop, closed: str) -> None:
+    """It starts and works where standard streams are closed, as under some service managers."""
+    shop = local_shop
+    shop.app.publish_many(shop.queue, [{"n": n} for n in range(20)])
+    command = f"exec {sys.executable} -m kq worker shop:app -p 2 --burst {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=shop.folder, env=shop.environment, timeout=PATIENCE, check=False)
+    assert done.returncode == 0
+    assert len(shop.history("done")) == 20
+
+
+def test_usr1_to_every_process_ends_none(local_shop: Shop) -> None:
+    """The signal that asks a worker what runs is passed over by its children, fresh or not."""
+    shop = local_shop
+    worker = shop.worker("-p", "2", "-c", "1")
+    first = shop.children(worker)
+    os.kill(first[0], signal.SIGKILL)
+    wait_for(lambda: len(shop.children(worker)) == 2 and shop.children(worker) != first, "a fresh child")
+    shop.app.publish_many(shop.queue, [{"n": n, "do": "sleep", "seconds": 1} for n in range(2)])
+    shop.until("started", 2)
+    for pid in (worker.pid, *shop.children(worker)):
+        os.kill(pid, signal.SIGUSR1)
+    shop.until("done", 2)
+    assert len(shop.history("started")) == 2
+    assert {line["attempt"] for line in shop.history("started")} == {1}
+
+
+def test_a_program_that_starts_a_worker_goes_on_once(local_shop: Shop) -> None:
+    """The command's end is its caller's to handle, once, not in each child; and no child is a copy of that program."""
+    shop = local_shop
+    (shop.folder / "launcher.py").write_text(
+        "import os, sys\n"
+        "print('launched as', __name__, flush=True)\n"
+        "from kq.cli import main\n"
+        "try:\n"
+        "    main(['worker', 'shop:app', '-p', '2', '--burst'])\n"
+        "except SystemExit as end:\n"
+        "    print('ended with', end.code, flush=True)\n"
+        "finally:\n"
+        "    print('goes on', flush=True)\n"
+    )
+    shop.app.publish_many(shop.queue, [{"n": 0, "do": "process"}, {"n": 1, "do": "process"}])
+    done = subprocess.run(
+        [sys.executable, "launcher.py"], cwd=shop.folder, env=shop.environment, capture_output=True, text=True,
+        timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["launched as __main__", "ended with 0", "goes on"], done.stderr
+    assert len(shop.history("done")) == 2
 
 
 def test_killed_supervisor_leaves_no_orphan(shop: Shop) -> None:

@@ -71,6 +71,37 @@ fork.close()
     assert lines == ["nothing 1 False", "3"]
 
 
+def test_a_fork_never_goes_on_as_its_parent() -> None:
+    """Whatever its program does, it ends, as an interpreter does, and what its parent would do next it does not."""
+    lines = run("""
+import atexit
+
+def broken(connection, slots, parent):
+    raise RuntimeError("broken")
+
+def leaves(connection, slots, parent):
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread", flush=True))).start()
+    atexit.register(print, "at exit", flush=True)
+    sys.stderr = None
+    sys.exit(4)
+
+def fine(connection, slots, parent):
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread", flush=True))).start()
+    atexit.register(print, "at exit", flush=True)
+    sys.stdout.write("unflushed")
+    return 0
+
+try:
+    for program in (broken, leaves, fine):
+        fork = Process.fork(1, program)
+        print(ended(fork).exit_code, flush=True)
+        fork.close()
+finally:
+    print("once", flush=True)
+""")
+    assert lines == ["1", "1", "unflushedthread", "at exit", "0", "once"]
+
+
 def test_a_fork_holds_nothing_of_its_siblings() -> None:
     """The first sees the end of its connection although the second one lives."""
     lines = run("""
