@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are made 
 
 ROOT = Path(__file__).parents[2]
 HEAD = """
-import os, select, signal, socket, sys, threading, time
+import os, select, signal, socket, sys, threading
 from kq.worker.prefork import prefork
 from kq.worker.process import Process
 
@@ -76,17 +76,22 @@ def test_a_fork_never_goes_on_as_its_parent() -> None:
     lines = run("""
 import atexit
 
+def outlive():
+    # Until the program is over, and whoever waits for threads has begun to.
+    threading.main_thread().join()
+    print("thread", flush=True)
+
 def broken(connection, slots, parent):
     raise RuntimeError("broken")
 
 def leaves(connection, slots, parent):
-    threading.Thread(target=lambda: (time.sleep(0.2), print("thread", flush=True))).start()
+    threading.Thread(target=outlive).start()
     atexit.register(print, "at exit", flush=True)
     sys.stderr = None
     sys.exit(4)
 
 def fine(connection, slots, parent):
-    threading.Thread(target=lambda: (time.sleep(0.2), print("thread", flush=True))).start()
+    threading.Thread(target=outlive).start()
     atexit.register(print, "at exit", flush=True)
     sys.stdout.write("unflushed")
     return 0
