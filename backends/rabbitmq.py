@@ -21,8 +21,9 @@ from amqp.exceptions import PreconditionFailed
 from kq.backend import BackendOptions, Capabilities, Envelope, Publication, QueueInfo, QueueSpec, Role
 from kq.backends import rabbitmq_acl
 from kq.backends import tls as secure
+from kq.backends.rabbitmq_error import Mapped, away
 from kq.backends.rabbitmq_feed import RabbitFeed
-from kq.backends.rabbitmq_link import Link, away, mapped
+from kq.backends.rabbitmq_link import Link
 from kq.backends.rabbitmq_publisher import Outgoing, Publisher
 from kq.backends.rabbitmq_tls import secured
 from kq.backends.rabbitmq_topology import (
@@ -49,8 +50,6 @@ _BACK_WITHIN: Final = 1.0
 _WORKER_TIMEOUT: Final = 10.0
 #: Seconds that a call of a consumer is given in any case.
 _LEAST_TIMEOUT: Final = 2.0
-#: Seconds that a write is given even where time is up: 0 would mean not to write at all.
-_LEAST: Final = 0.001
 
 
 class RabbitBackend:
@@ -71,6 +70,7 @@ class RabbitBackend:
         # The URL's own words on TLS are not for Kombu.
         self._url, tls = secure.separate(url, options.tls)
         self._unsafe = secure.warnings(self._url, tls)
+        self._errors = Mapped(self._url)
         self._secured = None if tls is None else secured(secure.context(tls), tls.server_name, self._url)
         self._options = options
         self._lock = RLock()
@@ -139,13 +139,11 @@ class RabbitBackend:
             for last in (False, True):
                 outgoing: list[Outgoing] = []
                 try:
-                    with mapped(self._url):
+                    with self._errors:
                         link, publisher = self._connected(deadline - monotonic())
                         link.drain_all()
                         outgoing = [self._outgoing(link, batch[index]) for index in left]
-                        # A connection that nobody reads any more blocks whoever writes to it.
-                        with link.connection.transport.having_timeout(max(_LEAST, deadline - monotonic())):
-                            answers = publisher.send(outgoing, deadline)
+                        answers = publisher.send(outgoing, deadline)
                 except Error as error:
                     # After any error the connection's state is unknown: never used again. What it has
                     # answered stands; the rest may or may not be stored.
@@ -207,7 +205,7 @@ class RabbitBackend:
         """See `Backend.feed`."""
 
         def open_link() -> Link:
-            with mapped(self._url):
+            with self._errors:
                 heartbeat = self._options.heartbeat
                 # Who waits longer for an answer than for a heartbeat waits for nobody.
                 return Link(
@@ -351,14 +349,14 @@ class RabbitBackend:
         with self._lock:
             fresh = self._link is None
             try:
-                with mapped(self._url):
+                with self._errors:
                     return call(self._connected()[0])
             except Error as error:
                 self._drop()
                 if fresh or not isinstance(error, Internal) or error.details.get("reason") != "unavailable":
                     raise
             try:
-                with mapped(self._url):
+                with self._errors:
                     return call(self._connected()[0])
             except Error:
                 self._drop()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
+from types import TracebackType
 from typing import Any, Final
 
 import amqp
@@ -30,7 +31,8 @@ from kq.backend import (
     pack_pieces,
 )
 from kq.backends.rabbitmq_delivery import Receive
-from kq.backends.rabbitmq_link import Link, mapped
+from kq.backends.rabbitmq_error import Mapped
+from kq.backends.rabbitmq_link import Link
 from kq.backends.rabbitmq_recollection import Recollection
 from kq.backends.rabbitmq_topology import (
     DELAY_LEFT,
@@ -43,7 +45,7 @@ from kq.backends.rabbitmq_topology import (
 from kq.backends.rabbitmq_watch import Watch
 from kq.errors import Error, NotFound
 from kq.outcome import Outcome
-from kq.waker import Waker, readable
+from kq.waker import Lookout, Waker
 
 logger = logging.getLogger("kq.worker")
 
@@ -95,7 +97,7 @@ class RabbitFeed:
         queues: Sequence[QueueSpec],
         prefetch: int,
     ) -> None:
-        self._url = url
+        self._guard = _Guard(url, self)
         self._open_link = open_link
         self._publish = publish
         self._declare = declare
@@ -123,6 +125,7 @@ class RabbitFeed:
         #: What is acknowledged and not handed over.
         self._done_before: list[Delivery] = []
         self._due: list[float] = []
+        self._tick_at = 0.0
         self._recollection = Recollection()
         self._watch = Watch(self._specs, monotonic())
         self.losses = 0
@@ -136,7 +139,7 @@ class RabbitFeed:
 
     def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
         """See `Feed.fetch`."""
-        with self._guarded():
+        with self._guard:
             link = self._connected()
             self._fit(link, credit, caps)
             link.drain_all()
@@ -151,7 +154,8 @@ class RabbitFeed:
         # Round and round, so that no queue is always first.
         first = next(iter(self._buffers))
         self._buffers[first] = self._buffers.pop(first)
-        self._held_of.update(delivery.queue for delivery in deliveries)
+        for delivery in deliveries:
+            self._held_of[delivery.queue] += 1
         return deliveries
 
     def settle(self, settlements: Sequence[Settlement]) -> Settling:
@@ -166,7 +170,7 @@ class RabbitFeed:
         ours = [s for s in settlements if self._is_ours(s.delivery)] if late else list(settlements)
         if any(s.outcome.action == "release" for s in ours):
             # Before anything makes room in the window: what is pushed then and not wanted is counted when it goes back.
-            with self._guarded():
+            with self._guard:
                 self._subscribe(self._connected(), dict.fromkeys(self._specs, 0))
                 self._changed_at = 0.0
         copies = [(s, copy) for s in ours if not s.delivery.receipt.copied and (copy := self._copy(s)) is not None]
@@ -183,7 +187,7 @@ class RabbitFeed:
         if failed:
             stay = {id(settlement) for settlement, _ in failed}
             ours = [s for s in ours if id(s) not in stay]
-        with self._guarded():
+        with self._guard:
             link = self._connected()
             rejected = {s.delivery.receipt.tag for s in ours if self._goes_back(s)}
             self._ack(link, {s.delivery.receipt.tag for s in ours} - rejected)
@@ -225,13 +229,13 @@ class RabbitFeed:
         """See `Feed.put_back`: the broker pushes as much as the window allows."""
         if self._link is None:
             return
-        with self._guarded():
+        with self._guard:
             self._subscribe(self._link, dict.fromkeys(self._specs, 0))
             self._link.drain_all()
         buffered = [delivery for buffer in self._buffers.values() for delivery in buffer]
         if buffered:
             self._release(buffered)
-        with self._guarded():
+        with self._guard:
             # The answer says that the broker has read all that was settled: a process that is killed may take what
             # it has only written along.
             self._connected().channel.basic_qos(0, 1, False)
@@ -245,7 +249,7 @@ class RabbitFeed:
 
     def due_in(self) -> float | None:
         """See `Feed.due_in`; other workers' delays and deliveries are unknown to RabbitMQ's clients."""
-        with self._guarded():
+        with self._guard:
             link = self._connected()
             # The broker's channel takes the answer to a count before what came to it earlier: a delivery may
             # have left the queue and not yet been sent. It is sent before whatever is asked next is answered.
@@ -270,13 +274,14 @@ class RabbitFeed:
         # Nothing else may happen before the window may be widened: handlers can be slow.
         until = min(monotonic() + timeout, self._widen_at)
         while True:
-            with self._guarded():
+            with self._guard:
                 link = self._connected()
                 self._watch_over(link)
                 step = max(0.0, min(until - monotonic(), _TICK))
                 step = 0.0 if (pending := link.pending) else step
-                ready = readable([link.connection.sock, self._waker], step)
-            self._waker.drain()
+                ready = self._lookout.ready(step)
+            if self._waker in ready:
+                self._waker.drain()
             self._tick()
             if ready or pending or monotonic() >= until:
                 return
@@ -304,6 +309,7 @@ class RabbitFeed:
                 self._missing = False
             self._link = self._open_link()
             self._epoch += 1
+            self._lookout = Lookout(self._link.connection.sock, self._waker)
             self._windows, self._tags = dict.fromkeys(self._specs, 0), {}
             self._ended_tags.clear()
         return self._link
@@ -332,13 +338,14 @@ class RabbitFeed:
         if link is not None:
             link.close(wait=wait)
 
-    def _guarded(self) -> Any:
-        return _Guard(self)
-
     def _tick(self) -> None:
-        with self._guarded():
-            link = self._connected()
-            link.connection.heartbeat_tick()
+        """See to heartbeats, ours and the broker's, every `_TICK`."""
+        now = monotonic()
+        if now < self._tick_at:
+            return
+        self._tick_at = now + _TICK
+        with self._guard:
+            self._connected().connection.heartbeat_tick()
 
     def _watch_over(self, link: Link) -> None:
         """See that a queue of which nothing comes is empty; else this link is not what it seems, and is given up."""
@@ -559,7 +566,7 @@ class RabbitFeed:
 
     def _acknowledge_done(self) -> None:
         if self._done_before:
-            with self._guarded():
+            with self._guard:
                 link = self._connected()
                 self._ack(link, {delivery.receipt.tag for delivery in self._done_before if self._is_ours(delivery)})
             self._done_before.clear()
@@ -576,7 +583,7 @@ class RabbitFeed:
                 envelope.headers[DELIVERIES] = delivery.deliveries
             copies.append(Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers))))
         results = self._publish(copies)
-        with self._guarded():
+        with self._guard:
             link = self._connected()
             sent = set()
             for delivery, copy, error in zip(onward, copies, results, strict=True):
@@ -591,22 +598,21 @@ class RabbitFeed:
             self._ack(link, sent)
 
 
-class _Guard:
+class _Guard(Mapped):
     """Drops the link after any error, and turns the error into ours."""
 
-    def __init__(self, feed: RabbitFeed) -> None:
+    def __init__(self, url: str, feed: RabbitFeed) -> None:
+        super().__init__(url)
         self._feed = feed
-        self._mapped = mapped(feed._url)
 
-    def __enter__(self) -> None:
-        self._mapped.__enter__()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, (amqp.exceptions.NotFound, NotFound)):
             self._feed._missing = True
         if isinstance(error, Exception):
             self._feed._drop_link()
-        return self._mapped.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
 
 
 def _refuse(message: Any) -> None:

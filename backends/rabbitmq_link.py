@@ -1,4 +1,4 @@
-"""One connection to RabbitMQ: opened, watched, given up; its errors turned into ours.
+"""One connection to RabbitMQ: opened, read, given up.
 
 py-amqp revives a channel that the broker has closed in place, without its consumers and confirms. So no
 link is used after an error: it is dropped, and the next use opens a new one.
@@ -7,23 +7,19 @@ link is used after an error: it is dropped, and the next use opens a new one.
 from __future__ import annotations
 
 import socket
-import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from math import inf
+from time import monotonic
 from typing import Any, Final
 
-from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed, ResourceLocked
-from kombu.exceptions import KombuError
-
-from kq import errors
 from kq.backend import BackendOptions
 from kq.backends.rabbitmq_delivery import Deliveries, Receive
+from kq.backends.rabbitmq_error import BROKEN
 from kq.backends.rabbitmq_socket import PlainClient
-from kq.backends.rabbitmq_tls import TlsClient, UnsafeConnection
-from kq.backends.tls import explain
+from kq.backends.rabbitmq_tls import TlsClient
 from kq.config import hide_password
-from kq.errors import Conflict, Internal, Invalid, PermissionDenied
+from kq.errors import Invalid
+from kq.waker import Lookout
 
 #: Milliseconds that sent data may stay unacknowledged before the kernel gives a connection up; py-amqp's
 #: own default of one second kills connections that are merely slow.
@@ -33,9 +29,6 @@ _CLOSE_TIMEOUT: Final = 2.0
 
 #: Seconds that the opening of a connection is given even where its caller has less: 0 would mean forever.
 _LEAST_PATIENCE: Final = 0.1
-
-#: What a broken connection raises.
-BROKEN: Final = (OSError, AMQPError, KombuError, EOFError, AttributeError)
 
 
 class Link:
@@ -102,6 +95,7 @@ class Link:
             raise
         self.channel.auto_decode = False
         self._looker: Any = None
+        self._lookout = Lookout(self.connection.sock)
 
     @property
     def looker(self) -> Any:
@@ -113,8 +107,12 @@ class Link:
     @property
     def pending(self) -> bool:
         """Whether something has arrived and been read or decrypted already: `select` knows nothing of it."""
-        pending = getattr(self.connection.sock, "pending", None)
-        return bool(self.connection.transport.has_frame) or (pending is not None and pending() > 0)
+        transport = self.connection.transport
+        return bool(transport.has_frame or transport.is_ahead)
+
+    def _has_arrived(self, timeout: float) -> bool:
+        """Wait for something more to read than the frames that have been read."""
+        return self.connection.transport.is_ahead or bool(self._lookout.ready(timeout))
 
     def receive(self, consumer_tag: str, receive: Receive) -> None:
         """Have the deliveries of a subscription taken by ``receive``; say so before subscribing."""
@@ -130,19 +128,28 @@ class Link:
         channel.auto_decode = False
         return channel
 
-    def write(self, frames: bytes) -> None:
-        """Send frames that are made already."""
-        self.connection.transport.write(frames)
+    def write(self, frames: bytes, timeout: float) -> None:
+        """Send frames that are made already.
+
+        Raises:
+            TimeoutError: If the broker does not take them within ``timeout`` seconds.
+        """
+        self.connection.transport.write_within(frames, timeout)
         # By these py-amqp knows that no heartbeat is needed now.
         self.connection.bytes_sent += 1
 
     def drain(self, timeout: float) -> bool:
         """Read until something is dispatched; False if nothing came within ``timeout`` seconds."""
-        try:
-            self.connection.drain_events(timeout=timeout)
-        except TimeoutError:
-            return False
-        return True
+        transport, dispatch = self.connection.transport, self.connection.on_inbound_frame
+        until = monotonic() + timeout
+        while True:
+            while (frame := transport.take_frame()) is not None:
+                if dispatch(frame):
+                    return True
+            if not self._has_arrived(until - monotonic()):
+                return False
+            with suppress(TimeoutError):
+                transport.read_now()
 
     def drain_all(self) -> None:
         """Dispatch every frame that has arrived."""
@@ -151,11 +158,10 @@ class Link:
         while True:
             while (frame := transport.take_frame()) is not None:
                 dispatch(frame)
-            if not more:
+            if not more or not self._has_arrived(0.0):
                 return
             try:
-                with transport.having_timeout(0):
-                    more = transport.read()
+                more = transport.read_now()
             except TimeoutError:
                 return
 
@@ -181,36 +187,3 @@ class Link:
 
     def _on_unblocked(self) -> None:
         self.blocked = ""
-
-
-@contextmanager
-def mapped(url: str) -> Iterator[None]:
-    """Turn what py-amqp and Kombu raise into kq's errors."""
-    shown = hide_password(url)
-    try:
-        yield
-    except UnsafeConnection as error:
-        raise away(f"RabbitMQ at {shown}: {error}", "refused") from None
-    except errors.Error:
-        raise
-    except (AccessRefused, NotAllowed) as error:
-        raise PermissionDenied(f"RabbitMQ at {shown} refuses us: {_text(error)}") from None
-    except NotFound as error:
-        raise errors.NotFound(_text(error)) from None
-    except (PreconditionFailed, ResourceLocked) as error:
-        raise Conflict(_text(error)) from None
-    except (TimeoutError, BlockingIOError):
-        raise away(f"RabbitMQ at {shown} did not answer in time", "timeout") from None
-    except ssl.SSLError as error:
-        raise away(f"RabbitMQ at {shown}: {explain(error)}", "refused") from None
-    except BROKEN as error:
-        raise away(f"RabbitMQ at {shown} cannot be reached: {_text(error)}", "unavailable") from None
-
-
-def away(text: str, reason: str) -> Internal:
-    """Return the error for a broker that does not do what it should."""
-    return Internal(text, details={"reason": reason})
-
-
-def _text(error: BaseException) -> str:
-    return str(getattr(error, "reply_text", "") or error or type(error).__name__)

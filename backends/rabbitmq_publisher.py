@@ -11,7 +11,8 @@ from time import monotonic
 from typing import Any, Final, NamedTuple
 
 from kq.backend import Envelope
-from kq.backends.rabbitmq_link import Link, away
+from kq.backends.rabbitmq_error import away
+from kq.backends.rabbitmq_link import Link
 from kq.backends.rabbitmq_publication import Writer
 from kq.errors import Internal
 
@@ -20,6 +21,8 @@ _WINDOW: Final = 2000
 #: Messages that are written at once, and bytes after which no more are: between them is a look at the answers.
 _LOOK_EVERY: Final = 64
 _WRITE_SIZE: Final = 1 << 18
+#: Seconds that a write is given even where time is up: 0 would mean not to write at all.
+_LEAST: Final = 0.001
 #: Seconds of one wait for answers, after which to look whether the broker has blocked us.
 _LOOK: Final = 0.5
 
@@ -85,7 +88,8 @@ class Publisher:
             self._sent = index + 1
             if size < _WRITE_SIZE and len(unwritten) < _LOOK_EVERY and index + 1 < len(batch):
                 continue
-            self._link.write(b"".join(unwritten))
+            # A connection that nobody reads any more blocks whoever writes to it.
+            self._link.write(b"".join(unwritten), max(_LEAST, deadline - monotonic()))
             unwritten.clear()
             size = 0
             if index + 1 < len(batch):

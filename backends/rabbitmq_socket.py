@@ -8,6 +8,7 @@ socket's timeout says so; what has been read of a frame is kept for the next one
 
 from __future__ import annotations
 
+import socket
 import ssl
 from struct import Struct
 from typing import Any, Final
@@ -34,7 +35,11 @@ class ReadsInTime:
     connected: bool
     #: Whether a read that returns less than it could has returned all there is.
     takes_all = True
+    #: Whether something has been taken off the wire that no read has returned.
+    is_ahead = False
     _quick_recv: Any
+    having_timeout: Any
+    write: Any
     _arrived = b""
     _at = 0
 
@@ -66,8 +71,11 @@ class ReadsInTime:
             TimeoutError: If nothing comes in time.
             OSError: If the connection breaks.
         """
+        return self._read()
+
+    def _read(self, *flags: int) -> bool:
         try:
-            data = self._quick_recv(_READ_SIZE)
+            data = self._quick_recv(_READ_SIZE, *flags)
         except (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise TimeoutError from None
         except OSError:
@@ -80,6 +88,21 @@ class ReadsInTime:
         self._arrived, self._at = rest + data if rest else data, 0
         return len(data) == _READ_SIZE or not self.takes_all
 
+    def read_now(self) -> bool:
+        """Read as `read` does, and wait for nothing."""
+        with self.having_timeout(0.0):
+            return self.read()
+
+    def write_within(self, data: bytes | memoryview, timeout: float) -> None:
+        """Write all of it.
+
+        Raises:
+            TimeoutError: If that is not possible within about ``timeout`` seconds.
+            OSError: If the connection breaks.
+        """
+        with self.having_timeout(timeout):
+            self.write(data)
+
     def read_frame(self, unpack: Any = None) -> Frame:
         """Return the next frame, and wait for it; raises as `read`."""
         while (frame := self.take_frame()) is None:
@@ -88,7 +111,23 @@ class ReadsInTime:
 
 
 class _Socket(ReadsInTime, TCPTransport):  # type: ignore[misc, unused-ignore]
-    """A plain socket."""
+    """A plain socket. What need not wait is done by one call, and without a change of the socket's timeout."""
+
+    sock: socket.socket
+
+    def read_now(self) -> bool:
+        return self._read(socket.MSG_DONTWAIT)
+
+    def write_within(self, data: bytes | memoryview, timeout: float) -> None:
+        try:
+            sent = self.sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.connected = False
+            raise
+        if sent < len(data):
+            super().write_within(memoryview(data)[sent:], timeout)
 
 
 class _Connection(pyamqp.Connection):  # type: ignore[misc, unused-ignore]

@@ -30,6 +30,11 @@ class _Socket(ReadsInTime, SSLTransport):  # type: ignore[misc, unused-ignore]
     #: Records are decrypted one at a time.
     takes_all = False
 
+    @property
+    def is_ahead(self) -> bool:  # type: ignore[override]
+        """See `ReadsInTime`."""
+        return bool(self.sock.pending())
+
     def _setup_transport(self) -> None:
         context: ssl.SSLContext = self.sslopts["context"]
         name: str = self.sslopts["server_name"] or self.sslopts["hosts"].get(self.host, self.host)

@@ -40,7 +40,7 @@ from kq.config import hide_password
 from kq.driver import Tls
 from kq.errors import Invalid
 from kq.header import NORMAL
-from kq.waker import Waker, readable
+from kq.waker import Lookout, Waker
 
 _T = TypeVar("_T")
 
@@ -334,7 +334,7 @@ class RedisStore:
             if self._bell is None and queues:
                 self._bell = Bell(self._pool, _bell_key)
             if self._bell is None:
-                readable([self._waker], max(0.0, timeout))
+                Lookout(self._waker).ready(timeout)
                 self._waker.drain()
                 return []
             try:

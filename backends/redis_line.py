@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as Broken
 from redis.exceptions import TimeoutError as Late
 
 from kq.backends.redis_answer import Answers
-from kq.waker import Waker, readable
+from kq.waker import Lookout, Waker
 
 #: Seconds that the server holds a blocked wake-up call; also how soon a dead connection is noticed.
 _BLOCK: Final = 3.0
@@ -139,7 +139,7 @@ class Bell:
             self._asked_at = monotonic()
         # redis-py has no public way to wait on a connection together with something else.
         sources = [self._connection._sock, waker] if self._asked else [waker]
-        ready = readable(sources, max(0.0, timeout))
+        ready = Lookout[Any](*sources).ready(timeout)
         if waker in ready:
             waker.drain()
         if self._connection._sock not in ready:

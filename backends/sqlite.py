@@ -44,7 +44,7 @@ from kq.backends.sqlite_file import check_place, reserve
 from kq.backends.sqlite_listener import Listener
 from kq.backends.store import TAKE_BYTES, BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.errors import Error, Internal, Invalid
-from kq.waker import Waker, readable
+from kq.waker import Lookout, Waker
 
 _READY: Final = 0
 _DELAYED: Final = 1
@@ -353,7 +353,7 @@ class SQLiteStore:
             # Something may have arrived between the last look and the registration.
             return list(queues)
         assert self._listener is not None
-        ready: list[Any] = readable([self._listener, self._waker], timeout)
+        ready = Lookout[Any](self._listener, self._waker).ready(timeout)
         self._waker.drain()
         return list(queues) if self._listener in ready and self._listener.drain() else []
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Sequence
 from contextlib import suppress
 from math import ceil
-from typing import Final, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 
 class Readable(Protocol):
@@ -24,18 +23,25 @@ _T = TypeVar("_T", bound=Readable)
 _LONGEST: Final = 2_000_000.0
 
 
-def readable(sources: Sequence[_T], timeout: float) -> list[_T]:
-    """Return those that can be read, waiting for the first at most ``timeout`` seconds.
+class Lookout(Generic[_T]):
+    """Waits for the same sources again and again. Unlike ``select.select`` it takes descriptors beyond 1023.
 
-    Unlike ``select.select`` it takes descriptors beyond 1023.
+    Args:
+        sources: What to wait for; open, and each with the descriptor that it has now.
     """
-    by_descriptor = {source.fileno(): source for source in sources}
-    poll = select.poll()
-    for descriptor in by_descriptor:
-        poll.register(descriptor, select.POLLIN)
-    # Rounded up: a wait that ends too early is made again, and again.
-    ready = poll.poll(ceil(min(max(0.0, timeout), _LONGEST) * 1000))
-    return [by_descriptor[descriptor] for descriptor, _ in ready]
+
+    def __init__(self, *sources: _T) -> None:
+        self._sources = {source.fileno(): source for source in sources}
+        poll = select.poll()
+        for descriptor in self._sources:
+            poll.register(descriptor, select.POLLIN)
+        self._poll = poll.poll
+
+    def ready(self, timeout: float) -> list[_T]:
+        """Return those that can be read, waiting for the first at most ``timeout`` seconds."""
+        # Rounded up: a wait that ends too early is made again, and again.
+        found = self._poll(ceil(min(timeout, _LONGEST) * 1000) if timeout > 0 else 0)
+        return [self._sources[descriptor] for descriptor, _ in found]
 
 
 class Waker:

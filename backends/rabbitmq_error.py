@@ -1,0 +1,74 @@
+"""What py-amqp and Kombu raise, turned into kq's errors."""
+
+from __future__ import annotations
+
+import ssl
+from functools import cached_property
+from types import TracebackType
+from typing import Final
+
+from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed, ResourceLocked
+from kombu.exceptions import KombuError
+
+from kq import errors
+from kq.backends.rabbitmq_tls import UnsafeConnection
+from kq.backends.tls import explain
+from kq.config import hide_password
+from kq.errors import Conflict, Error, Internal, PermissionDenied
+
+#: What a broken connection raises.
+BROKEN: Final = (OSError, AMQPError, KombuError, EOFError, AttributeError)
+
+
+class Mapped:
+    """Around what is asked of a broker; may be used again, and by several threads at once.
+
+    Args:
+        url: The broker's; shown without its password.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            ours = self._ours(error)
+            if ours is not None:
+                raise ours from None
+
+    @cached_property
+    def _where(self) -> str:
+        return f"RabbitMQ at {hide_password(self._url)}"
+
+    def _ours(self, error: BaseException) -> Error | None:
+        if isinstance(error, UnsafeConnection):
+            return away(f"{self._where}: {error}", "refused")
+        if isinstance(error, Error):
+            return None
+        if isinstance(error, (AccessRefused, NotAllowed)):
+            return PermissionDenied(f"{self._where} refuses us: {_text(error)}")
+        if isinstance(error, NotFound):
+            return errors.NotFound(_text(error))
+        if isinstance(error, (PreconditionFailed, ResourceLocked)):
+            return Conflict(_text(error))
+        if isinstance(error, (TimeoutError, BlockingIOError)):
+            return away(f"{self._where} did not answer in time", "timeout")
+        if isinstance(error, ssl.SSLError):
+            return away(f"{self._where}: {explain(error)}", "refused")
+        if isinstance(error, BROKEN):
+            return away(f"{self._where} cannot be reached: {_text(error)}", "unavailable")
+        return None
+
+
+def away(text: str, reason: str) -> Internal:
+    """Return the error for a broker that does not do what it should."""
+    return Internal(text, details={"reason": reason})
+
+
+def _text(error: BaseException) -> str:
+    return str(getattr(error, "reply_text", "") or error or type(error).__name__)
