@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Any, ClassVar
 
 from kq.backend import Capabilities, Role
-from kq.backends.store import BrokerAway, Counts, Ending, Entry, Lease, Taken
+from kq.backends.store import Ahead, BrokerAway, Counts, Ending, Entry, Lease, Taken, TakesNothingAhead
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_worlds)
 
 
-class MemoryStore:
+class MemoryStore(TakesNothingAhead):
     """A store in this process's memory, shared by name."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -298,7 +298,7 @@ class MemoryStore:
             self._world.topology = (document, version + 1)
             return True
 
-    def wait(self, queues: Sequence[str], timeout: float) -> list[str]:
+    def wait(self, queues: Sequence[str], timeout: float, ahead: Ahead | None = None) -> list[str]:
         """See `Store.wait`."""
         with self._world.changed:
             if not self._woken and not any(self._has_ready(queue) for queue in queues):

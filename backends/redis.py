@@ -12,7 +12,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any, ClassVar, Final, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -32,10 +32,11 @@ from kq import limit
 from kq.backend import Capabilities, Danger, Role
 from kq.backends import redis_acl, redis_script
 from kq.backends import tls as secure
+from kq.backends.redis_bell import Bell, Ring, unblock
 from kq.backends.redis_error import Mapped
-from kq.backends.redis_line import Bell, Head, Lines
+from kq.backends.redis_line import Head, Lines
 from kq.backends.redis_tls import TlsConnection
-from kq.backends.store import TAKE_BYTES, BrokerAway, Counts, Ending, Entry, Lease, Taken
+from kq.backends.store import TAKE_BYTES, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.config import hide_password
 from kq.driver import Tls
 from kq.errors import Invalid
@@ -48,6 +49,8 @@ _T = TypeVar("_T")
 _CHUNK: Final = 500
 #: Bytes of messages that one Lua call stores at most.
 _CHUNK_BYTES: Final = 4 * 2**20
+#: Seconds after which a blocked call that has not ended is told so again.
+_AGAIN: Final = 0.05
 #: Bytes of a body, on average, from which on bodies are fetched by a call of their own.
 _LARGE: Final = 1024
 _HMGET: Final = Head("HMGET")
@@ -122,6 +125,9 @@ class RedisStore:
         #: Queues whose bodies are large.
         self._large: set[str] = set()
         self._bell: Bell | None = None
+        #: Queues for which somebody has rung and which `wait` has not returned, and what is to be collected.
+        self._rung: set[str] = set()
+        self._early: list[tuple[Ahead, Taken]] = []
         self._waker = Waker()
         self._closed = threading.Event()
 
@@ -217,9 +223,15 @@ class RedisStore:
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""
+        return self._taken(queue, self._run("TAKE", [prefix(queue)], self._take_arguments(queue, limit, lease)))
+
+    def _take_arguments(self, queue: str, limit: int, lease: int) -> tuple[int, ...]:
+        return min(limit, _CHUNK), lease, TAKE_BYTES, int(queue in self._large)
+
+    def _taken(self, queue: str, answer: bytes) -> Taken:
+        """Return what a take has answered, and the bodies that it has left out."""
         p = prefix(queue)
-        arguments = (min(limit, _CHUNK), lease, TAKE_BYTES, int(queue in self._large))
-        parts = _blobs.decode(self._run("TAKE", [p], arguments))
+        parts = _blobs.decode(answer)
         more_in = int(parts[0]) if parts[0] else None
         token = int(parts[1])
         bodies = self._bodies(p, [parts[i] for i in range(2, len(parts), 4) if b"l" in parts[i + 3]])
@@ -328,27 +340,88 @@ class RedisStore:
         """See `Store.write_topology`."""
         return bool(self._run("TOPOLOGY", [_TOPOLOGY], [document, version]))
 
-    def wait(self, queues: Sequence[str], timeout: float) -> list[str]:
+    def wait(self, queues: Sequence[str], timeout: float, ahead: Ahead | None = None) -> list[str]:
         """See `Store.wait`."""
         with self._mapped():
             if self._bell is None and queues:
-                self._bell = Bell(self._pool, _bell_key)
+                self._bell = Bell(self._pool, _bell_key, self._waker)
             if self._bell is None:
                 Lookout(self._waker).ready(timeout)
                 self._waker.drain()
-                return []
-            try:
-                rung = self._bell.wait(queues, self._waker, timeout)
-            except BaseException:
-                self._bell.close()
-                self._bell = None
-                raise
-            for queue in rung.difference(queues):
-                # We cannot follow it now: pass it on to somebody who can, unless the server is full. Then
-                # whoever looks next without being woken finds the work.
-                with suppress(OutOfMemoryError):
-                    self._client.rpush(_bell_key(queue), "1")
-            return sorted(rung.intersection(queues))
+            elif not self._rung:
+                take = b"" if ahead is None or self._bell.is_asked else self._take_call(ahead)
+                try:
+                    self._hear(self._bell.wait(queues, timeout, ahead, take))
+                except BaseException:
+                    self._drop_bell()
+                    raise
+            found = sorted(self._rung.intersection(queues))
+            self._pass_on(self._rung.difference(queues))
+            return found
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """See `Store.ahead`."""
+        return None if self._bell is None else self._bell.ahead
+
+    def collect(self, *, withdraw: bool = False) -> list[tuple[Ahead, Taken]]:
+        """See `Store.collect`."""
+        bell = self._bell
+        if bell is not None and bell.ahead is not None:
+            with self._mapped():
+                try:
+                    self._hear(self._withdrawn(bell) if withdraw else bell.collect())
+                except BaseException:
+                    self._drop_bell()
+                    raise
+        if withdraw and self._rung:
+            with self._mapped():
+                self._pass_on(self._rung)
+        early, self._early = self._early, []
+        return early
+
+    def _withdrawn(self, bell: Bell) -> Ring:
+        assert bell.number is not None
+        while True:
+            # Once more where the server has read this before it read what it is to end.
+            self._lines.ask([unblock(bell.number)])
+            ring = bell.collect(_AGAIN)
+            if ring is not None:
+                return ring
+
+    def _take_call(self, ahead: Ahead) -> bytes:
+        arguments = self._take_arguments(*ahead)
+        return self._scripts["TAKE"].by_name.pack((1, prefix(ahead.queue), *arguments))
+
+    def _drop_bell(self) -> None:
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            bell.close()
+
+    def _hear(self, ring: Ring | None) -> None:
+        if ring is None:
+            return
+        if ring.queue is not None:
+            self._rung.add(ring.queue)
+        if ring.ahead is not None:
+            queue = ring.ahead.queue
+            if isinstance(ring.taken, Exception):
+                # Whoever looks into the queue meets the error, or none: a server forgets scripts.
+                self._rung.add(queue)
+            else:
+                self._early.append((ring.ahead, self._taken(queue, ring.taken)))
+                self._rung.discard(queue)
+        if ring.refusal is not None:
+            raise ring.refusal
+
+    def _pass_on(self, queues: Set[str]) -> None:
+        """Ring for queues that we cannot follow now: somebody else may."""
+        found = sorted(queues)
+        self._rung.clear()
+        for queue in found:
+            # Unless the server is full: then whoever looks next without being woken finds the work.
+            with suppress(OutOfMemoryError):
+                self._client.rpush(_bell_key(queue), "1")
 
     def wake(self) -> None:
         """See `Store.wake`."""
@@ -359,8 +432,7 @@ class RedisStore:
         if self._closed.is_set():
             return
         self._closed.set()
-        if self._bell is not None:
-            self._bell.close()
+        self._drop_bell()
         self._lines.close()
         self._pool.disconnect()
         self._waker.close()

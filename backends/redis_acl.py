@@ -28,7 +28,7 @@ PUBLISHER: Final[dict[str, tuple[str, ...]]] = {
 }
 #: What a worker does, and whoever looks after queues.
 WORKER: Final = (
-    "blpop", "exists", "get", "hdel", "hexists", "hget", "hlen", "hmget", "hset", "hsetnx", "hstrlen", "incrby",
+    "blpop", "client|id", "client|unblock", "exists", "get", "hdel", "hexists", "hget", "hlen", "hmget", "hset", "hsetnx", "hstrlen", "incrby",
     "lindex", "llen", "lpop", "lrange", "lrem", "pexpire", "pttl", "rpush", "setnx", "unlink", "zadd", "zcard",
     "zcount", "zrange", "zrangebyscore", "zrem", "zremrangebyrank", "zremrangebyscore", "zscore",
 )  # fmt: skip

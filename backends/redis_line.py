@@ -1,4 +1,4 @@
-"""Connections of redis-py's, spoken on directly: `Lines` for calls, `Bell` for what may take a while to be answered.
+"""Connections of redis-py's, spoken on directly.
 
 redis-py's own way of making a call takes as long as the call: it asks the pool, the system, the retry policy and the
 metrics each time. Connecting, encryption and signing in are redis-py's here as well.
@@ -7,20 +7,15 @@ metrics each time. Connecting, encryption and signing in are redis-py's here as 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from time import monotonic
-from typing import Any, Final
+from typing import Any
 
 import redis
 from redis.exceptions import ConnectionError as Broken
 from redis.exceptions import TimeoutError as Late
 
 from kq.backends.redis_answer import Answers
-from kq.waker import Lookout, Waker
-
-#: Seconds that the server holds a blocked wake-up call; also how soon a dead connection is noticed.
-_BLOCK: Final = 3.0
 
 
 class Lines:
@@ -113,46 +108,3 @@ def _packed(items: Sequence[bytes | str | int], head: bytes = b"") -> bytes:
         data = item if isinstance(item, bytes) else item.encode() if isinstance(item, str) else b"%d" % item
         parts += (b"$%d\r\n" % len(data), data, b"\r\n")
     return b"".join(parts)
-
-
-class Bell:
-    """A connection that waits for wake-ups; a call may outlast one `wait` and is answered in a later one.
-
-    Args:
-        pool: Makes it.
-        key_of: Returns the key on which it is rung for a queue.
-    """
-
-    def __init__(self, pool: redis.ConnectionPool, key_of: Callable[[str], str]) -> None:
-        self._key_of = key_of
-        connection: Any = pool.make_connection()
-        connection.connect()
-        self._connection = connection
-        self._asked_at = 0.0
-        self._asked: dict[bytes, str] = {}
-
-    def wait(self, queues: Sequence[str], waker: Waker, timeout: float) -> set[str]:
-        """Return the queues that were rung for; they may be others than those asked for now."""
-        if not self._asked and queues:
-            self._asked = {self._key_of(queue).encode(): queue for queue in queues}
-            self._connection.send_command("BLPOP", *self._asked, _BLOCK)
-            self._asked_at = monotonic()
-        # redis-py has no public way to wait on a connection together with something else.
-        sources = [self._connection._sock, waker] if self._asked else [waker]
-        ready = Lookout[Any](*sources).ready(timeout)
-        if waker in ready:
-            waker.drain()
-        if self._connection._sock not in ready:
-            if self._asked and monotonic() - self._asked_at > _BLOCK + 2.0:
-                # The server answers at the latest after _BLOCK: this connection is dead.
-                raise Broken("no answer to a blocked call")
-            return set()
-        answer = Answers(self._connection._sock).read()
-        if isinstance(answer, Exception):
-            raise answer
-        asked, self._asked = self._asked, {}
-        return {asked[answer[0]]} if answer else set()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._connection.disconnect()

@@ -42,7 +42,17 @@ from kq.backends.machine import BOOT_ID
 from kq.backends.machine import now as _since_start
 from kq.backends.sqlite_file import check_place, reserve
 from kq.backends.sqlite_listener import Listener
-from kq.backends.store import TAKE_BYTES, BrokerAway, Counts, Ending, Entry, Lease, Taken
+from kq.backends.store import (
+    TAKE_BYTES,
+    Ahead,
+    BrokerAway,
+    Counts,
+    Ending,
+    Entry,
+    Lease,
+    Taken,
+    TakesNothingAhead,
+)
 from kq.errors import Error, Internal, Invalid
 from kq.waker import Lookout, Waker
 
@@ -96,7 +106,7 @@ UPDATE message SET due = moment WHERE state = 1;
 _CHUNK: Final = 500
 
 
-class SQLiteStore:
+class SQLiteStore(TakesNothingAhead):
     """A store in a SQLite file. One connection, used by one thread at a time."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -346,7 +356,7 @@ class SQLiteStore:
                 == 1
             )
 
-    def wait(self, queues: Sequence[str], timeout: float) -> list[str]:
+    def wait(self, queues: Sequence[str], timeout: float, ahead: Ahead | None = None) -> list[str]:
         """See `Store.wait`."""
         if self._listener is None or not self._listener.covers(queues):
             self._listen(queues)

@@ -81,6 +81,20 @@ class Taken(NamedTuple):
     more_in: int | None
 
 
+class Ahead(NamedTuple):
+    """A `Store.take` that is to follow the end of a `Store.wait` at once.
+
+    Attributes:
+        queue: Where from.
+        limit: Messages at most.
+        lease: Milliseconds.
+    """
+
+    queue: str
+    limit: int
+    lease: int
+
+
 class Ending(NamedTuple):
     """The end of a lease.
 
@@ -118,7 +132,7 @@ class Counts(NamedTuple):
 
 
 class Store(Protocol):
-    """Messages in queues. Thread-safe, but for `wait`, which one thread calls.
+    """Messages in queues. Thread-safe, but for `wait` and `collect`, which one thread calls.
 
     Every call may raise `BrokerAway`, and ``Internal`` with reason ``full`` where space has run out.
     """
@@ -225,11 +239,30 @@ class Store(Protocol):
         """Replace them if they are still of ``version``."""
         ...
 
-    def wait(self, queues: Sequence[str], timeout: float) -> list[str]:
+    @property
+    def ahead(self) -> Ahead | None:
+        """What was to be taken ahead, and has not been collected."""
+        ...
+
+    def wait(self, queues: Sequence[str], timeout: float, ahead: Ahead | None = None) -> list[str]:
         """Block until a queue may have something ready, `wake`, or ``timeout`` seconds.
+
+        Args:
+            queues: What to wait for.
+            timeout: Seconds.
+            ahead: What may be taken as soon as it is there, where that saves a round trip; what it brings is
+                collected, now or later.
 
         Returns:
             The queues worth a look, as far as known.
+        """
+        ...
+
+    def collect(self, *, withdraw: bool = False) -> list[tuple[Ahead, Taken]]:
+        """Return what has been taken ahead.
+
+        Args:
+            withdraw: Whether to have nothing more taken ahead; else what is not there yet may come later.
         """
         ...
 
@@ -240,3 +273,13 @@ class Store(Protocol):
     def close(self) -> None:
         """Give up connections. Idempotent."""
         ...
+
+
+class TakesNothingAhead:
+    """What is `Store`'s of that where a take costs no round trip."""
+
+    ahead: None = None
+
+    def collect(self, *, withdraw: bool = False) -> list[tuple[Ahead, Taken]]:
+        """See `Store.collect`."""
+        return []

@@ -34,11 +34,12 @@ from kq.backend import (
     unknown_options,
     unpack_or_wrap,
 )
-from kq.backends.store import AGAIN, TAKE_BYTES, BrokerAway, Ending, Entry, Lease, Store
+from kq.backends.store import AGAIN, TAKE_BYTES, Ahead, BrokerAway, Ending, Entry, Lease, Store, Taken
 from kq.backends.tls import separate
 from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound
 from kq.header import NORMAL
+from kq.outcome import Outcome
 
 #: Seconds after which a feed looks at a quiet queue although nothing woke it: the insurance against
 #: a wake-up that died with the worker it went to.
@@ -48,6 +49,8 @@ _LOOK_SPACING: Final = 0.75
 #: How much of a lease a single call may take, but seconds that it is given in any case.
 _LEASE_PART: Final = 0.5
 _LEAST_TIMEOUT: Final = 2.0
+#: Messages that are taken at most as soon as there are some, before anybody asks for them.
+_AHEAD: Final = 10
 #: Messages that one look into a queue of dead letters reads.
 _PAGE: Final = 200
 _NONE: Final[Set[int]] = frozenset()
@@ -266,49 +269,100 @@ class StoredFeed:
         self._settled: set[tuple[str, str, int]] = set()
         self._look_again = max(_LOOK_AGAIN, len(self._specs) * _LOOK_SPACING)
         self._look_at = dict.fromkeys(self._specs, 0.0)
-        self._room: set[str] = set()
+        #: Queues of which more could be fetched, and how much.
+        self._room: dict[str, int] = {}
+        #: What was taken ahead and has not been fetched.
+        self._early: deque[Delivery] = deque()
+        #: The queue that had something last.
+        self._latest = self._order[0] if self._order else ""
         self._closed = False
         self.losses = 0
         self.renew()
 
     def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
         """See `Feed.fetch`."""
-        deliveries: list[Delivery] = []
+        self._collect()
+        caps = dict(caps)
+        deliveries = self._hand_over(credit, caps) if self._early else []
         self._room.clear()
         self._order.rotate(-1)
         for queue in self._order:
-            room = min(credit - len(deliveries), caps.get(queue, credit))
-            if room <= 0:
-                continue
-            if self._look_at[queue] > monotonic():
-                self._room.add(queue)
-                continue
             try:
-                taken = self._store.take(queue, room, self._lease)
-                ask = bool(taken.leases) and self._specs[queue].replay_window > 0
-                replayed = self._replayed(queue, taken.leases) if ask else _NONE
+                if self._is_in_the_way(queue, credit - len(deliveries), caps):
+                    self._collect(withdraw=True)
+                    deliveries += self._hand_over(credit - len(deliveries), caps)
+                room = min(credit - len(deliveries), caps.get(queue, credit))
+                if room > 0 and self._look_at[queue] <= monotonic():
+                    ahead = self._store.ahead
+                    limit = room if ahead is None else room - ahead.limit
+                    found = self._received(queue, self._store.take(queue, limit, self._lease), limit)
+                    deliveries += found
+                    room -= len(found)
             except Error:
                 if not deliveries:
                     raise
                 # These are leased already and must reach their worker; the next fetch meets the error.
                 break
-            for lease in taken.leases:
-                delivery = Delivery(
-                    queue,
-                    lease.id,
-                    lease.raw,
-                    lease.attempts,
-                    lease.crashes,
-                    lease.deliveries,
-                    lease.token,
-                    lease.token in replayed,
-                )
-                self._held[_key(delivery)] = delivery
+            if room > 0 and self._look_at[queue] > monotonic():
+                self._room[queue] = room
+        return deliveries
+
+    def _is_in_the_way(self, queue: str, credit: int, caps: Mapping[str, int]) -> bool:
+        """Tell whether it is time to look into a queue, and what may still be taken ahead has the room for it."""
+        ahead = self._store.ahead
+        if ahead is None or self._look_at[queue] > monotonic():
+            return False
+        return ahead.queue == queue or min(credit, caps.get(queue, credit)) <= ahead.limit
+
+    def _received(self, queue: str, taken: Taken, limit: int) -> list[Delivery]:
+        """Hold what was taken, and decide when to look again."""
+        ask = bool(taken.leases) and self._specs[queue].replay_window > 0
+        replayed = self._replayed(queue, taken.leases) if ask else _NONE
+        deliveries = [
+            Delivery(
+                queue,
+                lease.id,
+                lease.raw,
+                lease.attempts,
+                lease.crashes,
+                lease.deliveries,
+                lease.token,
+                lease.token in replayed,
+            )
+            for lease in taken.leases
+        ]
+        for delivery in deliveries:
+            self._held[_key(delivery)] = delivery
+        if deliveries:
+            self._latest = queue
+        if len(deliveries) < limit and sum(len(delivery.raw) for delivery in deliveries) < TAKE_BYTES:
+            quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
+            self._look_at[queue] = monotonic() + quiet
+        else:
+            self._look_at[queue] = 0.0
+        return deliveries
+
+    def _collect(self, *, withdraw: bool = False) -> None:
+        """Hold what was taken ahead."""
+        for ahead, taken in self._store.collect(withdraw=withdraw):
+            self._early.extend(self._received(ahead.queue, taken, ahead.limit))
+
+    def _hand_over(self, credit: int, caps: dict[str, int]) -> list[Delivery]:
+        """Return what was taken ahead, as far as there is room for it, and take that off ``caps``."""
+        deliveries: list[Delivery] = []
+        kept: deque[Delivery] = deque()
+        while self._early:
+            delivery = self._early.popleft()
+            if delivery.lost:
+                continue
+            room = caps.get(delivery.queue, credit)
+            if len(deliveries) < credit and room > 0:
                 deliveries.append(delivery)
-            if len(taken.leases) < room and sum(len(lease.raw) for lease in taken.leases) < TAKE_BYTES:
-                self._room.add(queue)
-                quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
-                self._look_at[queue] = monotonic() + quiet
+                if delivery.queue in caps:
+                    caps[delivery.queue] = room - 1
+            else:
+                kept.append(delivery)
+        self._early = kept
         return deliveries
 
     def _replayed(self, queue: str, leases: Sequence[Lease]) -> Set[int]:
@@ -403,10 +457,17 @@ class StoredFeed:
         return self._store.move(delivery.queue, target, delivery.id, delivery.receipt, entry)
 
     def put_back(self) -> None:
-        """See `Feed.put_back`: a store takes only what is fetched."""
+        """See `Feed.put_back`."""
+        self._collect(withdraw=True)
+        early, self._early = self._early, deque()
+        if early:
+            self.settle([Settlement(d, Outcome("release", deliveries=d.deliveries)) for d in early])
 
     def due_in(self) -> float | None:
         """See `Feed.due_in`."""
+        self._collect(withdraw=True)
+        if self._early:
+            return 0.0
         soonest = None
         for queue in self._specs:
             more_in = self._store.take(queue, 0, self._lease).more_in
@@ -420,6 +481,9 @@ class StoredFeed:
 
     def renew(self) -> None:
         """See `Feed.renew`."""
+        with suppress(Error):
+            # What nobody has noticed yet has a lease as well.
+            self._collect()
         held: dict[str, list[tuple[str, int]]] = {queue: [] for queue in self._specs}
         for queue, id, token in self._held:
             held[queue].append((id, token))
@@ -448,8 +512,13 @@ class StoredFeed:
         until = min(timeout, soonest - monotonic())
         if until <= 0 and self._room:
             return
-        for queue in self._store.wait(sorted(self._room), max(0.0, until)):
+        for queue in self._store.wait(sorted(self._room), max(0.0, until), self._ahead()):
             self._look_at[queue] = 0.0
+
+    def _ahead(self) -> Ahead | None:
+        """Return what to take as soon as it is there: of the queue that had something last, as far as one can tell."""
+        queue = self._latest if self._latest in self._room else next(iter(self._room), None)
+        return None if queue is None else Ahead(queue, min(self._room[queue], _AHEAD), self._lease)
 
     def wake(self) -> None:
         """See `Feed.wake`."""
@@ -461,6 +530,7 @@ class StoredFeed:
             return
         self._closed = True
         try:
+            self._collect(withdraw=True)
             by_queue: dict[str, list[Ending]] = {}
             for queue, id, token in self._held:
                 by_queue.setdefault(queue, []).append(Ending(id, token, "release"))

@@ -1,0 +1,217 @@
+"""What comes to a feed that waits: it may be this feed's already, and is nobody's loss if it stops now."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from time import monotonic
+from uuid import uuid4
+
+import pytest
+import redis
+
+from kq.backend import Delivery, Feed, Settlement
+from kq.backends.redis import prefix
+from kq.backends.stored import StoredBackend, StoredFeed
+from kq.errors import Error
+from kq.outcome import DONE, Outcome
+from tests.account import account
+from tests.broker import Broker
+from tests.conformance.conftest import ON_REDIS, ON_STORES, Bench
+from tests.conformance.test_acl import printed
+
+
+def wait(feed: Feed, credit: int = 5) -> None:
+    """Fetch nothing, and wait for a moment; what has been asked of the broker goes on."""
+    assert feed.fetch(credit, {}) == []
+    feed.wait(0.05)
+
+
+def charge(bench: Bench) -> int:
+    """Return how many deliveries a message has on its account that was given back: RabbitMQ itself counts one."""
+    return 1 if bench.broker.name == "rabbitmq" else 0
+
+
+def test_what_came_meanwhile_is_put_back(bench: Bench) -> None:
+    """In order, and with no charge, for whoever fetches next."""
+    feed = bench.feed()
+    wait(feed)
+    bench.publish(bench.message("a"), bench.message("b"))
+
+    feed.put_back()
+
+    deliveries = bench.take(bench.feed(), 2)
+    assert [delivery.id for delivery in deliveries] == ["a", "b"]
+    assert all(delivery.deliveries <= charge(bench) for delivery in deliveries)
+
+
+def test_what_came_meanwhile_is_left_behind(bench: Bench) -> None:
+    """A feed that is closed keeps nothing."""
+    feed = bench.feed()
+    wait(feed)
+    bench.publish(bench.message("a"), bench.message("b"))
+
+    feed.close()
+
+    began = monotonic()
+    deliveries = bench.take(bench.feed(), 2)
+    assert sorted(delivery.id for delivery in deliveries) == ["a", "b"]
+    assert all(delivery.deliveries <= charge(bench) for delivery in deliveries)
+    assert monotonic() - began < bench.lease
+
+
+def test_what_came_meanwhile_is_work(bench: Bench) -> None:
+    """Whoever would end once there is none does not end over it."""
+    feed = bench.feed()
+    wait(feed)
+    bench.publish(bench.message("a"))
+
+    assert feed.due_in() == 0.0
+    assert [delivery.id for delivery in bench.take(feed, 1)] == ["a"]
+
+
+def test_no_more_is_fetched_than_is_wanted(bench: Bench) -> None:
+    """Also where there was more room when the wait began."""
+    feed = bench.feed()
+    wait(feed, 5)
+    bench.publish(*[bench.message(f"m{n}") for n in range(5)])
+    feed.wait(5.0)
+
+    first = bench.take(feed, 1)
+    capped = feed.fetch(5, {bench.queue.id: 1})
+    rest = bench.take(feed, 3)
+
+    assert len(capped) <= 1
+    rest += bench.take(feed, 4 - len(capped) - len(rest))
+    assert [delivery.id for delivery in first + capped + rest] == [f"m{n}" for n in range(5)]
+
+
+def test_each_queue_is_heard(make_bench: Callable[..., Bench]) -> None:
+    """A feed of several queues that waits is woken for each of them, and has room for little."""
+    bench = make_bench()
+    other = make_bench()
+    feed = bench.feed(bench.queue, other.queue)
+    for number in range(6):
+        here = (bench, other)[number % 2 if number < 4 else 0]
+        assert feed.fetch(1, {}) == []
+        feed.wait(0.05)
+        here.publish(here.message(f"m{number}"))
+        began = monotonic()
+        (delivery,) = bench.take(feed, 1)
+        assert (delivery.queue, delivery.id) == (here.queue.id, f"m{number}")
+        assert monotonic() - began < 2.0
+        assert feed.settle([Settlement(delivery, DONE)]) == ([], [])
+
+
+@ON_REDIS
+def test_a_take_follows_the_wake_up(bench: Bench) -> None:
+    """On Redis what waits is leased as soon as it is there, before anybody here has woken up."""
+    feed = bench.feed()
+    assert isinstance(feed, StoredFeed)
+    wait(feed)
+    assert feed._store.ahead is not None
+
+    bench.publish(bench.message("a"))
+
+    assert isinstance(bench.backend, StoredBackend)
+    assert bench.backend._store().counts(bench.queue.id).leased == 1
+    feed.wait(5.0)
+    assert [delivery.id for delivery in feed.fetch(5, {})] == ["a"]
+
+
+@ON_REDIS
+def test_a_take_that_fails_is_made_again(bench: Bench) -> None:
+    """A server that cannot carry it out behind the wake-up says so to whoever looks."""
+    feed = bench.feed()
+    assert isinstance(feed, StoredFeed)
+    wait(feed)
+    leases = prefix(bench.queue.id) + "l"
+    with redis.Redis.from_url(bench.broker.url) as client:
+        client.set(leases, "a stranger's")
+        bench.publish(bench.message("a"))
+        feed.wait(5.0)
+        with pytest.raises(Error, match="WRONGTYPE"):
+            feed.fetch(5, {})
+        client.delete(leases)
+    assert [delivery.id for delivery in bench.take(feed, 1)] == ["a"]
+
+
+@ON_REDIS
+def test_without_the_right_to_unblock_nothing_is_taken_ahead(bench: Bench) -> None:
+    """For it could not be withdrawn; all else is the same."""
+
+    def rules(name: str) -> list[list[str]]:
+        return [[word for word in line if "client|unblock" not in word] for line in printed(bench, "worker", [])]
+
+    with account(bench.broker, rules) as url:
+        mine = Bench(Broker(bench.broker.name, url, bench.broker.used), lease=bench.lease)
+        try:
+            feed = mine.feed()
+            assert isinstance(feed, StoredFeed)
+            wait(feed)
+            assert feed._store.ahead is None
+            mine.publish(mine.message("a"))
+            assert [delivery.id for delivery in mine.take(feed, 1)] == ["a"]
+        finally:
+            for feed in mine.feeds:
+                feed.close()
+            mine.backend.close()
+
+
+@ON_STORES
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_done_each_message_is_done_once(bench: Bench, seed: int) -> None:
+    """Feeds wait, fetch, give back, put back and settle in any order, with little room or much."""
+    chance = random.Random(seed)
+    feeds = [bench.feed() for _ in range(3)]
+    held: dict[int, list[Delivery]] = {0: [], 1: [], 2: []}
+    done: Counter[str] = Counter()
+    published: set[str] = set()
+
+    def settle(number: int, outcome: Outcome, count: int) -> None:
+        batch, held[number] = held[number][:count], held[number][count:]
+        late, failed = feeds[number].settle([Settlement(delivery, outcome) for delivery in batch])
+        assert (late, failed) == ([], [])
+        if outcome is DONE:
+            done.update(delivery.id for delivery in batch)
+
+    for step in range(300):
+        number = chance.randrange(3)
+        feed = feeds[number]
+        match chance.randrange(9):
+            case 0 | 1:
+                ids = [uuid4().hex for _ in range(chance.choice([1, 1, 1, 2, 20]))]
+                bench.publish(*[bench.message(id) for id in ids])
+                published.update(ids)
+            case 2 | 3:
+                credit = chance.choice([0, 1, 2, 30])
+                cap = chance.choice([0, 1, 30])
+                found = feed.fetch(credit, {bench.queue.id: cap})
+                assert len(found) <= min(credit, cap)
+                assert all(delivery.deliveries == 0 for delivery in found)
+                held[number] += found
+            case 4:
+                feed.wait(chance.choice([0.0, 0.001]))
+            case 5:
+                feed.put_back()
+            case 6:
+                feed.due_in()
+            case 7:
+                settle(number, DONE, chance.randrange(6))
+            case 8:
+                settle(number, Outcome("release"), chance.randrange(3))
+        if step % 20 == 0:
+            for each in feeds:
+                each.renew()
+    for number, feed in enumerate(feeds):
+        settle(number, DONE, len(held[number]))
+        feed.close()
+    last = bench.feed()
+    while sum(done.values()) < len(published):
+        found = bench.take(last, 1)
+        assert found, "something was lost"
+        assert last.settle([Settlement(delivery, DONE) for delivery in found]) == ([], [])
+        done.update(delivery.id for delivery in found)
+    assert set(done) == published
+    assert set(done.values()) == {1}
