@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
+from time import monotonic
 from typing import Any, ClassVar, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -382,12 +383,15 @@ class RedisStore:
 
     def _withdrawn(self, bell: Bell) -> Ring:
         assert bell.number is not None
-        while True:
+        until = monotonic() + self._timeout
+        while monotonic() < until:
             # Once more where the server has read this before it read what it is to end.
             self._lines.ask([unblock(bell.number)])
             ring = bell.collect(_AGAIN)
             if ring is not None:
                 return ring
+        # What it has taken, if anything, comes back when its lease ends.
+        raise redis.exceptions.TimeoutError("a blocked call does not end")
 
     def _take_call(self, ahead: Ahead) -> bytes:
         arguments = self._take_arguments(*ahead)

@@ -28,7 +28,7 @@ PUBLISHER: Final[dict[str, tuple[str, ...]]] = {
 }
 #: What a worker does, and whoever looks after queues.
 WORKER: Final = (
-    "blpop", "client|id", "client|unblock", "exists", "get", "hdel", "hexists", "hget", "hlen", "hmget", "hset", "hsetnx", "hstrlen", "incrby",
+    "blpop", "exists", "get", "hdel", "hexists", "hget", "hlen", "hmget", "hset", "hsetnx", "hstrlen", "incrby",
     "lindex", "llen", "lpop", "lrange", "lrem", "pexpire", "pttl", "rpush", "setnx", "unlink", "zadd", "zcard",
     "zcount", "zrange", "zrangebyscore", "zrem", "zremrangebyrank", "zremrangebyscore", "zscore",
 )  # fmt: skip
@@ -48,6 +48,7 @@ _WORKER_TEXT: Final = """\
 _NOTES: Final = """
 # Type it at redis-cli's prompt, or put it into the server's ACL file. Not needed, but of use: +client|setinfo (7.2)
 # keeps the client's introduction out of ACL LOG, and +info +config|get let kq check judge the server's settings.
+# With +client|id +client|unblock a worker has a message one round trip earlier; it may end other clients' waits then.
 # Plain Kombu programs on kq-redis:// declare exchanges as well, which takes +hmget +hget +hset on ~kq:topology."""
 
 
