@@ -14,12 +14,10 @@ import os
 import signal
 import socket
 import sys
-from collections import deque
 from threading import Lock
 from typing import Any
 
 from kq.errors import Invalid
-from kq.executor import Job
 from kq.outcome import DONE
 from kq.shield import shielded
 from kq.target import open_app
@@ -35,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """Reads frames and writes frames, in whatever thread; the runner decides in which, once the app is loaded."""
+    """Reads frames, feeds the runner, writes frames."""
 
     def __init__(self, connection: socket.socket, slots: SlotTable) -> None:
         self._pid = os.getpid()
@@ -43,71 +41,58 @@ class Child:
         self._slots = slots
         self._writing = Lock()
         self._reader = frame.in_child()
-        #: Frames that have been read and not yet been followed.
-        self._frames: deque[Any] = deque()
         self._runner: Runner | None = None
+        self._app: Any = None
         self._held = 0
         self._counting = Lock()
         self._final = False
 
     def run(self) -> int:
         """Serve until the supervisor says it is enough; return the exit code."""
-        hello = self._next()
-        assert isinstance(hello, frame.Hello)
+        while not (self._final and self._held == 0):
+            data = self._socket.recv(frame.READ_SIZE)
+            if not data:
+                if self._final and self._held == 0:
+                    break
+                # The supervisor is gone; what runs here will be delivered again.
+                os._exit(1)
+            for message in self._reader.feed(data):
+                if not self._take(message):
+                    return 1
+        if self._runner is not None:
+            self._runner.flush()
+        if self._app is not None:
+            self._app.close()
+        return 0
+
+    def _take(self, message: Any) -> bool:
+        if isinstance(message, frame.Work):
+            assert self._runner is not None
+            with self._counting:
+                self._held += len(message.jobs)
+            self._runner.submit(message.jobs)
+        elif isinstance(message, frame.Hello):
+            return self._load(message)
+        elif isinstance(message, frame.Recall):
+            self._final = self._final or message.final
+            tags = self._runner.recall() if self._runner is not None else []
+            with self._counting:
+                self._held -= len(tags)
+            self._send(frame.Returned(tags))
+        elif isinstance(message, frame.Dump) and self._runner is not None:
+            logger.warning("%s", self._runner.dump(), extra={"action": "dump"})
+        return True
+
+    def _load(self, hello: frame.Hello) -> bool:
         configure(hello.log_level, hello.log_format)
         try:
-            # Here, in the main thread: some things that an app may do at its start are possible nowhere else.
             app = open_app(hello.app, hello.overrides)
         except BaseException as error:
             self._send(frame.Failed(str(error) or repr(error)))
-            return 1
-        runner = self._runner = self._make_runner(app, hello)
-        self._send(frame.Ready())
-        runner.serve(self._read)
-        runner.flush()
-        app.close()
-        return 0
-
-    def _read(self) -> list[Job] | None:
-        """Follow frames until one brings jobs, and return these; None when it is enough."""
-        while not self._is_over():
-            message = self._next()
-            if isinstance(message, frame.Work):
-                with self._counting:
-                    self._held += len(message.jobs)
-                return message.jobs
-            if isinstance(message, frame.Recall):
-                self._recall(message)
-            elif isinstance(message, frame.Dump) and self._runner is not None:
-                logger.warning("%s", self._runner.dump(), extra={"action": "dump"})
-        return None
-
-    def _next(self) -> Any:
-        """Return the next frame; None when no more is to come."""
-        while not self._frames:
-            data = self._socket.recv(frame.READ_SIZE)
-            if not data:
-                if self._is_over():
-                    return None
-                # The supervisor is gone; what runs here will be delivered again.
-                os._exit(1)
-            self._frames.extend(self._reader.feed(data))
-        return self._frames.popleft()
-
-    def _is_over(self) -> bool:
-        return self._final and self._held == 0
-
-    def _recall(self, recall: frame.Recall) -> None:
-        assert self._runner is not None
-        self._final = self._final or recall.final
-        tags = self._runner.recall()
-        with self._counting:
-            self._held -= len(tags)
-        self._send(frame.Returned(tags))
-
-    def _make_runner(self, app: Any, hello: frame.Hello) -> Runner:
+            return False
+        self._app = app
         timeouts = [c.timeout for c in app.registry.router if c.queue in hello.queues and c.timeout is not None]
-        return Runner(
+        self._runner = Runner(
             app.executor(),
             concurrency=hello.concurrency,
             shortest_timeout=min(timeouts, default=None),
@@ -115,6 +100,8 @@ class Child:
             emit=self._emit,
             on_out_of_memory=lambda: self._send(frame.Exhausted()),
         )
+        self._send(frame.Ready())
+        return True
 
     def _emit(self, results: list[Result], early: bool) -> None:
         done = [tag for tag, outcome in results if outcome is DONE]

@@ -45,7 +45,7 @@ class EventLoop(Thread):
         runner: Who is told of their ends.
         executor: Turns a job into an outcome.
         concurrency: Handlers at once.
-        slots: Where to note what runs: the last ``concurrency`` of them.
+        slots: Where to note what runs: the second ``concurrency`` of them.
     """
 
     def __init__(self, runner: Reports, executor: Executor, concurrency: int, slots: SlotTable) -> None:
@@ -53,7 +53,7 @@ class EventLoop(Thread):
         self._runner = runner
         self._executor = executor
         self._slots = slots
-        self._free = list(range(slots.count - 1, slots.count - 1 - concurrency, -1))
+        self._free = list(range(2 * concurrency - 1, concurrency - 1, -1))
         self._waiting: deque[Job] = deque()
         self._tasks: dict[asyncio.Task[None], Job] = {}
         self._loop = asyncio.new_event_loop()

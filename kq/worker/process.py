@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from kq.outcome import Death
-from kq.worker.slot import SlotTable, needed
+from kq.worker.slot import SlotTable
 
 #: Bytes that the system is to hold of what a child has not read yet; it may allow less.
 _SEND_BUFFER = 1 << 20
@@ -72,7 +72,7 @@ class Process:
             OSError: If there is no room for it.
         """
         ours, theirs = socket.socketpair()
-        slots = SlotTable(needed(concurrency))
+        slots = SlotTable(2 * concurrency)
         numbers = (theirs.fileno(), slots.fd, slots.count, os.getpid())
         try:
             with theirs:
@@ -105,7 +105,7 @@ class Process:
         # What waits to be written is written once.
         flush()
         ours, theirs = socket.socketpair()
-        slots = SlotTable(needed(concurrency))
+        slots = SlotTable(2 * concurrency)
         parent = os.getpid()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_SUPERVISOR)
         try:

@@ -1,8 +1,8 @@
 """Runs jobs in this process: threads for sync handlers, one event loop for async ones.
 
 The same in a child process, in the supervisor's own (``--pool threads``) and in ``app.drain()``. Jobs
-come in through `submit`, or are read by the threads that run them (`serve`); outcomes go out in batches
-through ``emit``: at once when nothing is waiting, otherwise together with the next ones.
+come in through `submit`, outcomes go out in batches through ``emit``: at once when nothing is waiting,
+otherwise together with the next ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, get_ident
 from time import monotonic
@@ -39,15 +38,6 @@ _FLUSH_LATEST = 0.01
 
 #: A job's tag and its outcome; None if the handler settled it itself before.
 Result = tuple[int, Outcome | None]
-#: Waits for jobs and returns them; None when no more will come.
-Read = Callable[[], Sequence[Job] | None]
-
-
-class _Turn(Enum):
-    """What a thread may be given beside jobs."""
-
-    #: To read, until it runs a job itself.
-    READ = auto()
 
 
 class Runner:
@@ -57,7 +47,7 @@ class Runner:
         executor: Turns a job into an outcome.
         concurrency: Handlers of each kind at once.
         shortest_timeout: Seconds of the shortest time limit of any handler, or None.
-        slots: Where to note what runs; `slot.needed` of them.
+        slots: Where to note what runs; twice ``concurrency`` of them.
         emit: Takes results, in any thread, one call at a time; with True for those of handlers that
             have settled their message and run on.
         on_out_of_memory: Called in a handler's thread, after its result was reported, when it ran out of memory.
@@ -79,16 +69,11 @@ class Runner:
         self._concurrency = concurrency
         self._slots = slots
         self._emit = emit
-        self._jobs: SimpleQueue[Job | _Turn | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._threads: list[_HandlerThread] = []
         #: Jobs for sync handlers that are here, waiting or running.
         self._pending = 0
         self._lock = Lock()
-        self._read: Read | None = None
-        #: Whether nobody reads and one of the queue's items is the turn to do so; now and then a moment too long.
-        self._offered = False
-        self._served = Event()
-        self._failure: BaseException | None = None
         self._outbox: list[Result] = []
         self._outbox_lock = Lock()
         self._flushed_at = 0.0
@@ -100,66 +85,15 @@ class Runner:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs; never blocks."""
-        waiting = self._sort(jobs)
-        if waiting:
-            self._start_threads(len(waiting))
-        for job in waiting:
-            self._jobs.put(job)
-
-    def serve(self, read: Read) -> None:
-        """Run what ``read`` returns, until that is None.
-
-        The threads of sync handlers take turns at reading. Whoever reads a job that can start at once runs it, and
-        leaves the reading to another one: so no thread has to wake up another one to have it run.
-
-        Args:
-            read: Called by one thread at a time.
-
-        Raises:
-            Exception: What ``read`` has raised.
-        """
-        self._read = read
-        self._start_threads(0)
-        self._offer()
-        self._served.wait()
-        if self._failure is not None:
-            raise self._failure
-
-    def read_on(self) -> Job | None:
-        """Read until there is a job for the thread that calls; None if there will be none."""
-        assert self._read is not None
-        self._offered = False
-        # What waits for company might wait long.
-        self.flush()
-        try:
-            while (jobs := self._read()) is not None:
-                waiting = self._sort(jobs)
-                if not waiting:
-                    continue
-                mine = waiting.pop() if self._start_threads(len(waiting)) else None
-                for job in waiting:
-                    self._jobs.put(job)
-                if mine is not None:
-                    self._offer()
-                    return mine
-        except BaseException as error:
-            self._failure = error
-        self._served.set()
-        return None
-
-    def _offer(self) -> None:
-        self._offered = True
-        self._jobs.put(_Turn.READ)
-
-    def _sort(self, jobs: Sequence[Job]) -> list[Job]:
-        """Hand those for async handlers to the event loop, and return the others."""
-        waiting = []
+        waiting = 0
         for job in jobs:
             if self._executor.is_async(job):
                 self._event_loop().submit(job)
             else:
-                waiting.append(job)
-        return waiting
+                self._jobs.put(job)
+                waiting += 1
+        if waiting:
+            self._start_threads(waiting)
 
     def recall(self) -> list[int]:
         """Return the tags of jobs that have not started, and forget them; but not of those settled before."""
@@ -168,7 +102,7 @@ class Runner:
         with contextlib.suppress(Empty):
             while True:
                 job = self._jobs.get_nowait()
-                if isinstance(job, Job) and not job.settled:
+                if job is not None and not job.settled:
                     tags.append(job.tag)
                 else:
                     kept.append(job)
@@ -203,7 +137,7 @@ class Runner:
             if (
                 outcome is not DONE
                 or len(self._outbox) == UNSENT_MAX
-                or self._jobs.qsize() <= self._offered
+                or self._jobs.empty()
                 or monotonic() - self._flushed_at > _FLUSH_AFTER
             ):
                 self._send()
@@ -257,32 +191,28 @@ class Runner:
             self._loop.start()
         return self._loop
 
-    def _start_threads(self, waiting: int) -> bool:
-        """Have threads for so many more jobs, and tell whether all of them can start at once and one thread is left."""
-        reader = 0 if self._read is None else 1
+    def _start_threads(self, waiting: int) -> None:
         with self._lock:
             self._pending += waiting
-            missing = min(self._pending, self._concurrency) + reader - len(self._threads)
+            missing = min(self._pending, self._concurrency) - len(self._threads)
             for _ in range(missing):
                 thread = _HandlerThread(self, self._executor, len(self._threads), self._slots)
                 try:
                     thread.start()
                 except RuntimeError:
                     # No room for another thread. Those there are will do; without any, nothing can run here.
-                    if len(self._threads) <= reader:
+                    if not self._threads:
                         raise
-                    break
+                    return
                 self._threads.append(thread)
-            return self._pending < len(self._threads) and self._pending <= self._concurrency
 
     def next_job(self) -> Job | None:
-        """Return the next job for the thread that calls, flushing before a wait; None to end."""
+        """Return the next job for a sync handler, flushing before a wait; None to end."""
         try:
-            item = self._jobs.get_nowait()
+            return self._jobs.get_nowait()
         except Empty:
             self.flush()
-            item = self._jobs.get()
-        return self.read_on() if item is _Turn.READ else item
+        return self._jobs.get()
 
     def ended(self) -> None:
         """Note that a sync handler has ended."""

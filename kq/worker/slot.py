@@ -23,15 +23,6 @@ _WORD = 8
 UNSENT_MAX = 256
 
 
-def needed(concurrency: int) -> int:
-    """Return how many slots there are for so many handlers of each kind at once.
-
-    One for each thread, of which one more than that can be between its start and the report of its end; behind them
-    one for each async handler.
-    """
-    return 2 * concurrency + 1
-
-
 class Running(NamedTuple):
     """A handler that runs, or ran when its process died."""
 

@@ -16,7 +16,7 @@ from time import monotonic
 from kq.executor import Executor, Job
 from kq.worker.pool import Event, Finished, Place, Returned
 from kq.worker.runner import Result, Runner
-from kq.worker.slot import SlotTable, needed
+from kq.worker.slot import SlotTable
 
 logger = logging.getLogger("kq.worker")
 
@@ -44,7 +44,7 @@ class ThreadPool:
         self.places: list[Place] = [self._place]
         self.lock = Lock()
         self._events: SimpleQueue[Event | None] = SimpleQueue()
-        self._slots = SlotTable(needed(concurrency))
+        self._slots = SlotTable(2 * concurrency)
         self._runner = Runner(
             executor,
             concurrency=concurrency,

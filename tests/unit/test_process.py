@@ -158,4 +158,4 @@ death = ended(process)
 print(death.exit_code)
 process.close()
 """)
-    assert lines == ["None 2 5", "1"]
+    assert lines == ["None 2 4", "1"]
