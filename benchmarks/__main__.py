@@ -8,6 +8,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from compileall import compile_dir
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import click
 
 from benchmarks.bare import LIMITS
 from benchmarks.contender import CONTENDERS
-from benchmarks.measure import GivenUp
+from benchmarks.measure import ROOT, GivenUp
 from benchmarks.report import LIMIT, Results, chart, scale_table, table
 from benchmarks.trial import FIGURES, SCALE, TRIALS, Size
 
@@ -78,6 +79,13 @@ def _write(results: Results, path: Path | None) -> None:
         path.write_text(json.dumps(asdict(results), indent=1) + "\n")
 
 
+def _compile() -> None:
+    """Have kq and the benchmark compiled beforehand, as what pip installs is, also where Python is told not to."""
+    # The backends for themselves: compiling does not follow the link to them.
+    for folder in ("kq", "kq/backends", "benchmarks"):
+        compile_dir(ROOT / folder, quiet=1)
+
+
 def measure(
     results: Results,
     urls: dict[str, str],
@@ -101,6 +109,7 @@ def measure(
         for broker in brokers
         for contender in chosen[broker]
     }
+    _compile()
     left = repeats * sum(len(trials) * len(chosen[broker]) for broker in brokers)
     for repeat in range(repeats):
         for broker in brokers:

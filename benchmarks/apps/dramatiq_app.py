@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import dramatiq
-from dramatiq.middleware.asyncio import AsyncIO
 
 from benchmarks import work
 from benchmarks.apps.publishing import Publisher, one_by_one
@@ -22,6 +21,8 @@ else:
 dramatiq.set_broker(broker)
 
 if work.STYLE == "async":
+    from dramatiq.middleware.asyncio import AsyncIO
+
     broker.add_middleware(AsyncIO())
 
     @dramatiq.actor(queue_name=work.QUEUE, actor_name="handle")

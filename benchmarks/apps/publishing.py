@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 Payload = dict[str, Any]
 
@@ -41,12 +43,14 @@ def one_by_one(one: Callable[[Payload], object], later: Callable[[Payload, float
     return Publisher(one, many, None if later is None else delayed)
 
 
-def concurrently(loop: asyncio.AbstractEventLoop, publish: Callable[[Payload], Awaitable[object]]) -> Publisher:
+def concurrently(loop: AbstractEventLoop, publish: Callable[[Payload], Awaitable[object]]) -> Publisher:
     """Return a publisher that has many calls under way on one event loop."""
+    # Only here: who publishes otherwise is not to pay for it.
+    from asyncio import gather
 
     async def all_of(payloads: Sequence[Payload]) -> None:
         for start in range(0, len(payloads), _TOGETHER):
-            await asyncio.gather(*(publish(payload) for payload in payloads[start : start + _TOGETHER]))
+            await gather(*(publish(payload) for payload in payloads[start : start + _TOGETHER]))
 
     async def single(payload: Payload) -> None:
         await publish(payload)
