@@ -7,6 +7,7 @@ would be sent to the next worker, and the next.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from struct import Struct
 from typing import Any, Final
@@ -37,6 +38,10 @@ _SIZE: Final = Struct(">I")
 _TABLES_MOST: Final = 500
 _TABLE_MOST: Final = 200
 _SIMPLE: Final = (str, int, float, bool, type(None))
+#: Types of values in a table: text, nothing, and those of a fixed size, as py-amqp reads them.
+_STRING: Final = ord("S")
+_VOID: Final = ord("V")
+_NUMBERS: Final = {ord(kind): Struct(">" + code) for kind, code in zip("tbBsUuIiLlfd", "?bBhhHiIqqfd", strict=True)}
 
 
 class _Partial:
@@ -145,15 +150,46 @@ class Deliveries:
         known = self._tables.get(raw)
         if known is not None:
             return dict(known)
-        try:
-            table = legible_table(loads("F", raw, 0)[0][0])
-        except UNREADABLE:
-            return {}
+        table = plain_table(raw)
+        if table is None:
+            try:
+                table = legible_table(loads("F", raw, 0)[0][0])
+            except UNREADABLE:
+                return {}
         if len(raw) <= _TABLE_MOST and all(isinstance(value, _SIMPLE) for value in table.values()):
             if len(self._tables) >= _TABLES_MOST:
                 self._tables.clear()
             self._tables[raw] = dict(table)
         return table
+
+
+def plain_table(raw: bytes) -> dict[str, Any] | None:
+    """Return a table of names and values that are ASCII text, numbers, bools and nothing; None if it is another one.
+
+    In half of the time that py-amqp takes; of those it is left to it.
+    """
+    table: dict[str, Any] = {}
+    at, end = _SIZE.size, len(raw)
+    try:
+        while at < end:
+            start = at + 1
+            at = start + raw[at]
+            name = raw[start:at].decode("ascii")
+            kind = raw[at]
+            at += 1
+            if kind == _STRING:
+                start = at + _SIZE.size
+                at = start + int.from_bytes(raw[at:start], "big")
+                table[name] = raw[start:at].decode("ascii")
+            elif kind == _VOID:
+                table[name] = None
+            else:
+                number = _NUMBERS[kind]
+                (table[name],) = number.unpack_from(raw, at)
+                at += number.size
+    except (UnicodeDecodeError, LookupError, struct.error):
+        return None
+    return table if at == end else None
 
 
 def _text(raw: bytes) -> str:

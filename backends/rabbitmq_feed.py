@@ -147,6 +147,8 @@ class RabbitFeed:
         self._send_onward()
         deliveries: list[Delivery] = []
         for queue, buffer in self._buffers.items():
+            if not buffer:
+                continue
             room = min(credit - len(deliveries), caps.get(queue, credit))
             while buffer and room > 0:
                 deliveries.append(buffer.popleft())
@@ -383,6 +385,9 @@ class RabbitFeed:
         if credit <= 0 and not self._tags:
             # Nothing is wanted, and nothing subscribed to.
             return
+        if wanted == self._windows:
+            self._narrow_since = None
+            return
         if all(wanted[queue] <= self._windows[queue] for queue in wanted):
             now = monotonic()
             if all(wanted[queue] * 4 > self._windows[queue] for queue in wanted):
@@ -403,12 +408,8 @@ class RabbitFeed:
         self._subscribe(link, wanted)
 
     def _power(self, wanted: int) -> int:
-        if wanted <= 0:
-            return 0
-        window = 1
-        while window < wanted:
-            window *= 2
-        return min(window, self._prefetch)
+        """Return the next power of two, and no more than the widest window."""
+        return 0 if wanted <= 0 else min(1 << (wanted - 1).bit_length(), self._prefetch)
 
     def _subscribe(self, link: Link, windows: Mapping[str, int]) -> None:
         channel = link.channel

@@ -356,6 +356,8 @@ class RedisStore:
                 except BaseException:
                     self._drop_bell()
                     raise
+            if not self._rung:
+                return []
             found = sorted(self._rung.intersection(queues))
             self._pass_on(self._rung.difference(queues))
             return found

@@ -236,6 +236,9 @@ class Fetcher(Thread):
         return True
 
     def _settle(self, feed: Feed) -> bool:
+        if not self._inbox and not self._failed:
+            # What is handed in from here on is news, and seen in the next step.
+            return False
         now = monotonic()
         again = [failed for failed in self._failed if failed[0] <= now]
         with self._lock:
@@ -267,6 +270,8 @@ class Fetcher(Thread):
             self._on_lost()
 
     def _say_settled(self) -> None:
+        if self._on_settled is None:
+            return
         with self._lock:
             call = None if self._inbox or self._wanted else self._on_settled
             if call is not None:
@@ -321,6 +326,8 @@ class Fetcher(Thread):
 
     def _acknowledge(self, feed: Feed, deliveries: list[Delivery]) -> list[Delivery]:
         """Settle at once what runs at most once; what cannot be settled is not to run."""
+        if not self._auto_ack:
+            return deliveries
         at_once = [
             Settlement(delivery, DONE)
             for delivery in deliveries

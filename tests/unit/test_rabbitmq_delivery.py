@@ -11,12 +11,12 @@ import amqp
 import pytest
 from amqp import spec
 from amqp.exceptions import UnexpectedFrame
-from amqp.serialization import dumps
+from amqp.serialization import dumps, loads
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kq.backend import Envelope
-from kq.backends.rabbitmq_delivery import Deliveries
+from kq.backends.rabbitmq_delivery import Deliveries, plain_table
 from kq.backends.rabbitmq_topology import to_envelope
 
 CHANNEL = 1
@@ -180,3 +180,30 @@ def test_text_that_is_no_utf_8_is_escaped() -> None:
     assert envelope.properties == {"content_type": "\\xff\\xfe"}
     assert envelope.id == "\\xff"
     assert all(isinstance(key, str) for key in envelope.headers)
+
+
+ASCII = st.text(st.characters(max_codepoint=127), max_size=60)
+PLAIN = st.one_of(
+    ASCII, st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1), st.booleans(), st.none(),
+    st.floats(allow_nan=False),
+)  # fmt: skip
+
+
+@given(st.dictionaries(ASCII, PLAIN, max_size=40))
+def test_plain_tables_are_read_as_py_amqp_reads_them(headers: dict[str, Any]) -> None:
+    """And of the same types."""
+    raw = dumps("F", [headers])
+    found = plain_table(raw)
+    assert found is not None
+    expected = loads("F", raw, 0)[0][0]
+    assert list(map(repr, found.items())) == list(map(repr, expected.items()))
+
+
+@given(HEADERS, st.binary(max_size=5), st.integers(0, 5))
+def test_other_tables_are_left_to_py_amqp(headers: dict[str, Any], tail: bytes, cut: int) -> None:
+    """What is cut off, goes on or holds more than text and numbers is not read wrongly, and raises nothing."""
+    raw = dumps("F", [headers])
+    raw = raw[: len(raw) - cut] + tail
+    found = plain_table(raw)
+    if found is not None and raw[:4] == (len(raw) - 4).to_bytes(4, "big"):
+        assert list(map(repr, found.items())) == list(map(repr, loads("F", raw, 0)[0][0].items()))

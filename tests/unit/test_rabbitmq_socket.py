@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from itertools import pairwise
 from struct import pack
 from threading import Thread
+from time import monotonic
+from typing import Any
 
 import pytest
 from amqp.exceptions import UnexpectedFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kq.backends.rabbitmq_socket import Frame, ReadsInTime
+from kq.backends.rabbitmq_socket import Frame, ReadsInTime, _Socket
+from kq.waker import Lookout
 
 FRAMES = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 65535), st.binary(max_size=200)), max_size=20)
 
@@ -101,3 +104,60 @@ def test_a_frame_with_the_wrong_end_is_an_error(ends: tuple[socket.socket, socke
     theirs.sendall(written((1, 2, b"abc"))[:-1] + b"\x00")
     with pytest.raises(UnexpectedFrame, match="0xce"):
         reader.read_frame()
+
+
+@pytest.fixture
+def connected() -> Iterator[tuple[_Socket, socket.socket]]:
+    """A transport, as py-amqp connects it, and the other end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        transport = _Socket(
+            f"127.0.0.1:{server.getsockname()[1]}", connect_timeout=5.0, ssl=False, read_timeout=5.0, write_timeout=5.0
+        )
+        transport.connect()
+        theirs, _ = server.accept()
+        with theirs:
+            assert theirs.recv(8) == b"AMQP\x00\x00\x09\x01"
+            yield transport, theirs
+        transport.close()
+
+
+def test_a_read_that_waits_for_nothing(connected: tuple[_Socket, socket.socket]) -> None:
+    """It takes what is there, and says at once that nothing is; the socket's timeout stays what it was."""
+    transport, theirs = connected
+    before = transport.sock.gettimeout()
+    began = monotonic()
+    with pytest.raises(TimeoutError):
+        transport.read_now()
+    assert monotonic() - began < 1.0
+    theirs.sendall(written((1, 2, b"abc")))
+    assert Lookout[Any](transport.sock).ready(5.0)
+    assert transport.read_now() is False
+    assert transport.take_frame() == (1, 2, b"abc")
+    assert transport.sock.gettimeout() == before
+    theirs.close()
+    assert Lookout[Any](transport.sock).ready(5.0)
+    with pytest.raises(OSError, match="closed the connection"):
+        transport.read_now()
+    assert not transport.connected
+
+
+def test_a_write_ends_in_time(connected: tuple[_Socket, socket.socket]) -> None:
+    """Also where the other end takes a part and then nothing; and what it takes it takes in order."""
+    transport, theirs = connected
+    transport.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    data = bytes(range(256)) * 40_000
+    got: list[bytes] = []
+
+    def read() -> None:
+        while sum(map(len, got)) < len(data):
+            got.append(theirs.recv(1 << 16))
+
+    reader = Thread(target=read)
+    reader.start()
+    transport.write_within(data, 30.0)
+    reader.join()
+    assert b"".join(got) == data
+    began = monotonic()
+    with pytest.raises(TimeoutError):
+        transport.write_within(data, 0.2)
+    assert 0.1 < monotonic() - began < 3.0
