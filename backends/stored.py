@@ -529,8 +529,9 @@ class StoredFeed:
         if self._closed:
             return
         self._closed = True
-        try:
+        with suppress(Error):
             self._collect(withdraw=True)
+        try:
             by_queue: dict[str, list[Ending]] = {}
             for queue, id, token in self._held:
                 by_queue.setdefault(queue, []).append(Ending(id, token, "release"))
