@@ -533,8 +533,10 @@ class StoredFeed:
             self._collect(withdraw=True)
         try:
             by_queue: dict[str, list[Ending]] = {}
-            for queue, id, token in self._held:
-                by_queue.setdefault(queue, []).append(Ending(id, token, "release"))
+            for (queue, id, token), delivery in self._held.items():
+                # As it came: that it was here for a moment settles nothing of what others have lost.
+                ending = Ending(id, token, "release", deliveries=delivery.deliveries)
+                by_queue.setdefault(queue, []).append(ending)
             for queue, endings in by_queue.items():
                 self._store.settle(queue, endings)
             for queue in self._specs:

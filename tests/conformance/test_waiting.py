@@ -211,3 +211,41 @@ def test_whatever_is_done_each_message_is_done_once(bench: Bench, seed: int) -> 
         done.update(delivery.id for delivery in found)
     assert set(done) == published
     assert set(done.values()) == {1}
+
+
+@ON_STORES
+@pytest.mark.parametrize("how", [StoredFeed.put_back, StoredFeed.close])
+def test_what_goes_back_keeps_its_account(bench: Bench, how: Callable[[StoredFeed], None]) -> None:
+    """A delivery that nobody settled stays counted, whoever holds the message for a moment and gives it back."""
+    bench.publish(bench.message("a"))
+    bench.take(bench.feed(), 1)
+    holder = bench.feed()
+    (delivery,) = bench.take(holder, 1, within=bench.lease * 5)
+    assert delivery.deliveries == 1
+    feed = bench.feed()
+    assert isinstance(feed, StoredFeed)
+    wait(feed)
+    assert holder.settle([Settlement(delivery, Outcome("release", deliveries=1))]) == ([], [])
+    if bench.broker.name == "redis":
+        assert isinstance(bench.backend, StoredBackend)
+        assert bench.backend._store().counts(bench.queue.id).leased == 1, "it was not taken ahead"
+
+    how(feed)
+
+    (delivery,) = bench.take(bench.feed(), 1)
+    assert delivery.deliveries == 1
+
+
+@ON_STORES
+def test_what_is_held_at_the_end_keeps_its_account(bench: Bench) -> None:
+    """A feed that is closed with a message in its hands gives it back as it was."""
+    bench.publish(bench.message("a"))
+    bench.take(bench.feed(), 1)
+    feed = bench.feed()
+    (delivery,) = bench.take(feed, 1, within=bench.lease * 5)
+    assert delivery.deliveries == 1
+
+    feed.close()
+
+    (delivery,) = bench.take(bench.feed(), 1)
+    assert delivery.deliveries == 1
