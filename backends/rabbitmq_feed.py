@@ -44,7 +44,6 @@ from kq.backends.rabbitmq_topology import (
 )
 from kq.backends.rabbitmq_watch import Watch
 from kq.errors import Error, NotFound
-from kq.outcome import Outcome
 from kq.waker import Lookout, Waker
 
 logger = logging.getLogger("kq.worker")
@@ -247,7 +246,7 @@ class RabbitFeed:
             buffer.clear()
         # Counted as held until now by nobody.
         self._held_of.update(delivery.queue for delivery in buffered)
-        self.settle([Settlement(d, Outcome("release", deliveries=d.deliveries)) for d in buffered])
+        self.settle([Settlement(delivery, delivery.as_it_came) for delivery in buffered])
 
     def due_in(self) -> float | None:
         """See `Feed.due_in`; other workers' delays and deliveries are unknown to RabbitMQ's clients."""

@@ -461,7 +461,7 @@ class StoredFeed:
         self._collect(withdraw=True)
         early, self._early = self._early, deque()
         if early:
-            self.settle([Settlement(d, Outcome("release", deliveries=d.deliveries)) for d in early])
+            self.settle([Settlement(delivery, delivery.as_it_came) for delivery in early])
 
     def due_in(self) -> float | None:
         """See `Feed.due_in`."""

@@ -209,6 +209,11 @@ class Delivery(msgspec.Struct):
     refused: Outcome | None = None
     lost: bool = False
 
+    @property
+    def as_it_came(self) -> Outcome:
+        """The outcome with which a message goes back that proved nothing here: what is on its account stays there."""
+        return Outcome("release", deliveries=self.deliveries)
+
 
 class Settlement(msgspec.Struct, frozen=True):
     """A delivery and its end."""

@@ -20,7 +20,7 @@ from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement, Settling
 from kq.driver import Driver
 from kq.errors import Error, PermissionDenied
 from kq.idleness import Idleness
-from kq.outcome import DONE, RELEASE
+from kq.outcome import DONE
 
 logger = logging.getLogger("kq.worker")
 
@@ -342,7 +342,7 @@ class Fetcher(Thread):
 
     def _return_unseen(self, deliveries: Sequence[Delivery]) -> None:
         with self._lock:
-            self._inbox.extend(Settlement(delivery, RELEASE) for delivery in deliveries)
+            self._inbox.extend(Settlement(delivery, delivery.as_it_came) for delivery in deliveries)
 
     def _admits(self, delivery: Delivery) -> bool:
         if self._admission is None:

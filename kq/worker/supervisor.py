@@ -174,7 +174,7 @@ class Supervisor:
         self._admit()
         self._release_waiting()
         for flight in list(self._flights.values()):
-            self._settle(flight, RELEASE)
+            self.release(flight)
 
     # Events.
 
@@ -397,7 +397,7 @@ class Supervisor:
 
     def _release_waiting(self) -> None:
         for flight in self._dispatcher.take_all():
-            self._settle(flight, RELEASE)
+            self.release(flight)
 
     def _settle(self, flight: Flight, outcome: Outcome) -> None:
         assert self._intake is not None
@@ -408,8 +408,8 @@ class Supervisor:
 
     def release(self, flight: Flight) -> None:
         """See `Hands.release`."""
-        # Not as if it had been settled: it was not even tried.
-        self._settle(flight, Outcome("release", deliveries=flight.delivery.deliveries))
+        # Not as if it had been settled: it was not even tried, or not for long enough to prove anything.
+        self._settle(flight, flight.delivery.as_it_came)
 
     def drop(self, flight: Flight) -> None:
         """See `Hands.drop`."""

@@ -91,7 +91,28 @@ def test_what_is_put_aside_keeps_its_account(bench: Bench, values: dict[str, Any
     for _ in range(2):
         (delivery,) = bench.take(feed, 1)
         assert delivery.deliveries == 1
-        feed.settle([Settlement(delivery, Outcome("release", deliveries=delivery.deliveries))])
+        feed.settle([Settlement(delivery, delivery.as_it_came)])
+
+
+def test_what_waits_in_a_worker_that_stops_keeps_its_account(make_app: Callable[..., kq.App], bench: Bench) -> None:
+    """A worker that stops gives back what it has not run with its count of lost deliveries."""
+    bench.publish(bench.message("a"), bench.message("b"))
+    dead = bench.feed()
+    bench.take(dead, 2)
+    bench.abandon(dead)
+    app = make_app()
+    found = []
+
+    @app.consumer(bench.queue.id)
+    def handle(payload: Any) -> None:
+        worker.stop()
+        found.extend(bench.take(bench.feed(), 1))
+
+    worker = app.worker(concurrency=1, prefetch=10)
+
+    worker.run()
+
+    assert [delivery.deliveries for delivery in found] == [1]
 
 
 @ON_RABBITMQ
