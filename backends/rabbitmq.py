@@ -21,7 +21,7 @@ from amqp.exceptions import PreconditionFailed
 from kq.backend import BackendOptions, Capabilities, Envelope, Publication, QueueInfo, QueueSpec, Role
 from kq.backends import rabbitmq_acl
 from kq.backends import tls as secure
-from kq.backends.rabbitmq_error import Mapped, away
+from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.rabbitmq_link import Link
 from kq.backends.rabbitmq_publisher import Outgoing, Publisher
@@ -70,7 +70,7 @@ class RabbitBackend:
         # The URL's own words on TLS are not for Kombu.
         self._url, tls = secure.separate(url, options.tls)
         self._unsafe = secure.warnings(self._url, tls)
-        self._errors = Mapped(self._url)
+        self._errors = RabbitErrors(self._url)
         self._secured = None if tls is None else secured(secure.context(tls), tls.server_name, self._url)
         self._options = options
         self._lock = RLock()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ssl
 from functools import cached_property
-from types import TracebackType
 from typing import Final
 
 from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed, ResourceLocked
 from kombu.exceptions import KombuError
 
 from kq import errors
+from kq.backends.mapped import Mapped
 from kq.backends.rabbitmq_tls import UnsafeConnection
 from kq.backends.tls import explain
 from kq.config import hide_password
@@ -20,8 +20,8 @@ from kq.errors import Conflict, Error, Internal, PermissionDenied
 BROKEN: Final = (OSError, AMQPError, KombuError, EOFError, AttributeError)
 
 
-class Mapped:
-    """Around what is asked of a broker; may be used again, and by several threads at once.
+class RabbitErrors(Mapped):
+    """What RabbitMQ's clients raise.
 
     Args:
         url: The broker's; shown without its password.
@@ -30,22 +30,12 @@ class Mapped:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            ours = self._ours(error)
-            if ours is not None:
-                raise ours from None
-
     @cached_property
     def _where(self) -> str:
         return f"RabbitMQ at {hide_password(self._url)}"
 
-    def _ours(self, error: BaseException) -> Error | None:
+    def ours(self, error: BaseException) -> Error | None:
+        """See `Mapped.ours`."""
         if isinstance(error, UnsafeConnection):
             return away(f"{self._where}: {error}", "refused")
         if isinstance(error, Error):

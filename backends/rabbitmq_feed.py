@@ -31,7 +31,7 @@ from kq.backend import (
     pack_pieces,
 )
 from kq.backends.rabbitmq_delivery import Receive
-from kq.backends.rabbitmq_error import Mapped
+from kq.backends.rabbitmq_error import RabbitErrors
 from kq.backends.rabbitmq_link import Link
 from kq.backends.rabbitmq_recollection import Recollection
 from kq.backends.rabbitmq_topology import (
@@ -598,7 +598,7 @@ class RabbitFeed:
             self._ack(link, sent)
 
 
-class _Guard(Mapped):
+class _Guard(RabbitErrors):
     """Drops the link after any error, and turns the error into ours."""
 
     def __init__(self, url: str, feed: RabbitFeed) -> None:

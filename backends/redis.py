@@ -34,7 +34,7 @@ from kq.backend import Capabilities, Danger, Role
 from kq.backends import redis_acl, redis_script
 from kq.backends import tls as secure
 from kq.backends.redis_bell import Bell, Ring, unblock
-from kq.backends.redis_error import Mapped
+from kq.backends.redis_error import RedisErrors
 from kq.backends.redis_line import Head, Lines
 from kq.backends.redis_tls import TlsConnection
 from kq.backends.store import TAKE_BYTES, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Taken
@@ -122,7 +122,7 @@ class RedisStore:
             )
         }  # fmt: skip
         self._lines = Lines(self._pool)
-        self._errors = Mapped(self._shown, timeout)
+        self._errors = RedisErrors(self._shown, timeout)
         #: Queues whose bodies are large.
         self._large: set[str] = set()
         self._bell: Bell | None = None
@@ -477,7 +477,7 @@ class RedisStore:
             except (ResponseError, NoPermissionError):
                 return None
 
-    def _mapped(self) -> Mapped:
+    def _mapped(self) -> RedisErrors:
         """Return what turns redis-py's errors into ours, as long as the store is open."""
         if self._closed.is_set():
             raise BrokerAway("the connection to Redis is closed", details={"reason": "unavailable"})

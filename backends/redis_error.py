@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Final
 
 import redis
@@ -14,6 +13,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from kq.backends.mapped import Mapped
 from kq.backends.redis_tls import UnsafeConnection
 from kq.backends.store import BrokerAway
 from kq.errors import Error, Internal, PermissionDenied
@@ -24,8 +24,8 @@ _REFUSALS: Final = (
 )  # fmt: skip
 
 
-class Mapped:
-    """Around what is asked of a server; may be used again, and by several threads at once.
+class RedisErrors(Mapped):
+    """What redis-py raises.
 
     Args:
         shown: The server's URL, without its password.
@@ -36,18 +36,8 @@ class Mapped:
         self._shown = shown
         self._timeout = timeout
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            ours = self._ours(error)
-            if ours is not None:
-                raise ours from None
-
-    def _ours(self, error: BaseException) -> Error | None:
+    def ours(self, error: BaseException) -> Error | None:
+        """See `Mapped.ours`."""
         where = f"Redis at {self._shown}"
         if isinstance(error, (AuthenticationError, NoPermissionError)):
             return PermissionDenied(f"{where} refuses us: {error}")

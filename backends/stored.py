@@ -39,7 +39,6 @@ from kq.backends.tls import separate
 from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, NotFound
 from kq.header import NORMAL
-from kq.outcome import Outcome
 
 #: Seconds after which a feed looks at a quiet queue although nothing woke it: the insurance against
 #: a wake-up that died with the worker it went to.
