@@ -155,6 +155,15 @@ TAKE: Final = """
 local limit = tonumber(ARGV[1])
 local at = now()
 
+-- What is no value of ours under one of these keys makes the call fail here, before anything is taken off a list.
+for _, key in ipairs({'m', 't', 's', 'p', 'x'}) do
+  local found = redis.pcall('HLEN', P .. key)
+  if type(found) == 'table' then return redis.error_reply(found.err .. ' (' .. P .. key .. ')') end
+end
+if not string.match(call('GET', P .. 'n') or '0', '^%d+$') then
+  return redis.error_reply('ERR ' .. P .. 'n should hold a number, larger than any in ' .. P .. 't')
+end
+
 local ended = call('ZRANGEBYSCORE', P .. 'l', '-inf', number(at), 'LIMIT', 0, 200)
 for _, id in ipairs(ended) do
   call('ZREM', P .. 'l', id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
@@ -12,7 +13,7 @@ import redis
 
 import kq
 from kq import clock, errors
-from kq.backend import Settlement
+from kq.backend import Delivery, Settlement
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import Entry
@@ -101,7 +102,7 @@ def test_what_waits_in_a_worker_that_stops_keeps_its_account(make_app: Callable[
     bench.take(dead, 2)
     bench.abandon(dead)
     app = make_app()
-    found = []
+    found: list[Delivery] = []
 
     @app.consumer(bench.queue.id)
     def handle(payload: Any) -> None:
@@ -203,6 +204,29 @@ def test_an_id_that_is_no_text_can_be_settled(bench: Bench) -> None:
     assert bench.backend.info(bench.queue).message_count == 0
     (letter,) = bench.backend.browse(bench.dead, 10, 0)
     assert letter.body == b"raw"
+
+
+@ON_REDIS
+@pytest.mark.parametrize("key", ["m", "t", "s", "p", "x", "n"])
+def test_a_key_that_holds_something_else_loses_nothing(bench: Bench, key: str) -> None:
+    """While a stranger's value stands under a queue's key, taking fails and says where; then all is still there."""
+    bench.publish(bench.message("a"), bench.message("b"))
+    feed = bench.feed()
+    (first,) = feed.fetch(1, {})
+    name = f"{{kq:{bench.queue.id}}}:{key}"
+    with closing(redis.Redis.from_url(bench.broker.url)) as client:
+        kept = client.dump(name)
+        client.set(name, "a stranger's")
+        with pytest.raises(Internal, match=re.escape(name)) as caught:
+            feed.fetch(10, {})
+        if kept is None:
+            client.delete(name)
+        else:
+            client.restore(name, 0, kept, replace=True)
+
+    assert caught.value.details["reason"] == "refused"
+    (second,) = bench.take(feed, 1)
+    assert {first.id, second.id} == {"a", "b"}
 
 
 def test_what_cannot_be_acknowledged_beforehand_is_given_back(
