@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +22,8 @@ from kq.limit import MAX_NESTING
 _NESTING_BYTES: Final = (b"[", b"{")
 #: Bytes of a body from which on it is searched for them, not counted through.
 _LONG: Final = 8192
+#: Values of a payload up to which they are looked at one by one; fewer than can be nested too deeply.
+_FEW: Final = 32
 
 
 class Undecodable(Exception):
@@ -103,8 +106,11 @@ def _encode_json(data: Any) -> bytes:
     # msgspec is fast but lenient: it writes NaN as null and turns dates, bytes and integer keys into
     # strings. What it wrote is therefore read back: equal means that nothing was altered, and both
     # steps run in C. Anything else goes the slow way, which either explains or (tuples) accepts.
+    # Where much was written for few values, looking at these takes less than reading back.
     try:
         body = msgspec.json.encode(data)
+        if len(body) >= _LONG and _is_plain(data):
+            return body
         if _shallow(body) and msgspec.json.decode(body) == data:
             return body
     except (TypeError, ValueError, OverflowError, RecursionError, UnicodeError, msgspec.MsgspecError):
@@ -148,6 +154,28 @@ def _decode_msgpack(body: bytes) -> Any:
 
 
 # Shared -------------------------------------------------------------------------------------------
+
+
+def _is_plain(data: Any) -> bool:
+    """Tell whether a payload is a few values of exactly the types that JSON has; False where it takes long to tell."""
+    values = [data]
+    at = 0
+    while at < len(values):
+        value = values[at]
+        kind = type(value)
+        if kind is dict or kind is list:
+            if len(values) + len(value) > _FEW:
+                return False
+            if kind is dict and not all(type(key) is str for key in value):
+                return False
+            values += value.values() if kind is dict else value
+        elif kind is float:
+            if not math.isfinite(value):
+                return False
+        elif kind not in (str, int, bool, NoneType):
+            return False
+        at += 1
+    return True
 
 
 def _shallow(body: bytes) -> bool:

@@ -18,6 +18,7 @@ from kq import codec, errors
 
 BOTH = pytest.mark.parametrize("one", [codec.JSON, codec.MSGPACK], ids=["json", "msgpack"])
 TEXT = st.text(st.characters(codec="utf-8"))
+LONG = "x" * 20_000
 INTEGERS_64 = st.integers(-(2**63), 2**64 - 1)
 
 
@@ -57,6 +58,14 @@ def same(left: Any, right: Any) -> bool:
 def test_json_round_trip(data: Any) -> None:
     """Every JSON value decodes to itself, types and integers of any size included."""
     assert same(codec.decode(codec.JSON.encode(data), "application/json", "utf-8", codec.MSGPACK), data)
+
+
+@given(values(st.integers()))
+@example(10**4299)
+def test_json_round_trip_with_a_long_text(data: Any) -> None:
+    """So does one that is long because of a text in it, which is written without being read back."""
+    long = {"text": LONG, "data": data}
+    assert same(codec.JSON.decode(codec.JSON.encode(long)), long)
 
 
 @given(values(st.integers()))
@@ -189,6 +198,7 @@ class Colour(Enum):
 
 
 @BOTH
+@pytest.mark.parametrize("company", ["", LONG], ids=["short", "long"])
 @pytest.mark.parametrize(
     "data",
     [
@@ -205,10 +215,28 @@ class Colour(Enum):
     ],
     ids=lambda data: type(data).__name__,
 )
-def test_what_would_not_come_back_is_refused(one: codec.Codec, data: Any) -> None:
+def test_what_would_not_come_back_is_refused(one: codec.Codec, data: Any, company: str) -> None:
     """Types that would arrive as something else are refused, by their place in the payload."""
     with pytest.raises(errors.Invalid, match=r"not encodable: payload\.items\[1\] (is of type|has the key)"):
-        one.encode({"items": [0, data]})
+        one.encode({"items": [0, data], "text": company})
+
+
+class Odd(int, Enum):
+    """Its members are numbers, and their values, which msgspec writes, are texts."""
+
+    def __new__(cls, text: str) -> Odd:
+        """Return a number of this value."""
+        member = int.__new__(cls, len(text))
+        member._value_ = text
+        return member
+
+    FIVE = "fives"
+
+
+@pytest.mark.parametrize("company", ["", LONG], ids=["short", "long"])
+def test_what_is_a_number_and_a_text_is_the_number(company: str) -> None:
+    """What a payload equals arrives, however long the rest of it is."""
+    assert codec.JSON.decode(codec.JSON.encode([Odd.FIVE, company])) == [5, company]
 
 
 @pytest.mark.parametrize("data", [b"raw", bytearray(b"raw")])
@@ -221,7 +249,7 @@ def test_json_has_no_bytes(data: Any) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("data", [math.nan, math.inf, [-math.inf]])
+@pytest.mark.parametrize("data", [math.nan, math.inf, [-math.inf], {"text": LONG, "number": math.nan}])
 def test_no_nan_is_published(one: codec.Codec, data: Any) -> None:
     """NaN and infinity are refused and never turned into null."""
     with pytest.raises(errors.Invalid, match="expected a finite number"):
@@ -229,7 +257,7 @@ def test_no_nan_is_published(one: codec.Codec, data: Any) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("data", ["\ud800", {"\udfff": 1}, ["a\ud800"]])
+@pytest.mark.parametrize("data", ["\ud800", {"\udfff": 1}, ["a\ud800"], ["a\ud800", LONG]])
 def test_lone_surrogates_are_refused(one: codec.Codec, data: Any) -> None:
     """A lone surrogate is no text."""
     with pytest.raises(errors.Invalid, match="lone surrogate"):
