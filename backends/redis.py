@@ -7,7 +7,6 @@ be lost without harm.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import socket
@@ -23,7 +22,6 @@ import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     NoPermissionError,
-    NoScriptError,
     OutOfMemoryError,
     ResponseError,
 )
@@ -31,25 +29,22 @@ from redis.retry import Retry
 
 from kq import limit
 from kq.backend import Capabilities, Danger, Role
-from kq.backends import redis_acl, redis_script
+from kq.backends import redis_acl
 from kq.backends import tls as secure
 from kq.backends.redis_bell import Bell, Ring, unblock
+from kq.backends.redis_call import SCRIPTS, Call, Caller
 from kq.backends.redis_error import RedisErrors
 from kq.backends.redis_line import Head, Lines
+from kq.backends.redis_put import CHUNK, Putter
 from kq.backends.redis_tls import TlsConnection
 from kq.backends.store import TAKE_BYTES, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.config import hide_password
 from kq.driver import Tls
 from kq.errors import Invalid
-from kq.header import NORMAL
 from kq.waker import Lookout, Waker
 
 _T = TypeVar("_T")
 
-#: Messages that one Lua call handles at most: Redis serves nobody else meanwhile.
-_CHUNK: Final = 500
-#: Bytes of messages that one Lua call stores at most.
-_CHUNK_BYTES: Final = 4 * 2**20
 #: Seconds after which a blocked call that has not ended is told so again.
 _AGAIN: Final = 0.05
 #: Bytes of a body, on average, from which on bodies are fetched by a call of their own.
@@ -114,14 +109,9 @@ class RedisStore:
         if tls is not None:
             self._pool.connection_class = TlsConnection
         self._client = redis.Redis(connection_pool=self._pool)
-        self._scripts = {
-            name: _Script(redis_script.source(getattr(redis_script, name)))
-            for name in (
-                "DECLARE", "PUT", "PUT_PLAIN", "TAKE", "ACK", "RETURN", "COMPLETED", "MOVE", "RENEW", "COUNTS",
-                "BROWSE", "REMOVE", "CLEAR", "TOPOLOGY",
-            )
-        }  # fmt: skip
         self._lines = Lines(self._pool)
+        self._caller = Caller(self._lines)
+        self._putter = Putter(self._caller)
         self._errors = RedisErrors(self._shown, timeout)
         #: Queues whose bodies are large.
         self._large: set[str] = set()
@@ -183,51 +173,16 @@ class RedisStore:
             self._client.unlink(*keys)
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
-        """See `Store.put`; long batches are pipelined in several calls."""
-        p = prefix(queue)
-        calls: list[list[Any]] = []
-        sizes: list[int] = []
-        is_plain = max_length is None and all(map(_is_plain, entries))
-        head = [] if is_plain else [-1 if max_length is None else max_length]
-        size = _CHUNK_BYTES + 1
-        for entry in entries:
-            if size + len(entry.raw) > _CHUNK_BYTES or sizes[-1] >= _CHUNK:
-                calls.append([*head])
-                sizes.append(0)
-                size = 0
-            if is_plain:
-                calls[-1] += (entry.id, entry.raw)
-            else:
-                calls[-1] += (entry.id, entry.raw, entry.priority, entry.delay, entry.ttl)
-            sizes[-1] += 1
-            size += len(entry.raw)
-        # Where the queue has a length, one after the other: in a later call there might be room for what a call
-        # before it found none for.
-        lot = 1 if max_length is not None else len(calls)
-        accepted = 0
-        for i in range(0, len(calls), lot):
-            script = "PUT_PLAIN" if is_plain else "PUT"
-            answers = self._run_all(script, [([p], call) for call in calls[i : i + lot]])
-            for answer, expected in zip(answers, sizes[i : i + lot], strict=True):
-                if isinstance(answer, Exception):
-                    if accepted:
-                        # What is stored is stored; for the rest the caller says that the queue is full.
-                        return accepted
-                    with self._mapped():
-                        raise answer
-                if answer < 0:
-                    return None
-                accepted += int(answer)
-                if answer < expected:
-                    return accepted
-        return accepted
+        """See `Store.put`."""
+        with self._mapped():
+            return self._putter.put(prefix(queue), entries, max_length)
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""
         return self._taken(queue, self._run("TAKE", [prefix(queue)], self._take_arguments(queue, limit, lease)))
 
     def _take_arguments(self, queue: str, limit: int, lease: int) -> tuple[int, ...]:
-        return min(limit, _CHUNK), lease, TAKE_BYTES, int(queue in self._large)
+        return min(limit, CHUNK), lease, TAKE_BYTES, int(queue in self._large)
 
     def _taken(self, queue: str, answer: bytes) -> Taken:
         """Return what a take has answered, and the bodies that it has left out."""
@@ -264,16 +219,16 @@ class RedisStore:
         """See `Store.settle`."""
         acks = [ending for ending in endings if ending.action == "ack"]
         calls: list[tuple[str, list[Any]]] = []
-        for i in range(0, len(acks), _CHUNK):
-            part = acks[i : i + _CHUNK]
+        for i in range(0, len(acks), CHUNK):
+            part = acks[i : i + CHUNK]
             call = [len(part), *(_to_key(e.id) for e in part), *(e.token for e in part)]
             if any(e.keep for e in part):
                 call += [item for e in part for item in (e.keep, e.completes)]
             calls.append(("ACK", call))
         others = [ending for ending in endings if ending.action != "ack"]
-        for i in range(0, len(others), _CHUNK):
+        for i in range(0, len(others), CHUNK):
             arguments: list[Any] = []
-            for e in others[i : i + _CHUNK]:
+            for e in others[i : i + CHUNK]:
                 arguments += (_to_key(e.id), e.token, e.action, e.delay, e.attempts, e.crashes, e.deliveries)
             calls.append(("RETURN", arguments))
         p = prefix(queue)
@@ -282,7 +237,7 @@ class RedisStore:
 
     def completed(self, queue: str, ids: Sequence[str]) -> set[str]:
         """See `Store.completed`."""
-        parts = [ids[i : i + _CHUNK] for i in range(0, len(ids), _CHUNK)]
+        parts = [ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)]
         numbers = [self._run("COMPLETED", [prefix(queue)], part) for part in parts]
         return {part[n - 1] for part, found in zip(parts, numbers, strict=True) for n in found}
 
@@ -301,9 +256,9 @@ class RedisStore:
     def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
         """See `Store.renew`."""
         lost: set[bytes] = set()
-        for i in range(0, max(1, len(held)), _CHUNK):
+        for i in range(0, max(1, len(held)), CHUNK):
             arguments: list[Any] = [lease, consumer]
-            for id, token in held[i : i + _CHUNK]:
+            for id, token in held[i : i + CHUNK]:
                 arguments += (_to_key(id), token)
             lost.update(self._run("RENEW", [prefix(queue)], arguments))
         return [_to_key(id) not in lost for id, _ in held]
@@ -328,7 +283,7 @@ class RedisStore:
         if ids is None:
             return int(self._run("CLEAR", [prefix(queue)], []))
         unique = [_to_key(id) for id in dict.fromkeys(ids)]
-        parts = [unique[i : i + _CHUNK] for i in range(0, len(unique), _CHUNK)]
+        parts = [unique[i : i + CHUNK] for i in range(0, len(unique), CHUNK)]
         return sum(int(self._run("REMOVE", [prefix(queue)], part)) for part in parts)
 
     def read_topology(self) -> tuple[str, int]:
@@ -397,7 +352,7 @@ class RedisStore:
 
     def _take_call(self, ahead: Ahead) -> bytes:
         arguments = self._take_arguments(*ahead)
-        return self._scripts["TAKE"].by_name.pack((1, prefix(ahead.queue), *arguments))
+        return SCRIPTS["TAKE"].by_name.pack((1, prefix(ahead.queue), *arguments))
 
     def _drop_bell(self) -> None:
         bell, self._bell = self._bell, None
@@ -445,25 +400,12 @@ class RedisStore:
 
     def _run(self, name: str, keys: list[str], arguments: Sequence[Any]) -> Any:
         with self._mapped():
-            (answer,) = self._ask_all(name, [(keys, arguments)])
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+            return self._caller.run(name, keys, arguments)
 
-    def _run_all(self, name: str, calls: Sequence[tuple[list[str], Sequence[Any]]]) -> list[Any]:
+    def _run_all(self, name: str, calls: Sequence[Call]) -> list[Any]:
         """Run one script several times in one round trip; an answer may be an error."""
         with self._mapped():
-            return self._ask_all(name, calls)
-
-    def _ask_all(self, name: str, calls: Sequence[tuple[list[str], Sequence[Any]]]) -> list[Any]:
-        script = self._scripts[name]
-        answers = self._lines.ask([script.by_name.pack((len(keys), *keys, *rest)) for keys, rest in calls])
-        for i, answer in enumerate(answers):
-            if isinstance(answer, NoScriptError):
-                # Not loaded first and then run by name: it may be forgotten in between.
-                keys, rest = calls[i]
-                (answers[i],) = self._lines.ask([script.whole.pack((len(keys), *keys, *rest))])
-        return answers
+            return self._caller.run_all(name, calls)
 
     def _setting(self, name: str) -> str:
         found = self._ask(lambda: self._client.config_get(name))
@@ -484,17 +426,6 @@ class RedisStore:
         return self._errors
 
 
-class _Script:
-    """How a server is asked to run a script: by the name under which it knows what it has run once, or whole."""
-
-    __slots__ = ("by_name", "whole")
-
-    def __init__(self, source: str) -> None:
-        name = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-        self.by_name = Head("EVALSHA", name)
-        self.whole = Head("EVAL", source)
-
-
 def prefix(queue: str) -> str:
     """Return what the keys of a queue start with.
 
@@ -504,10 +435,6 @@ def prefix(queue: str) -> str:
     if queue.endswith(limit.DEAD_SUFFIX):
         return f"{{kq:{queue.removesuffix(limit.DEAD_SUFFIX)}}}.dead:"
     return f"{{kq:{queue}}}:"
-
-
-def _is_plain(entry: Entry) -> bool:
-    return entry.priority == NORMAL and not entry.delay and not entry.ttl
 
 
 def _bell_key(queue: str) -> str:

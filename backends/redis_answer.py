@@ -57,7 +57,7 @@ class Answers:
         if kind == b"+":
             return rest
         if kind == b"-":
-            return _error(rest)
+            return error_of(rest)
         raise Broken(f"expected an answer of Redis, got {line[:20]!r}")
 
     def _line(self) -> bytes:
@@ -103,7 +103,8 @@ class Answers:
         return data
 
 
-def _error(text: bytes) -> Exception:
+def error_of(text: bytes) -> Exception:
+    """Return the exception that an error of the server's is."""
     code, _, rest = text.partition(b" ")
     kind = _ERRORS.get(code)
     return ResponseError(text.decode(errors="replace")) if kind is None else kind(rest.decode(errors="replace"))

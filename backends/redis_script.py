@@ -148,6 +148,14 @@ end
 return #ARGV / 2
 """
 
+#: ARGV: id of a message whose body the next command of the same transaction stores, if there is none of that id.
+PUT_LONG: Final = """
+if call('HEXISTS', P .. 'm', ARGV[1]) == 0 then
+  call('RPUSH', P .. 'r:4', ARGV[1])
+  wake(P)
+end
+"""
+
 #: ARGV: limit, lease in ms, bytes after which to take no more, '1' where bodies are large. Returns one string: a
 #: msgpack array of byte strings, which are more_in, the first token, then id, raw, state, and marks of each message:
 #: 'x' where it has expired, 'l' where its body is left out, to be asked for: large ones take Lua long to hand over.

@@ -1,0 +1,71 @@
+"""Runs the Lua of `kq.backends.redis_script` on a server."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Final
+
+from redis.exceptions import NoScriptError
+
+from kq.backends import redis_script
+from kq.backends.redis_line import Head, Lines
+
+#: A call's keys, and its arguments.
+Call = tuple[Sequence[str], Sequence[bytes | str | int]]
+
+_NAMES: Final = (
+    "DECLARE", "PUT", "PUT_PLAIN", "PUT_LONG", "TAKE", "ACK", "RETURN", "COMPLETED", "MOVE", "RENEW", "COUNTS",
+    "BROWSE", "REMOVE", "CLEAR", "TOPOLOGY",
+)  # fmt: skip
+
+
+class Script:
+    """How a server is asked to run a script: by the name under which it knows what it has run once, or whole."""
+
+    __slots__ = ("by_name", "whole")
+
+    def __init__(self, source: str) -> None:
+        name = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+        self.by_name = Head("EVALSHA", name)
+        self.whole = Head("EVAL", source)
+
+
+#: By their names.
+SCRIPTS: Final = {name: Script(redis_script.source(getattr(redis_script, name))) for name in _NAMES}
+
+
+class Caller:
+    """Runs scripts over a store's connections. Thread-safe.
+
+    Args:
+        lines: The connections.
+    """
+
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
+
+    def run(self, name: str, keys: Sequence[str], arguments: Sequence[bytes | str | int]) -> Any:
+        """Run a script once, and return its answer.
+
+        Raises:
+            redis.RedisError: What it answers, where that is an error; or as `Lines.ask`.
+        """
+        script, items = SCRIPTS[name], (len(keys), *keys, *arguments)
+        (answer,) = self.lines.ask((script.by_name.pack(items),))
+        if isinstance(answer, NoScriptError):
+            # Not loaded first and then run by name: it may be forgotten in between.
+            (answer,) = self.lines.ask((script.whole.pack(items),))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def run_all(self, name: str, calls: Sequence[Call]) -> list[Any]:
+        """Run a script several times in one round trip; an answer may be an error."""
+        script = SCRIPTS[name]
+        answers = self.lines.ask(script.by_name.pieces((len(keys), *keys, *rest) for keys, rest in calls), len(calls))
+        for i, answer in enumerate(answers):
+            if isinstance(answer, NoScriptError):
+                keys, rest = calls[i]
+                (answers[i],) = self.lines.ask(script.whole.pieces([(len(keys), *keys, *rest)]))
+        return answers
