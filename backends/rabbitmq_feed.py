@@ -34,6 +34,7 @@ from kq.backends.rabbitmq_delivery import Receive
 from kq.backends.rabbitmq_error import RabbitErrors
 from kq.backends.rabbitmq_link import Link
 from kq.backends.rabbitmq_recollection import Recollection
+from kq.backends.rabbitmq_subscriptions import Subscriptions
 from kq.backends.rabbitmq_topology import (
     DELAY_LEFT,
     counters,
@@ -55,8 +56,6 @@ _WIDEN_EVERY: Final = 0.05
 _NARROW_AFTER: Final = 5.0
 #: Seconds within which a message counts as due.
 _DUE: Final = 0.001
-#: Subscriptions of a queue that have ended and are still listened to.
-_ENDED_TAGS: Final = 4
 #: Seconds that a message waits outside a full queue before it comes back to it.
 _ASIDE: Final = 0.01
 
@@ -106,11 +105,6 @@ class RabbitFeed:
         self._epoch = 0
         #: Whether a queue turned out to be gone.
         self._missing = False
-        self._windows: dict[str, int] = {}
-        #: Those of subscriptions that have ended, and of which something may still be on its way.
-        self._ended_tags: deque[str] = deque()
-        self._tags: dict[str, str] = {}
-        self._subscribed = 0
         self._changed_at = 0.0
         #: When a window that is too narrow may be widened; until then a change is too soon.
         self._widen_at = inf
@@ -172,8 +166,8 @@ class RabbitFeed:
         if any(s.outcome.action == "release" for s in ours):
             # Before anything makes room in the window: what is pushed then and not wanted is counted when it goes back.
             with self._guard:
-                self._subscribe(self._connected(), dict.fromkeys(self._specs, 0))
-                self._changed_at = 0.0
+                self._connected()
+                self._unsubscribe()
         copies = [(s, copy) for s in ours if not s.delivery.receipt.copied and (copy := self._copy(s)) is not None]
         failed: list[tuple[Settlement, Error]] = []
         if copies:
@@ -231,7 +225,7 @@ class RabbitFeed:
         if self._link is None:
             return
         with self._guard:
-            self._subscribe(self._link, dict.fromkeys(self._specs, 0))
+            self._unsubscribe()
             self._link.drain_all()
         buffered = [delivery for buffer in self._buffers.values() for delivery in buffer]
         if buffered:
@@ -311,8 +305,7 @@ class RabbitFeed:
             self._link = self._open_link()
             self._epoch += 1
             self._lookout = Lookout(self._link.connection.sock, self._waker)
-            self._windows, self._tags = dict.fromkeys(self._specs, 0), {}
-            self._ended_tags.clear()
+            self._subscriptions = Subscriptions(self._link, self._specs, self._receiver, self._cancelled)
         return self._link
 
     def _drop_link(self, *, wait: bool = False) -> None:
@@ -363,7 +356,7 @@ class RabbitFeed:
             self._watch.waits(queue, now)
 
     def _has_room(self, queue: str) -> bool:
-        return self._held_of[queue] < self._windows.get(queue, 0) and not self._exclusive(queue)
+        return self._held_of[queue] < self._subscriptions.windows[queue] and not self._exclusive(queue)
 
     def _exclusive(self, queue: str) -> bool:
         """Tell whether messages may wait for another consumer than us: the only one that is active."""
@@ -377,19 +370,18 @@ class RabbitFeed:
         A window belongs to a subscription, so a change is a new subscription. A wide one hoards what
         others could run; a narrow one has the broker wait for our answers.
         """
-        wanted = {
-            queue: self._power(min(credit, caps.get(queue, credit)) + self._held_of[queue]) for queue in self._specs
-        }
+        windows = self._subscriptions.windows
+        wanted = {queue: self._wanted(queue, min(credit, caps.get(queue, credit))) for queue in self._buffers}
         self._widen_at = inf
-        if credit <= 0 and not self._tags:
+        if credit <= 0 and not self._subscriptions:
             # Nothing is wanted, and nothing subscribed to.
             return
-        if wanted == self._windows:
+        if wanted == windows:
             self._narrow_since = None
             return
-        if all(wanted[queue] <= self._windows[queue] for queue in wanted):
+        if all(wanted[queue] <= windows[queue] for queue in wanted):
             now = monotonic()
-            if all(wanted[queue] * 4 > self._windows[queue] for queue in wanted):
+            if all(wanted[queue] * 4 > windows[queue] for queue in wanted):
                 self._narrow_since = None
                 return
             self._narrow_since = self._narrow_since or now
@@ -403,43 +395,37 @@ class RabbitFeed:
         elif monotonic() - self._changed_at < _WIDEN_EVERY:
             self._widen_at = self._changed_at + _WIDEN_EVERY
             return
+        else:
+            self._narrow_since = None
+            # A hundred wide windows bring more than is read within a second, and all wait for it.
+            most = credit + sum(self._held_of.values())
+            wider = {queue: window for queue, window in wanted.items() if window > windows[queue]}
+            self._subscribe(wider, lambda: len(self._outstanding) >= most)
+            return
         self._narrow_since = None
-        self._subscribe(link, wanted)
+        self._subscribe(wanted)
 
-    def _power(self, wanted: int) -> int:
-        """Return the next power of two, and no more than the widest window."""
-        return 0 if wanted <= 0 else min(1 << (wanted - 1).bit_length(), self._prefetch)
+    def _wanted(self, queue: str, credit: int) -> int:
+        """Return the window that fits a queue: a power of two, and no more than the widest."""
+        held, window = self._held_of[queue], self._subscriptions.windows[queue]
+        wanted = credit + held
+        fitting = 0 if wanted <= 0 else min(1 << (wanted - 1).bit_length(), self._prefetch)
+        if 0 < window < fitting and (held + len(self._buffers[queue])) * 2 < window:
+            # The one that it has is not filled: all there is has come.
+            return window
+        return fitting
 
-    def _subscribe(self, link: Link, windows: Mapping[str, int]) -> None:
-        channel = link.channel
+    def _subscribe(self, windows: Mapping[str, int], is_enough: Callable[[], bool] | None = None) -> None:
+        """See `Subscriptions.change`."""
         self._changed_at = monotonic()
-        for queue, window in windows.items():
-            if self._windows.get(queue) == window:
-                continue
-            if queue in self._tags:
-                self._unsubscribe(link, queue, self._tags.pop(queue))
-            self._windows[queue] = window
-            if not window:
-                continue
-            # A tag is never used twice: RabbitMQ 3.10 closes a channel whose quorum queue consumer comes
-            # back under an old one while messages of it are unsettled.
-            self._subscribed += 1
-            tag = self._tags[queue] = f"kq-{self._subscribed}"
-            link.receive(tag, self._receiver(queue))
-            channel.basic_qos(0, window, False)
-            channel.basic_consume(queue, consumer_tag=tag, callback=_refuse, on_cancel=self._cancelled)
+        if not self._subscriptions.change(windows, is_enough):
+            # As soon as more is wanted; what has come by then has made room for others to be first.
+            self._changed_at = 0.0
 
-    def _unsubscribe(self, link: Link, queue: str, tag: str) -> None:
-        """End a subscription once all that is on its way has come.
-
-        Later it would be put back, by RabbitMQ or by py-amqp, out of order and counted as one more delivery that
-        nobody settled. What a queue has sent before comes before its answer to a count.
-        """
-        link.channel.queue_declare(queue, passive=True)
-        link.channel.basic_cancel(tag)
-        self._ended_tags.append(tag)
-        if len(self._ended_tags) > _ENDED_TAGS * len(self._specs):
-            link.forget(self._ended_tags.popleft())
+    def _unsubscribe(self) -> None:
+        """Have nothing more sent; what is on its way is taken."""
+        self._subscribe(dict.fromkeys(self._specs, 0))
+        self._changed_at = 0.0
 
     def _cancelled(self, tag: str) -> None:
         self._missing = True
@@ -542,27 +528,26 @@ class RabbitFeed:
             del self._outstanding[tag]
             tags.discard(tag)
             last = tag
-        if last:
-            # Everything up to here is settled: one frame for all.
-            link.channel.basic_ack(last, multiple=True)
         for tag in tags:
-            link.channel.basic_ack(tag)
             self._outstanding.pop(tag, None)
+        if last or tags:
+            # The broker looks each up from the oldest on.
+            link.acknowledge(last, sorted(tags))
 
     def _give_back(self, link: Link, tags: set[int]) -> None:
         """Reject deliveries in order, and with them what waits here behind them.
 
         Unsubscribed first: else the broker would push them right back, behind what it pushed before.
         """
-        self._subscribe(link, dict.fromkeys(self._specs, 0))
-        self._changed_at = 0.0
+        self._unsubscribe()
         for queue, buffer in self._buffers.items():
             kept = [delivery for delivery in buffer if self._counted(delivery)]
             tags.update(delivery.receipt.tag for delivery in buffer if not self._counted(delivery))
             self._buffers[queue] = deque(kept)
-        for tag in sorted(tags):
-            link.channel.basic_reject(tag, requeue=True)
+        for tag in tags:
             self._outstanding.pop(tag, None)
+        if tags:
+            link.give_back(sorted(tags))
 
     def _acknowledge_done(self) -> None:
         if self._done_before:
@@ -613,11 +598,6 @@ class _Guard(RabbitErrors):
         if isinstance(error, Exception):
             self._feed._drop_link()
         super().__exit__(kind, error, trace)
-
-
-def _refuse(message: Any) -> None:
-    """Take what py-amqp delivers itself: nothing."""
-    raise amqp.exceptions.UnexpectedFrame("a delivery did not reach its subscription")
 
 
 def _pack(envelope: Envelope, body: Sequence[bytes]) -> bytes:

@@ -7,12 +7,16 @@ link is used after an error: it is dropped, and the next use opens a new one.
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from math import inf
 from time import monotonic
 from typing import Any, Final
 
+from amqp.exceptions import RecoverableConnectionError
+
 from kq.backend import BackendOptions
+from kq.backends.rabbitmq_acknowledgement import acknowledgements, rejections
 from kq.backends.rabbitmq_delivery import Deliveries, Receive
 from kq.backends.rabbitmq_error import BROKEN
 from kq.backends.rabbitmq_socket import PlainClient
@@ -55,10 +59,11 @@ class Link:
     ) -> None:  # fmt: skip
         self.blocked = ""
         self._deliveries = Deliveries()
+        self._timeout = options.timeout if timeout is None else timeout
         interval = max(1, int(options.heartbeat / 3))
         transport_options: dict[str, Any] = {
-            "read_timeout": options.timeout if timeout is None else timeout,
-            "write_timeout": options.timeout if timeout is None else timeout,
+            "read_timeout": self._timeout,
+            "write_timeout": self._timeout,
             "on_blocked": self._on_blocked,
             "on_unblocked": self._on_unblocked,
             "socket_settings": {
@@ -94,6 +99,7 @@ class Link:
             self.close(wait=False)
             raise
         self.channel.auto_decode = False
+        self._number = self.channel.channel_id
         self._looker: Any = None
         self._lookout = Lookout(self.connection.sock)
 
@@ -134,9 +140,24 @@ class Link:
         Raises:
             TimeoutError: If the broker does not take them within ``timeout`` seconds.
         """
+        if not self.connection.connected:
+            raise RecoverableConnectionError("connection already closed")
         self.connection.transport.write_within(frames, timeout)
         # By these py-amqp knows that no heartbeat is needed now.
         self.connection.bytes_sent += 1
+
+    def acknowledge(self, up_to: int, tags: Iterable[int]) -> None:
+        """Acknowledge deliveries of the channel, within the time that a call may take; raises as `write`.
+
+        Args:
+            up_to: The tag up to which all are acknowledged; 0 for none.
+            tags: Of others.
+        """
+        self.write(acknowledgements(self._number, up_to, tags), self._timeout)
+
+    def give_back(self, tags: Iterable[int]) -> None:
+        """Have deliveries of the channel put back into their queues; otherwise as `acknowledge`."""
+        self.write(rejections(self._number, tags), self._timeout)
 
     def drain(self, timeout: float) -> bool:
         """Read until something is dispatched; False if nothing came within ``timeout`` seconds."""
