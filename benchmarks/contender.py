@@ -19,7 +19,7 @@ class Contender:
     """A task queue on a broker.
 
     Attributes:
-        name: Its name.
+        name: Its name; what comes after a hyphen is a setting, and who has the same one is compared with whom.
         module: Its app, in ``benchmarks.apps``.
         packages: The distributions whose versions matter.
         command: Its worker, as arguments of the interpreter.
@@ -72,8 +72,9 @@ _KQ = Contender(
     "kq", "kq_app", ("kq-tasks",), (*_KQ_WORKER, str(THREADS)),
     _ONCE, styles=_BOTH, delays=True, bends=True, loop=(*_KQ_WORKER, str(TASKS)),
 )  # fmt: skip
-#: Like for like: others use classic queues there, which one broker's death may cost what they hold.
-_KQ_CLASSIC = replace(_KQ, name="kq-classic", environment={"BENCH_QUEUE_TYPE": "classic"}, bends=False)
+#: Classic queues are Dramatiq's own choice; one broker's death may cost what they hold.
+_CLASSIC: Final = {"BENCH_QUEUE_TYPE": "classic"}
+_KQ_CLASSIC = replace(_KQ, name="kq-classic", environment=_CLASSIC, bends=False)
 _CELERY_WORKER: Final = ("-m", "celery", "-A", _APPS + "celery_app:app", "worker", "-l", "ERROR", "--without-gossip",
                          "--without-mingle", "-c")  # fmt: skip
 _CELERY = Contender(
@@ -86,6 +87,7 @@ _DRAMATIQ = Contender(
     "dramatiq", "dramatiq_app", ("dramatiq",), (*_DRAMATIQ_WORKER, str(THREADS)),
     _ONCE, styles=_BOTH, delays=True, loop=(*_DRAMATIQ_WORKER, str(TASKS)),
 )  # fmt: skip
+_DRAMATIQ_CLASSIC = replace(_DRAMATIQ, name="dramatiq-classic", environment=_CLASSIC)
 _TASKIQ_WORKER: Final = ("-m", "taskiq", "worker", _APPS + "taskiq_app:broker", "--workers", str(PROCESSES),
                          "--max-threadpool-threads", str(THREADS), "--ack-type", "when_executed", "--log-level",
                          "ERROR")  # fmt: skip
@@ -108,6 +110,6 @@ _RQ = Contender(
 #: Who is measured on which broker, kq first.
 CONTENDERS: Final[Mapping[str, tuple[Contender, ...]]] = {
     "redis": (_KQ, _CELERY, _DRAMATIQ, _TASKIQ, _FASTSTREAM, _HUEY, _RQ),
-    "rabbitmq": (_KQ, _KQ_CLASSIC, _CELERY, _DRAMATIQ, _TASKIQ, _FASTSTREAM),
+    "rabbitmq": (_KQ, _CELERY, _DRAMATIQ, _TASKIQ, _FASTSTREAM, _KQ_CLASSIC, _DRAMATIQ_CLASSIC),
     "sqlite": (_KQ,),
 }

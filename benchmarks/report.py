@@ -58,28 +58,40 @@ def _ratio(ours: float, other: float, more: bool) -> float:
 
 
 def table(results: Results, broker: str) -> str:
-    """Return a Markdown table of one broker: a row for each figure, medians with lowest and highest, and two ratios."""
+    """Return a Markdown table of one broker: a row for each figure, medians with lowest and highest, and ratios."""
     found = results.values[broker]
     names = [name for name in found if name != LIMIT]
-    rows: list[Sequence[str]] = [("", *names, "kq to the best other", "kq to a bare client")]
+    settings = sorted({_setting(name) for name in names})
+    heads = [f"{_OURS}{setting} to the best other" for setting in settings]
+    rows: list[Sequence[str]] = [("", *names, *heads, "kq to a bare client")]
     for key, figure in FIGURES.items():
         if not any(key in found[name] for name in names):
             continue
         cells = [_spread(found[name][key]) if key in found[name] else "" for name in names]
         ours = results.median(broker, _OURS, key)
-        others = [value for name in names if not name.startswith(_OURS)
-                  and (value := results.median(broker, name, key)) is not None]  # fmt: skip
-        best = max(others) if others and figure.more else min(others, default=None)
         limit = results.median(broker, LIMIT, figure.limit) if figure.limit else None
-        rows.append(
-            (
-                f"{figure.title} ({figure.unit})",
-                *cells,
-                f"{_ratio(ours, best, figure.more):.2f} x" if ours and best else "",
-                f"{_ratio(ours, limit, figure.more):.2f} x" if ours and limit else "",
-            )
-        )
+        to_limit = f"{_ratio(ours, limit, figure.more):.2f} x" if ours and limit else ""
+        to_best = [_to_the_best(results, broker, key, setting) for setting in settings]
+        rows.append((f"{figure.title} ({figure.unit})", *cells, *to_best, to_limit))
     return _markdown(rows)
+
+
+def _setting(name: str) -> str:
+    """Return by what a contender differs from the one of its name: ``-classic``; empty if by nothing."""
+    _, hyphen, setting = name.partition("-")
+    return hyphen + setting
+
+
+def _to_the_best(results: Results, broker: str, key: str, setting: str) -> str:
+    """Return how kq compares to the best of those with the same setting, for they promise the same."""
+    more = FIGURES[key].more
+    ours = results.median(broker, _OURS + setting, key)
+    others = [
+        value for name in results.values[broker]
+        if name not in (LIMIT, _OURS + setting) and _setting(name) == setting
+        and (value := results.median(broker, name, key)) is not None
+    ]  # fmt: skip
+    return f"{_ratio(ours, max(others) if more else min(others), more):.2f} x" if ours and others else ""
 
 
 def scale_table(results: Results) -> str:

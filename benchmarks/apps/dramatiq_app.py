@@ -1,4 +1,4 @@
-"""Dramatiq, with its defaults; on RabbitMQ with confirms. Its queues there are classic ones."""
+"""Dramatiq, with its defaults; on RabbitMQ with confirms, on quorum queues or on classic ones, its own choice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ broker: Any
 if work.URL.startswith("amqp"):
     from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
-    broker = RabbitmqBroker(url=work.URL, confirm_delivery=True)
+    class QuorumBroker(RabbitmqBroker):
+        """Keeps messages as durably as the others' queues do."""
+
+        def _build_queue_arguments(self, queue_name: str) -> dict[str, Any]:
+            return {**super()._build_queue_arguments(queue_name), "x-queue-type": "quorum"}
+
+    kind = RabbitmqBroker if work.QUEUE_TYPE == "classic" else QuorumBroker
+    broker = kind(url=work.URL, confirm_delivery=True)
 else:
     from dramatiq.brokers.redis import RedisBroker
 
