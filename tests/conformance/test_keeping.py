@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
@@ -139,6 +141,33 @@ def test_what_was_lost_with_our_own_connection_is_no_dead_worker(bench: Bench) -
         (delivery,) = bench.take(feed, 1)
         assert delivery.deliveries == 0
         feed._drop_link()
+
+
+@pytest.mark.parametrize("values", [{}, {"max_priority": 9}])
+def test_many_queues_give_each_message_once(bench: Bench, values: dict[str, Any]) -> None:
+    """However often what is wanted of them changes, nothing is given out twice, or counted as lost by a worker."""
+    queues = [bench.declare(f"many{n}", **values) for n in range(12)]
+    expected = {f"{queue.id}.{n}" for queue in queues for n in range(40)}
+    bench.publish(*[bench.message(f"{queue.id}.{n}", queue=queue) for queue in queues for n in range(40)])
+    feed = bench.feed(*queues, prefetch=500)
+    seen: Counter[str] = Counter()
+    held: list[Delivery] = []
+    for credit in itertools.chain(range(1, 12), (40, 3, 0, 200), itertools.repeat(500)):
+        if sum(seen.values()) >= len(expected):
+            break
+        found = feed.fetch(credit, {queues[0].id: 2} if credit == 40 else {})
+        if not found and credit == 500:
+            feed.wait(5.0)
+        assert all(delivery.deliveries == 0 for delivery in found)
+        seen.update(delivery.id for delivery in found)
+        held += found
+        # Every second one, so that what is acknowledged has gaps.
+        assert feed.settle([Settlement(delivery, DONE) for delivery in held[::2]]) == ([], [])
+        held = held[1::2]
+    assert feed.settle([Settlement(delivery, DONE) for delivery in held]) == ([], [])
+    assert seen == Counter(expected)
+    assert bench.take(feed, 1, within=0.3) == []
+    assert sum(bench.backend.info(queue).message_count for queue in queues) == 0
 
 
 @ON_RABBITMQ
