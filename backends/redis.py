@@ -1,8 +1,8 @@
 """``redis://`` and ``rediss://``: a store on a Redis server, 6.2 or newer.
 
-Every primitive is one Lua call; `kq.backends.redis_script` has them, with a map of all keys. A message
-is never in a socket without a lease: what a worker blocks on is a wake-up that carries nothing and may
-be lost without harm.
+Every primitive is one step of the server's: a Lua call, or a transaction where a body is long.
+`kq.backends.redis_script` has the scripts, with a map of all keys. A message is never in a socket without a
+lease: what a worker blocks on is a wake-up that carries nothing and may be lost without harm.
 """
 
 from __future__ import annotations

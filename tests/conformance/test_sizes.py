@@ -84,9 +84,7 @@ def test_a_long_message_to_a_queue_that_was_deleted_leaves_nothing(bench: Bench)
 
 @ON_REDIS
 @pytest.mark.parametrize("missing", [(), ("-multi",), ("-exec",), ("-multi", "-exec")], ids=" ".join)
-def test_long_messages_take_the_long_way_where_there_are_no_transactions(
-    bench: Bench, missing: tuple[str, ...]
-) -> None:
+def test_long_messages_need_no_transactions(bench: Bench, missing: tuple[str, ...]) -> None:
     """An account that may not use transactions publishes all the same, and nothing is stored twice or by half."""
     with account(bench.broker, lambda name: [["~*", "&*", "+@all", *missing]]) as url:
         mine = Bench(Broker(bench.broker.name, url, bench.broker.used), lease=bench.lease)
