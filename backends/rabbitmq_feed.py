@@ -8,10 +8,10 @@ the same tag means another message.
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from itertools import takewhile
 from time import monotonic
 from types import TracebackType
 from typing import Any, Final
@@ -30,6 +30,7 @@ from kq.backend import (
     bury,
     pack_pieces,
 )
+from kq.backends.rabbitmq_arrivals import Arrivals
 from kq.backends.rabbitmq_delivery import Receive
 from kq.backends.rabbitmq_error import RabbitErrors
 from kq.backends.rabbitmq_link import Link
@@ -44,6 +45,7 @@ from kq.backends.rabbitmq_topology import (
     without_history,
 )
 from kq.backends.rabbitmq_watch import Watch
+from kq.backends.rabbitmq_window import Demand, Widen, Windows
 from kq.errors import Error, NotFound
 from kq.waker import Lookout, Waker
 
@@ -51,9 +53,6 @@ logger = logging.getLogger("kq.worker")
 
 #: Seconds between two ticks of the heartbeat.
 _TICK: Final = 1.0
-#: Seconds between two changes of the window, up and down.
-_WIDEN_EVERY: Final = 0.05
-_NARROW_AFTER: Final = 5.0
 #: Seconds within which a message counts as due.
 _DUE: Final = 0.001
 #: Seconds that a message waits outside a full queue before it comes back to it.
@@ -100,16 +99,12 @@ class RabbitFeed:
         self._publish = publish
         self._declare = declare
         self._specs = {queue.id: queue for queue in queues}
-        self._prefetch = prefetch
         self._link: Link | None = None
         self._epoch = 0
         #: Whether a queue turned out to be gone.
         self._missing = False
-        self._changed_at = 0.0
-        #: When a window that is too narrow may be widened; until then a change is too soon.
-        self._widen_at = inf
-        self._narrow_since: float | None = None
-        self._buffers: dict[str, deque[Delivery]] = {queue: deque() for queue in self._specs}
+        self._windows = Windows(prefetch)
+        self._arrivals = Arrivals(self._specs)
         #: Unsettled deliveries of this epoch by tag, in the order of arrival.
         self._outstanding: dict[int, Delivery] = {}
         self._held_of: Counter[str] = Counter()
@@ -134,21 +129,11 @@ class RabbitFeed:
         """See `Feed.fetch`."""
         with self._guard:
             link = self._connected()
-            self._fit(link, credit, caps)
             link.drain_all()
+            self._fit(link, credit, caps)
         self._acknowledge_done()
         self._send_onward()
-        deliveries: list[Delivery] = []
-        for queue, buffer in self._buffers.items():
-            if not buffer:
-                continue
-            room = min(credit - len(deliveries), caps.get(queue, credit))
-            while buffer and room > 0:
-                deliveries.append(buffer.popleft())
-                room -= 1
-        # Round and round, so that no queue is always first.
-        first = next(iter(self._buffers))
-        self._buffers[first] = self._buffers.pop(first)
+        deliveries = self._arrivals.take(credit, caps)
         for delivery in deliveries:
             self._held_of[delivery.queue] += 1
         return deliveries
@@ -227,7 +212,7 @@ class RabbitFeed:
         with self._guard:
             self._unsubscribe()
             self._link.drain_all()
-        buffered = [delivery for buffer in self._buffers.values() for delivery in buffer]
+        buffered = list(self._arrivals)
         if buffered:
             self._release(buffered)
         with self._guard:
@@ -236,8 +221,7 @@ class RabbitFeed:
             self._connected().channel.basic_qos(0, 1, False)
 
     def _release(self, buffered: list[Delivery]) -> None:
-        for buffer in self._buffers.values():
-            buffer.clear()
+        self._arrivals.clear()
         # Counted as held until now by nobody.
         self._held_of.update(delivery.queue for delivery in buffered)
         self.settle([Settlement(delivery, delivery.as_it_came) for delivery in buffered])
@@ -250,7 +234,7 @@ class RabbitFeed:
             # have left the queue and not yet been sent. It is sent before whatever is asked next is answered.
             waiting = self._count(link) or self._count(link)
             link.drain_all()
-        if waiting or any(self._buffers.values()) or self._onward:
+        if waiting or self._arrivals or self._onward:
             return 0.0
         now = clock.now()
         self._due = [at for at in self._due if at > now - _TICK]
@@ -267,7 +251,7 @@ class RabbitFeed:
     def wait(self, timeout: float) -> None:
         """See `Feed.wait`."""
         # Nothing else may happen before the window may be widened: handlers can be slow.
-        until = min(monotonic() + timeout, self._widen_at)
+        until = min(monotonic() + timeout, self._windows.widen_at)
         while True:
             with self._guard:
                 link = self._connected()
@@ -327,8 +311,7 @@ class RabbitFeed:
         self._done_before.clear()
         self._watch.forget()
         self._held_of.clear()
-        for buffer in self._buffers.values():
-            buffer.clear()
+        self._arrivals.clear()
         if link is not None:
             link.close(wait=wait)
 
@@ -365,67 +348,41 @@ class RabbitFeed:
     # The window.
 
     def _fit(self, link: Link, credit: int, caps: Mapping[str, int]) -> None:
-        """Subscribe with a window that fits what is wanted: at once when it grows, later when it shrinks.
-
-        A window belongs to a subscription, so a change is a new subscription. A wide one hoards what
-        others could run; a narrow one has the broker wait for our answers.
-        """
+        """Subscribe with windows that fit what is wanted, as `Windows` decides, and take what that brings."""
         windows = self._subscriptions.windows
-        wanted = {queue: self._wanted(queue, min(credit, caps.get(queue, credit))) for queue in self._buffers}
-        self._widen_at = inf
         if credit <= 0 and not self._subscriptions:
             # Nothing is wanted, and nothing subscribed to.
             return
-        if wanted == windows:
-            self._narrow_since = None
-            return
-        if all(wanted[queue] <= windows[queue] for queue in wanted):
-            now = monotonic()
-            if all(wanted[queue] * 4 > windows[queue] for queue in wanted):
-                self._narrow_since = None
-                return
-            self._narrow_since = self._narrow_since or now
-            if now - self._narrow_since < _NARROW_AFTER:
-                return
-            if any(self._buffers.values()):
-                # Pushed for a wider window than anybody needs now: others may have a use for it.
-                self._narrow_since = None
-                self._give_back(link, set())
-                return
-        elif monotonic() - self._changed_at < _WIDEN_EVERY:
-            self._widen_at = self._changed_at + _WIDEN_EVERY
-            return
-        else:
-            self._narrow_since = None
-            # A hundred wide windows bring more than is read within a second, and all wait for it.
-            most = credit + sum(self._held_of.values())
-            wider = {queue: window for queue, window in wanted.items() if window > windows[queue]}
-            self._subscribe(wider, lambda: len(self._outstanding) >= most)
-            return
-        self._narrow_since = None
-        self._subscribe(wanted)
 
-    def _wanted(self, queue: str, credit: int) -> int:
-        """Return the window that fits a queue: a power of two, and no more than the widest."""
-        held, window = self._held_of[queue], self._subscriptions.windows[queue]
-        wanted = credit + held
-        fitting = 0 if wanted <= 0 else min(1 << (wanted - 1).bit_length(), self._prefetch)
-        if 0 < window < fitting and (held + len(self._buffers[queue])) * 2 < window:
-            # The one that it has is not filled: all there is has come.
-            return window
-        return fitting
+        def is_enough() -> bool:
+            return self._arrivals.ready(credit, caps) >= credit
+
+        demands = {}
+        for queue in self._specs:
+            held = self._held_of[queue]
+            wanted = min(credit, caps.get(queue, credit)) + held
+            demands[queue] = Demand(wanted, held + self._arrivals.count(queue))
+        change = self._windows.decide(windows, demands, is_enough=is_enough(), now=monotonic())
+        if isinstance(change, Widen):
+            self._subscribe(change.windows, is_enough)
+            link.drain_all()
+        elif change is not None and self._arrivals:
+            # Pushed for wider windows than anybody needs now: others may have a use for it.
+            self._give_back(link, set())
+        elif change is not None:
+            self._subscribe(change.windows)
 
     def _subscribe(self, windows: Mapping[str, int], is_enough: Callable[[], bool] | None = None) -> None:
         """See `Subscriptions.change`."""
-        self._changed_at = monotonic()
+        self._windows.changed(monotonic())
         if not self._subscriptions.change(windows, is_enough):
             # As soon as more is wanted; what has come by then has made room for others to be first.
-            self._changed_at = 0.0
+            self._windows.hurry()
 
     def _unsubscribe(self) -> None:
         """Have nothing more sent; what is on its way is taken."""
         self._subscribe(dict.fromkeys(self._specs, 0))
-        self._changed_at = 0.0
+        self._windows.hurry()
 
     def _cancelled(self, tag: str) -> None:
         self._missing = True
@@ -462,7 +419,7 @@ class RabbitFeed:
             elif due_in(headers) > _DUE or (redelivered and counted and uncounting):
                 self._onward.append(delivery)
             else:
-                self._buffers[queue].append(delivery)
+                self._arrivals.add(tag, delivery)
 
         return receive
 
@@ -522,9 +479,7 @@ class RabbitFeed:
     def _ack(self, link: Link, tags: set[int]) -> None:
         """Acknowledge, with as few frames as the order allows."""
         last = 0
-        for tag in list(self._outstanding):
-            if tag not in tags:
-                break
+        for tag in list(takewhile(tags.__contains__, self._outstanding)):
             del self._outstanding[tag]
             tags.discard(tag)
             last = tag
@@ -540,10 +495,8 @@ class RabbitFeed:
         Unsubscribed first: else the broker would push them right back, behind what it pushed before.
         """
         self._unsubscribe()
-        for queue, buffer in self._buffers.items():
-            kept = [delivery for delivery in buffer if self._counted(delivery)]
-            tags.update(delivery.receipt.tag for delivery in buffer if not self._counted(delivery))
-            self._buffers[queue] = deque(kept)
+        back = self._arrivals.remove(lambda delivery: not self._counted(delivery))
+        tags.update(delivery.receipt.tag for delivery in back)
         for tag in tags:
             self._outstanding.pop(tag, None)
         if tags:
