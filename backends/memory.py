@@ -49,7 +49,7 @@ class _Queue:
     waiting: set[str] = field(default_factory=set)
     held: dict[str, _Message] = field(default_factory=dict)
     consumers: dict[str, float] = field(default_factory=dict)
-    completed: dict[str, float] = field(default_factory=dict)
+    completed: OrderedDict[str, float] = field(default_factory=OrderedDict)
 
 
 class _World:

@@ -34,9 +34,9 @@ _HEAD: Final = Struct(">HHQH")
 _TIMESTAMP: Final = Struct(">Q")
 _SIZE: Final = Struct(">I")
 
-#: Tables of headers that are remembered, and the bytes of the largest: as a rule all messages have the same few.
-_TABLES_MOST: Final = 500
-_TABLE_MOST: Final = 200
+#: Bytes of the tables of headers that are remembered, and of the largest: as a rule all messages have the same few.
+_TABLES_BYTES: Final = 2**18
+_TABLE_BYTES: Final = 2**12
 _SIMPLE: Final = (str, int, float, bool, type(None))
 #: Types of values in a table: text, nothing, and those of a fixed size, as py-amqp reads them.
 _STRING: Final = ord("S")
@@ -69,6 +69,7 @@ class Deliveries:
         self.receivers: dict[tuple[int, str], Receive] = {}
         self._partial: dict[int, _Partial] = {}
         self._tables: dict[bytes, dict[str, Any]] = {}
+        self._tables_bytes = 0
 
     def frame_handler(self, connection: Any, callback: Callable[..., Any]) -> Callable[[Any], Any]:
         """Return a reader of frames, for ``amqp.Connection(frame_handler=...)``; all but deliveries is py-amqp's."""
@@ -156,9 +157,11 @@ class Deliveries:
                 table = legible_table(loads("F", raw, 0)[0][0])
             except UNREADABLE:
                 return {}
-        if len(raw) <= _TABLE_MOST and all(isinstance(value, _SIMPLE) for value in table.values()):
-            if len(self._tables) >= _TABLES_MOST:
+        if len(raw) <= _TABLE_BYTES and all(isinstance(value, _SIMPLE) for value in table.values()):
+            self._tables_bytes += len(raw)
+            if self._tables_bytes > _TABLES_BYTES:
                 self._tables.clear()
+                self._tables_bytes = len(raw)
             self._tables[raw] = dict(table)
         return table
 

@@ -7,6 +7,7 @@ connection broke says nothing of the message.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Final, TypeVar
 
@@ -23,8 +24,8 @@ class Recollection:
 
     def __init__(self) -> None:
         #: By what they were: another message may come under the same id.
-        self._done: dict[tuple[str, str], int] = {}
-        self._losses: dict[tuple[str, str], int] = {}
+        self._done: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._losses: OrderedDict[tuple[str, str], int] = OrderedDict()
 
     def done(self, delivery: Delivery) -> None:
         """Note that a message has been handled."""
@@ -53,6 +54,6 @@ class Recollection:
         return self._losses.get((queue, id), 0)
 
 
-def _cut(kept: dict[_K, int]) -> None:
+def _cut(kept: OrderedDict[_K, int]) -> None:
     while len(kept) > _MOST:
-        del kept[next(iter(kept))]
+        kept.popitem(last=False)

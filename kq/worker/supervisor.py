@@ -8,7 +8,7 @@ a few deliveries that find it waiting: those their fetcher hands out. Whoever do
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 
@@ -77,7 +77,7 @@ class Supervisor:
         self._adrift: dict[tuple[str, str], Flight] = {}
         self._has_lost = False
         #: How runs of such deliveries ended that nobody could be told of.
-        self._ends: dict[tuple[str, str], tuple[Delivery, Outcome]] = {}
+        self._ends: OrderedDict[tuple[str, str], tuple[Delivery, Outcome]] = OrderedDict()
         self._next_tag = 1
         self._arrivals: deque[list[Delivery]] = deque()
         #: Bytes of what is in hand, and of a message on average.
@@ -240,7 +240,7 @@ class Supervisor:
         """Remember how a run ended that can settle nothing: its message may be on its way back to us."""
         self._ends[delivery.queue, delivery.id] = (delivery, outcome)
         while len(self._ends) > _ENDS:
-            del self._ends[next(iter(self._ends))]
+            self._ends.popitem(last=False)
 
     def _end_of(self, delivery: Delivery) -> Outcome | None:
         """Return how a delivery has ended that was lost while it ran here, and came back after that."""

@@ -207,3 +207,19 @@ def test_other_tables_are_left_to_py_amqp(headers: dict[str, Any], tail: bytes, 
     found = plain_table(raw)
     if found is not None and raw[:4] == (len(raw) - 4).to_bytes(4, "big"):
         assert list(map(repr, found.items())) == list(map(repr, loads("F", raw, 0)[0][0].items()))
+
+
+def test_tables_are_remembered_up_to_a_size() -> None:
+    """However many there are and however large; each message has its own headers all the same."""
+    wire = Wire()
+    large = {f"header-{n}": "x" * 20 for n in range(30)}
+    sent = [{**large, "number": n % 400} for n in range(1000)]
+    sent += [{"body": "y" * 5000}] * 3
+    for headers in sent:
+        wire.deliver(header_of(1, headers), b"b")
+        wire.arrived[-1][2].headers["mine"] = True
+
+    assert [envelope.headers for _, _, envelope in wire.arrived] == [{**headers, "mine": True} for headers in sent]
+    tables = wire.deliveries._tables
+    assert 1 < len(tables) < 400
+    assert 0 < sum(map(len, tables)) <= wire.deliveries._tables_bytes <= 2**18
