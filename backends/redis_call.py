@@ -15,8 +15,8 @@ from kq.backends.redis_line import Head, Lines
 Call = tuple[Sequence[str], Sequence[bytes | str | int]]
 
 _NAMES: Final = (
-    "DECLARE", "PUT", "PUT_PLAIN", "PUT_LONG", "TAKE", "ACK", "RETURN", "COMPLETED", "MOVE", "RENEW", "COUNTS",
-    "BROWSE", "REMOVE", "CLEAR", "TOPOLOGY",
+    "DECLARE", "PUT", "PUT_PLAIN", "MAY_PUT", "PUT_LONG", "TAKE", "ACK", "RETURN", "COMPLETED", "MOVE", "RENEW",
+    "COUNTS", "BROWSE", "REMOVE", "CLEAR", "TOPOLOGY",
 )  # fmt: skip
 
 

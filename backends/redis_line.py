@@ -54,16 +54,16 @@ class Lines:
         self._put_away(line)
         return answers
 
-    def transact(self, condition: bytes, commands: Sequence[bytes], number: int) -> list[Any] | None:
+    def transact(self, condition: bytes, commands: Sequence[bytes], number: int) -> tuple[Any, list[Any]]:
         """Run commands in one step of the server's, without a script; return their answers.
 
         Args:
-            condition: Asked before; answered with 0, nothing is run.
+            condition: Asked before; unless it is answered with 1, nothing is run.
             commands: What to run then.
             number: How many they are.
 
         Returns:
-            Their answers; None where nothing was run.
+            The condition's answer, and theirs, where they were run.
 
         Raises:
             NoTransactions: If there are none on this server, or for this account; nothing was run.
@@ -71,14 +71,14 @@ class Lines:
                 them from being run.
         """
         line, (answer, begun) = self._first([condition + _MULTI], 2)
-        if isinstance(begun, Exception) or isinstance(answer, Exception) or not answer:
+        if isinstance(begun, Exception) or answer != 1:
             # By this the server forgets that a transaction was begun.
             self._drop(line)
             if isinstance(answer, Exception):
                 raise answer
             if isinstance(begun, Exception):
                 raise NoTransactions(str(begun))
-            return None
+            return answer, []
         *queued, answers = self._exchange(line, [*commands, _EXEC], number + 1)
         if isinstance(answers, Exception):
             self._drop(line)
@@ -89,7 +89,7 @@ class Lines:
             error = error_of(reason.encode()) if reason else answers
             raise NoTransactions(str(answers)) if isinstance(error, NoPermissionError) else error
         self._put_away(line)
-        return list(answers)
+        return answer, list(answers)
 
     def close(self) -> None:
         """Close the connections; those in use when their call has ended."""

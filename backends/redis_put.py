@@ -14,7 +14,6 @@ from kq.header import NORMAL
 CHUNK: Final = 500
 #: Bytes of messages that one Lua call stores at most.
 _CHUNK_BYTES: Final = 4 * 2**20
-_EXISTS: Final = Head("EXISTS")
 _HSETNX: Final = Head("HSETNX")
 
 
@@ -49,6 +48,9 @@ class Putter:
                 return self._put_long(prefix, entry)
             except NoTransactions:
                 self.transacts = False
+        return self._put_short(prefix, entry)
+
+    def _put_short(self, prefix: str, entry: Entry) -> int | None:
         accepted: int = self._caller.run("PUT_PLAIN", (prefix,), (entry.id, entry.raw))
         return None if accepted < 0 else accepted
 
@@ -98,9 +100,10 @@ class Putter:
             *SCRIPTS["PUT_LONG"].whole.pieces([(1, prefix, entry.id)]),
             *_HSETNX.pieces([(prefix + "m", entry.id, entry.raw)]),
         ]
-        answers = self._caller.lines.transact(_EXISTS.pack((prefix + "q",)), commands, 2)
-        if answers is None:
-            return None
+        may_put = SCRIPTS["MAY_PUT"].whole.pack((1, prefix))
+        may, answers = self._caller.lines.transact(may_put, commands, 2)
+        if may != 1:
+            return None if may == 0 else self._put_short(prefix, entry)
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer

@@ -26,9 +26,11 @@ P k        zset    ids completed, by the moment in ms    settle (ack), where the
                    until which they are remembered       window; expires with the last of them
 =========  ======  ====================================  ==========================================
 
-Two rules. Time is the server's. And a script that must work on a full server writes first something
+Three rules. Time is the server's. A script that must work on a full server writes first something
 that Redis never refuses for memory (ZREM, LPOP): after such a write it lets the others pass, so that
-a queue can be emptied when nothing more can be stored.
+a queue can be emptied when nothing more can be stored. And what may be refused, because a stranger's value
+stands under a key, is refused before anything is written, or leaves nothing that counts: what is written before
+an error stays written.
 """
 
 from __future__ import annotations
@@ -78,18 +80,28 @@ local function forget(prefix, ids)  -- everything that is known of messages but 
   end
 end
 """,
+    "unsound": """
+local SIZES = {r = 'LLEN', w = 'LLEN', b = 'ZCARD', d = 'ZCARD', l = 'ZCARD'}
+local function unsound(prefix, keys)  -- an error, if what stands under one of the keys is no value of ours
+  for _, key in ipairs(keys) do
+    local size = redis.pcall(SIZES[string.sub(key, 1, 1)] or 'HLEN', prefix .. key)
+    if type(size) == 'table' then return redis.error_reply(size.err .. ' (' .. prefix .. key .. ')') end
+  end
+end
+""",
     "add": """
 local function add(prefix, id, raw, priority, delay, ttl, at)
   if priority ~= '4' then call('HSET', prefix .. 'p', id, priority) end
   if ttl > 0 then call('HSET', prefix .. 'x', id, number(at + ttl)) end
   if delay > 0 then
     call('ZADD', prefix .. 'd', number(at + delay), id)
-    local head = call('ZRANGE', prefix .. 'd', 0, 0)
-    if head[1] == id then wake(prefix) end
   else
     call('RPUSH', prefix .. 'r:' .. priority, id)
-    wake(prefix)
   end
+  -- The body comes last: if its place were refused, it would be there all the same, and whoever publishes it once
+  -- more were told that it is stored.
+  call('HSETNX', prefix .. 'm', id, raw)
+  if delay <= 0 or call('ZRANGE', prefix .. 'd', 0, 0)[1] == id then wake(prefix) end
 end
 """,
     "unwait": """
@@ -122,7 +134,7 @@ for i = 2, #ARGV, 5 do
   local id = ARGV[i]
   if limited and room <= 0 then
     if call('HEXISTS', P .. 'm', id) == 0 then return accepted end
-  elseif call('HSETNX', P .. 'm', id, ARGV[i + 1]) == 1 then
+  elseif call('HEXISTS', P .. 'm', id) == 0 then
     add(P, id, ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4]), at)
     room = room - 1
   end
@@ -134,18 +146,29 @@ return accepted
 #: ARGV: id, raw of each: messages of no special kind, for a queue without a length. Otherwise as PUT.
 PUT_PLAIN: Final = """
 if call('EXISTS', P .. 'q') == 0 then return -1 end
-local m, new, n = P .. 'm', {}, 0
+local m, r, new, n, is_sound = P .. 'm', P .. 'r:4', {}, 0, false
 for i = 1, #ARGV, 2 do
-  if call('HSETNX', m, ARGV[i], ARGV[i + 1]) == 1 then
+  local id = ARGV[i]
+  if not is_sound then
+    -- As in `add`: whether the list takes an id is known before there is a body.
+    if call('HEXISTS', m, id) == 0 then
+      call('RPUSH', r, id)
+      call('HSETNX', m, id, ARGV[i + 1])
+      is_sound = true
+    end
+  elseif call('HSETNX', m, id, ARGV[i + 1]) == 1 then
     n = n + 1
-    new[n] = ARGV[i]
+    new[n] = id
   end
 end
-if n > 0 then
-  call('RPUSH', P .. 'r:4', unpack(new))
-  wake(P)
-end
+if n > 0 then call('RPUSH', r, unpack(new)) end
+if is_sound then wake(P) end
 return #ARGV / 2
+"""
+
+#: Returns whether there is such a queue, as 0 or 1; -1 where it cannot be told whether its list would take an id.
+MAY_PUT: Final = """
+return unsound(P, {'r:4'}) and -1 or call('EXISTS', P .. 'q')
 """
 
 #: ARGV: id of a message whose body the next command of the same transaction stores, if there is none of that id.
@@ -163,24 +186,13 @@ TAKE: Final = """
 local limit = tonumber(ARGV[1])
 local at = now()
 
--- What is no value of ours under one of these keys makes the call fail here, before anything is taken off a list.
-for _, key in ipairs({'m', 't', 's', 'p', 'x'}) do
-  local found = redis.pcall('HLEN', P .. key)
-  if type(found) == 'table' then return redis.error_reply(found.err .. ' (' .. P .. key .. ')') end
-end
+local wrong = unsound(P, {'m', 't', 's', 'p', 'x', 'l', 'w', 'r:4'})
+if wrong then return wrong end
 if not string.match(call('GET', P .. 'n') or '0', '^%d+$') then
   return redis.error_reply('ERR ' .. P .. 'n should hold a number, larger than any in ' .. P .. 't')
 end
 
 local ended = call('ZRANGEBYSCORE', P .. 'l', '-inf', number(at), 'LIMIT', 0, 200)
-for _, id in ipairs(ended) do
-  call('ZREM', P .. 'l', id)
-  local token = call('HGET', P .. 't', id) or '0'
-  call('HDEL', P .. 't', id)
-  local a, c, d = state(id)
-  call('HSET', P .. 's', id, a .. ':' .. c .. ':' .. number(tonumber(d) + 1))
-  call('ZADD', P .. 'b:' .. level(P, id), token, id)
-end
 
 -- What there is but seldom: other priorities, what was put back, delayed, charged, or expires.
 local lines, seldom = {}, {P .. 'b:4', P .. 'd', P .. 's', P .. 'x'}
@@ -191,9 +203,24 @@ for n = 9, 0, -1 do
   end
 end
 for _, key in ipairs(lines) do seldom[#seldom + 1] = key end
-local plain = call('EXISTS', unpack(seldom)) == 0
+local plain = #ended == 0 and call('EXISTS', unpack(seldom)) == 0
 
 if not plain then
+  local all = {'d'}
+  for n = 0, 9 do
+    all[#all + 1] = 'r:' .. n
+    all[#all + 1] = 'b:' .. n
+  end
+  wrong = unsound(P, all)
+  if wrong then return wrong end
+  for _, id in ipairs(ended) do
+    call('ZREM', P .. 'l', id)
+    local token = call('HGET', P .. 't', id) or '0'
+    call('HDEL', P .. 't', id)
+    local a, c, d = state(id)
+    call('HSET', P .. 's', id, a .. ':' .. c .. ':' .. number(tonumber(d) + 1))
+    call('ZADD', P .. 'b:' .. level(P, id), token, id)
+  end
   local due = call('ZRANGEBYSCORE', P .. 'd', '-inf', number(at), 'LIMIT', 0, 1000)
   for _, id in ipairs(due) do
     call('ZREM', P .. 'd', id)
@@ -350,7 +377,15 @@ return found
 #: ids that are not held so.
 RETURN: Final = """
 local at = now()
-local lost = {}
+local wrong = unsound(P, {'l', 't', 's', 'p', 'd', 'w'})
+if wrong then return wrong end
+local lost, places = {}, {}
+for i = 1, #ARGV, 7 do
+  local kind = ARGV[i + 2] == 'release' and 'b:' or 'r:'
+  places[#places + 1] = kind .. level(P, ARGV[i])
+end
+wrong = unsound(P, places)
+if wrong then return wrong end
 for i = 1, #ARGV, 7 do
   local id, token = ARGV[i], ARGV[i + 1]
   if call('HGET', P .. 't', id) ~= token then
@@ -387,6 +422,8 @@ MOVE: Final = """
 local T = KEYS[2]
 local id, token = ARGV[1], ARGV[2]
 local new = ARGV[3]
+local wrong = unsound(P, {'m', 't', 's', 'p', 'x', 'l'}) or unsound(T, {'m', 'p', 'd', 'w', 'r:' .. ARGV[5]})
+if wrong then return wrong end
 if call('HEXISTS', T .. 'm', new) == 1 then return 0 end
 if token ~= '' then
   if call('HGET', P .. 't', id) ~= token then return 0 end
@@ -395,11 +432,10 @@ if token ~= '' then
 elseif call('HEXISTS', P .. 't', id) == 1 or not unwait(P, id) then
   return 0
 end
+call('SETNX', T .. 'q', '{}')
+add(T, new, ARGV[4], ARGV[5], tonumber(ARGV[6]), 0, now())
 call('HDEL', P .. 'm', id)
 forget(P, {id})
-call('SETNX', T .. 'q', '{}')
-call('HSET', T .. 'm', new, ARGV[4])
-add(T, new, ARGV[4], ARGV[5], tonumber(ARGV[6]), 0, now())
 return 1
 """
 

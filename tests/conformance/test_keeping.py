@@ -6,8 +6,8 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from kq.errors import Internal
 from kq.outcome import DONE, RELEASE, Outcome
 from tests.broker import Broker
 from tests.conformance.conftest import ON_RABBITMQ, ON_REDIS, ON_SQLITE, Bench
+from tests.integration.conftest import wait_for
 
 
 def test_dead_letters_of_one_id_are_all_kept(app: kq.App, broker: Broker) -> None:
@@ -235,27 +236,113 @@ def test_an_id_that_is_no_text_can_be_settled(bench: Bench) -> None:
     assert letter.body == b"raw"
 
 
-@ON_REDIS
-@pytest.mark.parametrize("key", ["m", "t", "s", "p", "x", "n"])
-def test_a_key_that_holds_something_else_loses_nothing(bench: Bench, key: str) -> None:
-    """While a stranger's value stands under a queue's key, taking fails and says where; then all is still there."""
-    bench.publish(bench.message("a"), bench.message("b"))
-    feed = bench.feed()
-    (first,) = feed.fetch(1, {})
-    name = f"{{kq:{bench.queue.id}}}:{key}"
+@contextmanager
+def a_strangers_value(bench: Bench, key: str, *, dead: bool = False) -> Iterator[str]:
+    """A key of the queue, or of its dead-letter queue, holds something else; afterwards what it held before."""
+    name = f"{{kq:{bench.queue.id}}}{'.dead' if dead else ''}:{key}"
     with closing(redis.Redis.from_url(bench.broker.url)) as client:
         kept = client.dump(name)
         client.set(name, "a stranger's")
-        with pytest.raises(Internal, match=re.escape(name)) as caught:
-            feed.fetch(10, {})
-        if kept is None:
-            client.delete(name)
-        else:
-            client.restore(name, 0, kept, replace=True)
+        try:
+            yield name
+        finally:
+            if kept is None:
+                client.delete(name)
+            else:
+                client.restore(name, 0, kept, replace=True)
+
+
+@ON_REDIS
+@pytest.mark.parametrize("key", ["m", "t", "s", "p", "x", "n", "l", "w", "r:4", "r:9", "b:4", "b:0", "d"])
+@pytest.mark.parametrize("over", [False, True], ids=["held", "over"])
+def test_a_key_that_holds_something_else_loses_nothing(make_bench: Callable[..., Bench], key: str, over: bool) -> None:
+    """While a stranger's value stands under a queue's key, taking fails and says where; then all is still there."""
+    bench = make_bench(lease=1.0 if over else 30.0)
+    bench.publish(bench.message("a"), bench.message("b"), bench.message("c", priority=9))
+    held = bench.take(bench.feed(), 3 if over else 1)
+    feed = bench.feed()
+    if over:
+        # Their lease ends, and who takes next puts them back.
+        wait_for(lambda: feed.due_in() == 0.0, "the end of a lease")
+        held = []
+    with a_strangers_value(bench, key) as name, pytest.raises(Internal, match=re.escape(name)) as caught:
+        feed.fetch(10, {})
 
     assert caught.value.details["reason"] == "refused"
-    (second,) = bench.take(feed, 1)
-    assert {first.id, second.id} == {"a", "b"}
+    found = bench.take(feed, 3 - len(held))
+    assert sorted(delivery.id for delivery in [*held, *found]) == ["a", "b", "c"]
+
+
+@ON_REDIS
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("m", "plain"), ("r:4", "plain"), ("w", "plain"), ("r:4", "batch"), ("m", "batch"), ("r:4", "long"),
+        ("m", "long"), ("w", "long"), ("r:9", "priority"), ("p", "priority"), ("d", "delayed"), ("m", "delayed"),
+    ],
+)  # fmt: skip
+def test_what_was_refused_is_stored_when_it_is_published_again(bench: Bench, key: str, kind: str) -> None:
+    """Under the same id: a refused message leaves nothing behind for which the next one would be taken."""
+    sent = [
+        bench.message(
+            id,
+            body=b"1" * (100_000 if kind == "long" else 10),
+            delay=0.01 if kind == "delayed" else 0.0,
+            priority=9 if kind == "priority" else 4,
+        )
+        for id in ("abc" if kind == "batch" else "a")
+    ]
+    with a_strangers_value(bench, key):
+        for error in bench.backend.publish(sent, 10.0):
+            assert error is not None
+            assert error.details["reason"] == "refused"
+
+    bench.publish(*sent)
+
+    feed = bench.feed()
+    assert [delivery.id for delivery in bench.take(feed, len(sent))] == [message.envelope.id for message in sent]
+    assert bench.take(feed, 1, within=0.2) == []
+
+
+@ON_REDIS
+@pytest.mark.parametrize(
+    ("outcome", "keys"),
+    [
+        (RELEASE, ["b:4", "s", "p", "w", "l"]),
+        (Outcome("retry", 0.0, 1, 0), ["r:4", "s", "p", "w"]),
+        (Outcome("retry", 0.01, 1, 0), ["d", "s"]),
+    ],
+    ids=["release", "retry", "later"],
+)
+def test_what_cannot_go_back_stays_held(bench: Bench, outcome: Outcome, keys: list[str]) -> None:
+    """While a stranger's value stands in the way of a settlement it fails, and can be made again."""
+    bench.publish(bench.message("a"))
+    feed = bench.feed()
+    (delivery,) = bench.take(feed, 1)
+    for key in keys:
+        with a_strangers_value(bench, key) as name:
+            late, failed = feed.settle([Settlement(delivery, outcome)])
+        assert late == []
+        assert name in failed[0][1].message
+
+    assert feed.settle([Settlement(delivery, outcome)]) == ([], [])
+    assert [again.id for again in bench.take(feed, 1)] == ["a"]
+
+
+@ON_REDIS
+@pytest.mark.parametrize("key", ["m", "p", "d", "w", "r:4"])
+def test_what_cannot_be_dead_lettered_stays_held(bench: Bench, key: str) -> None:
+    """While a stranger's value stands under a key of the dead-letter queue."""
+    bench.publish(bench.message("a"))
+    feed = bench.feed()
+    (delivery,) = bench.take(feed, 1)
+    dead = Settlement(delivery, Outcome("dead", 0.0, 1, 0, "not_retryable"))
+    with a_strangers_value(bench, key, dead=True):
+        late, failed = feed.settle([dead])
+    assert (late, len(failed)) == ([], 1)
+
+    assert feed.settle([dead]) == ([], [])
+    assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == ["a"]
 
 
 def test_what_cannot_be_acknowledged_beforehand_is_given_back(
