@@ -48,7 +48,8 @@ _WORKER_TEXT: Final = """\
 _NOTES: Final = """
 # Type it at redis-cli's prompt, or put it into the server's ACL file. Not needed, but of use: +client|setinfo (7.2)
 # keeps the client's introduction out of ACL LOG, and +info +config|get let kq check judge the server's settings.
-# With +multi +exec a message of more than 64 KB is stored in half the time, not copied by a script.
+# With +multi +exec, and for a publisher +llen on its lists (r:*), a message of more than 64 KB is stored in half the
+# time, not copied by a script.
 # With +client|id +client|unblock a worker has a message one round trip earlier; it may end other clients' waits then.
 # Plain Kombu programs on kq-redis:// declare exchanges as well, which takes +hmget +hget +hset on ~kq:topology."""
 

@@ -118,6 +118,28 @@ def test_a_publisher_can_publish(bench: Bench, narrow: bool) -> None:
 
 
 @ON_REDIS
+@pytest.mark.parametrize(
+    ("more", "may_put"),
+    [([], -1), (["+multi", "+exec"], -1), (["+multi", "+exec", "(+llen ~{kq:*}:r:*)"], 1)],
+    ids=["least", "transactions", "all"],
+)
+def test_a_publisher_can_publish_long_messages(bench: Bench, more: list[str], may_put: int) -> None:
+    """Under the least rights, and with those of use; whether its list would take an id is asked with all of them."""
+    bench.backend.declare(default_spec(bench.queue.id), create=True, exact=False)
+    with (
+        account(bench.broker, lambda name: [[*rule, *more] for rule in printed(bench, "publisher", [])]) as url,
+        kq.App("acl", broker=url) as app,
+    ):
+        for id in ("a", "b", "a"):
+            app.publish(bench.queue.id, "x" * 100_000, message_id=id)
+        store = app.registry.backend()._store()  # type: ignore[attr-defined]
+        assert store._caller.run("MAY_PUT", (f"{{kq:{bench.queue.id}}}:",), ()) == may_put
+    feed = bench.feed()
+    assert [delivery.id for delivery in bench.take(feed, 2)] == ["a", "b"]
+    assert bench.take(feed, 1, within=0.2) == []
+
+
+@ON_REDIS
 def test_a_publisher_can_declare_on_redis(bench: Bench) -> None:
     """On Redis a publisher makes the queue that it publishes to, and respects its length."""
     with as_account(bench, "publisher", False) as broker, kq.App("acl", broker=broker.url) as app:
