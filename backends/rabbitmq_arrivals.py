@@ -58,8 +58,9 @@ class Arrivals:
             credit: How many at most.
             caps: How many at most of a queue, for those that have such a limit.
         """
-        room = {queue: caps.get(queue, credit) for queue, waiting in self._waiting.items() if waiting}
-        room = {queue: most for queue, most in room.items() if most > 0}
+        room = {
+            queue: most for queue, waiting in self._waiting.items() if waiting and (most := caps.get(queue, credit)) > 0
+        }
         in_turn = len(room) > 1 and self._count <= _FEW
         taken = self._take_in_turn(credit, room) if in_turn else self._take_in_order(credit, room)
         self._count -= len(taken)

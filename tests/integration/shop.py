@@ -50,9 +50,10 @@ def handle(payload):
     elif do == "close":
         os.closerange(3, 256)
     elif do == "fork":
-        if os.fork() == 0:
+        copy = os.fork()
+        if copy == 0:
             return
-        time.sleep(0.3)
+        os.waitpid(copy, 0)
     elif do == "process":
         process = multiprocessing.get_context("spawn").Process(target=os.getpid)
         process.start()
