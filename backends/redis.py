@@ -187,23 +187,22 @@ class RedisStore:
     def _taken(self, queue: str, answer: bytes) -> Taken:
         """Return what a take has answered, and the bodies that it has left out."""
         p = prefix(queue)
-        parts = _blobs.decode(answer)
-        more_in = int(parts[0]) if parts[0] else None
-        token = int(parts[1])
-        bodies = self._bodies(p, [parts[i] for i in range(2, len(parts), 4) if b"l" in parts[i + 3]])
+        more, first, *parts = _blobs.decode(answer)
+        token = int(first)
+        bodies = self._bodies(p, [parts[i] for i in range(0, len(parts), 4) if b"l" in parts[i + 3]])
         leases = []
         size = 0
-        for i in range(2, len(parts), 4):
-            raw = bodies.get(parts[i]) if b"l" in parts[i + 3] else parts[i + 1]
-            if raw is not None:
-                size += len(raw)
-                state = _to_state(parts[i + 2])
-                leases.append(Lease(_to_id(parts[i]), raw, token, *state, b"x" in parts[i + 3]))
+        for i in range(0, len(parts), 4):
+            key, raw, state, marks = parts[i : i + 4]
+            body = bodies.get(key) if b"l" in marks else raw
+            if body is not None:
+                size += len(body)
+                leases.append(Lease(_to_id(key), body, token, *_to_state(state), b"x" in marks))
             token += 1
         if leases:
             # As the last ones were, so the next ones will be.
             (self._large.add if size > _LARGE * len(leases) else self._large.discard)(queue)
-        return Taken(leases, more_in)
+        return Taken(leases, int(more) if more else None)
 
     def _bodies(self, p: str, ids: list[bytes]) -> dict[bytes, bytes | None]:
         """Return the bodies of messages that are leased already; None where somebody has removed one."""
@@ -455,7 +454,9 @@ def _to_key(id: str) -> bytes:
 
 
 def _to_state(text: bytes) -> tuple[int, int, int]:
-    """Return attempts, crashes and deliveries; nought where a stranger wrote something else."""
+    """Return attempts, crashes and deliveries; nought where there are none, or a stranger wrote something else."""
+    if not text:
+        return 0, 0, 0
     found = _STATE.fullmatch(text)
     return (int(found[1]), int(found[2]), int(found[3])) if found else (0, 0, 0)
 

@@ -185,44 +185,55 @@ end
 TAKE: Final = """
 local limit = tonumber(ARGV[1])
 local at = now()
+local m, t, l, r = P .. 'm', P .. 't', P .. 'l', P .. 'r:4'
 
-local wrong = unsound(P, {'m', 't', 's', 'p', 'x', 'l', 'w', 'r:4'})
-if wrong then return wrong end
+local function size_of(command, key)  -- less than any, where no value of ours stands there
+  local n = redis.pcall(command, key)
+  return type(n) == 'number' and n or -1
+end
+
+-- Nearly always there are only messages of normal priority, waiting or leased, and as many bodies. To look for all
+-- else takes twice as long, which a message that a worker waits for would feel.
+local plain, soonest = false, nil
+if call('EXISTS', P .. 's', P .. 'p', P .. 'x', P .. 'd', P .. 'b:4') == 0 then
+  local held = 0
+  if call('EXISTS', l, t, P .. 'w') > 0 then
+    held = size_of('ZCARD', l)
+    if size_of('HLEN', t) ~= held or size_of('LLEN', P .. 'w') < 0 then held = -1 end
+    if held > 0 then soonest = tonumber(call('ZRANGE', l, 0, 0, 'WITHSCORES')[2]) end
+  end
+  local waiting = size_of('LLEN', r)
+  plain = held >= 0 and waiting >= 0 and size_of('HLEN', m) == waiting + held and not (soonest and soonest <= at)
+end
+
+local lines = {}  -- of other priorities than the normal one
+if not plain then
+  local wrong = unsound(P, {'m', 't', 's', 'p', 'x', 'l', 'w', 'r:4', 'b:4', 'd'})
+  if wrong then return wrong end
+  for n = 9, 0, -1 do
+    if n ~= 4 then
+      lines[#lines + 1] = 'r:' .. n
+      lines[#lines + 1] = 'b:' .. n
+    end
+  end
+  wrong = unsound(P, lines)
+  if wrong then return wrong end
+  for i, key in ipairs(lines) do lines[i] = P .. key end
+end
 if not string.match(call('GET', P .. 'n') or '0', '^%d+$') then
   return redis.error_reply('ERR ' .. P .. 'n should hold a number, larger than any in ' .. P .. 't')
 end
 
-local ended = call('ZRANGEBYSCORE', P .. 'l', '-inf', number(at), 'LIMIT', 0, 200)
-
--- What there is but seldom: other priorities, what was put back, delayed, charged, or expires.
-local lines, seldom = {}, {P .. 'b:4', P .. 'd', P .. 's', P .. 'x'}
-for n = 9, 0, -1 do
-  if n ~= 4 then
-    lines[#lines + 1] = P .. 'r:' .. n
-    lines[#lines + 1] = P .. 'b:' .. n
-  end
-end
-for _, key in ipairs(lines) do seldom[#seldom + 1] = key end
-local plain = #ended == 0 and call('EXISTS', unpack(seldom)) == 0
-
 if not plain then
-  local all = {'d'}
-  for n = 0, 9 do
-    all[#all + 1] = 'r:' .. n
-    all[#all + 1] = 'b:' .. n
-  end
-  wrong = unsound(P, all)
-  if wrong then return wrong end
-  for _, id in ipairs(ended) do
-    call('ZREM', P .. 'l', id)
-    local token = call('HGET', P .. 't', id) or '0'
-    call('HDEL', P .. 't', id)
+  for _, id in ipairs(call('ZRANGEBYSCORE', l, '-inf', number(at), 'LIMIT', 0, 200)) do
+    call('ZREM', l, id)
+    local token = call('HGET', t, id) or '0'
+    call('HDEL', t, id)
     local a, c, d = state(id)
     call('HSET', P .. 's', id, a .. ':' .. c .. ':' .. number(tonumber(d) + 1))
     call('ZADD', P .. 'b:' .. level(P, id), token, id)
   end
-  local due = call('ZRANGEBYSCORE', P .. 'd', '-inf', number(at), 'LIMIT', 0, 1000)
-  for _, id in ipairs(due) do
+  for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'd', '-inf', number(at), 'LIMIT', 0, 1000)) do
     call('ZREM', P .. 'd', id)
     call('RPUSH', P .. 'r:' .. level(P, id), id)
   end
@@ -234,15 +245,15 @@ local ids, raws, left, size, most = {}, {}, {}, 0, tonumber(ARGV[3])
 local function keep(got)
   if ARGV[4] == '1' then
     for _, id in ipairs(got) do
-      local n = call('HSTRLEN', P .. 'm', id)
+      local n = call('HSTRLEN', m, id)
       ids[#ids + 1] = id
       left[#ids] = n > 0
-      raws[#ids] = n > 0 and '' or call('HGET', P .. 'm', id)
+      raws[#ids] = n > 0 and '' or call('HGET', m, id)
       size = size + math.max(n, #id)
     end
     return
   end
-  local bodies = call('HMGET', P .. 'm', unpack(got))
+  local bodies = call('HMGET', m, unpack(got))
   for i, id in ipairs(got) do
     ids[#ids + 1] = id
     raws[#ids] = bodies[i]
@@ -266,11 +277,10 @@ for _, n in ipairs((plain or call('EXISTS', unpack(lines)) == 0) and {4} or {9, 
 end
 
 local char, floor = string.char, math.floor
-local empty = char(198, 0, 0, 0, 0)
 
 local function head(s)  -- what msgpack has before bytes; not joined with them, for they may be many
   local n = #s
-  if n < 65536 then return char(198, 0, 0, floor(n / 256), n % 256) end
+  if n < 65536 then return char(197, floor(n / 256), n % 256) end
   return char(198, floor(n / 16777216) % 256, floor(n / 65536) % 256, floor(n / 256) % 256, n % 256)
 end
 
@@ -285,37 +295,39 @@ if #ids > 0 then
   local leases, tokens = {}, {}
   local lease_end = number(at + tonumber(ARGV[2]))
   for i, id in ipairs(ids) do
-    if not raws[i] then
+    local raw = raws[i]
+    if not raw then
       -- Not one of ours: a stranger pushed bytes onto the list. They are the message.
-      raws[i] = id
+      raw = id
       id = 'foreign-' .. number(token + i - 1)
-      ids[i] = id
-      call('HSET', P .. 'm', id, raws[i])
+      call('HSET', m, id, raw)
     end
-    leases[#leases + 1] = lease_end
-    leases[#leases + 1] = id
-    tokens[#tokens + 1] = id
-    tokens[#tokens + 1] = number(token + i - 1)
-    local n = #out
-    out[n + 1] = head(id)
-    out[n + 2] = id
-    out[n + 3] = head(raws[i])
-    out[n + 4] = raws[i]
-    out[n + 5] = states[i] and head(states[i]) .. states[i] or empty
-    local marks = ((ends[i] and tonumber(ends[i]) <= at) and 'x' or '') .. (left[i] and 'l' or '')
-    out[n + 6] = head(marks) .. marks
+    leases[2 * i - 1], leases[2 * i] = lease_end, id
+    tokens[2 * i - 1], tokens[2 * i] = id, number(token + i - 1)
+    local tail = left[i] and '\\196\\0\\196\\1l' or '\\196\\0\\196\\0'  -- no state; what marks there are
+    if states[i] or ends[i] then
+      local state = states[i] or ''
+      local marks = ((ends[i] and tonumber(ends[i]) <= at) and 'x' or '') .. (left[i] and 'l' or '')
+      tail = head(state) .. state .. head(marks) .. marks
+    end
+    local n = 5 * i - 5
+    out[n + 1], out[n + 2], out[n + 3], out[n + 4], out[n + 5] = head(id), id, head(raw), raw, tail
   end
-  call('ZADD', P .. 'l', unpack(leases))
-  call('HSET', P .. 't', unpack(tokens))
+  call('ZADD', l, unpack(leases))
+  call('HSET', t, unpack(tokens))
   if limit > 0 and (#ids >= limit or size >= most) then
-    if call('EXISTS', P .. 'r:4', P .. 'b:4', unpack(lines)) > 0 then wake(P) end
+    if call('EXISTS', r, P .. 'b:4', unpack(lines)) > 0 then wake(P) end
   end
 end
 
-local soonest = nil
-for _, key in ipairs(plain and {'l'} or {'d', 'l'}) do
-  local first = call('ZRANGE', P .. key, 0, 0, 'WITHSCORES')
-  if first[2] and (not soonest or tonumber(first[2]) < soonest) then soonest = tonumber(first[2]) end
+if plain then
+  if #ids > 0 then soonest = math.min(soonest or math.huge, at + tonumber(ARGV[2])) end
+else
+  soonest = nil
+  for _, key in ipairs({P .. 'd', l}) do
+    local first = call('ZRANGE', key, 0, 0, 'WITHSCORES')
+    if first[2] then soonest = math.min(soonest or math.huge, tonumber(first[2])) end
+  end
 end
 local more = soonest and number(math.max(1, soonest - at)) or ''
 local count = #ids * 4 + 2

@@ -317,24 +317,16 @@ class StoredFeed:
         """Hold what was taken, and decide when to look again."""
         ask = bool(taken.leases) and self._specs[queue].replay_window > 0
         replayed = self._replayed(queue, taken.leases) if ask else _NONE
-        deliveries = [
-            Delivery(
-                queue,
-                lease.id,
-                lease.raw,
-                lease.attempts,
-                lease.crashes,
-                lease.deliveries,
-                lease.token,
-                lease.token in replayed,
-            )
-            for lease in taken.leases
-        ]
-        for delivery in deliveries:
-            self._held[_key(delivery)] = delivery
+        deliveries = []
+        size = 0
+        for id, raw, token, attempts, crashes, before, _ in taken.leases:
+            delivery = Delivery(queue, id, raw, attempts, crashes, before, token, token in replayed)
+            self._held[queue, id, token] = delivery
+            deliveries.append(delivery)
+            size += len(raw)
         if deliveries:
             self._latest = queue
-        if len(deliveries) < limit and sum(len(delivery.raw) for delivery in deliveries) < TAKE_BYTES:
+        if len(deliveries) < limit and size < TAKE_BYTES:
             quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
             self._look_at[queue] = monotonic() + quiet
         else:

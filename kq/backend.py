@@ -70,20 +70,24 @@ class _Identity(msgspec.Struct, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 #: How msgpack begins bytes, by how many bytes their length takes (https://github.com/msgpack/msgpack/blob/master/spec.md).
 _BIN_8, _BIN_16, _BIN_32 = b"\xc4", b"\xc5", b"\xc6"
+#: Bytes of a body from which on it is not left to the encoder, which moves to more and more memory as it writes.
+_LONG = 1 << 16
 _decoder = msgspec.msgpack.Decoder(Envelope)
 _identity_decoder = msgspec.msgpack.Decoder(_Identity)
 
 
 def pack(envelope: Envelope) -> bytes:
     """Return an envelope as bytes: a msgpack array of id, headers, properties and body."""
+    if len(envelope.body) >= _LONG:
+        return pack_pieces(envelope, (envelope.body,))
     return _encoder.encode(envelope)
 
 
 def pack_pieces(envelope: Envelope, pieces: Sequence[bytes]) -> bytes:
     """Return what `pack` returns where these bytes, one after the other, are the body; they are copied once."""
-    if len(pieces) == 1:
-        return pack(Envelope(envelope.id, envelope.headers, envelope.properties, pieces[0]))
     size = sum(map(len, pieces))
+    if size < _LONG and len(pieces) == 1:
+        return pack(Envelope(envelope.id, envelope.headers, envelope.properties, pieces[0]))
     # An empty body is two bytes at the end, for which its own head stands in.
     head = pack(Envelope(envelope.id, envelope.headers, envelope.properties, b""))[:-2]
     kind, length = (_BIN_8, 1) if size < 1 << 8 else (_BIN_16, 2) if size < 1 << 16 else (_BIN_32, 4)
