@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from amqp import spec
 from amqp.exceptions import PreconditionFailed
 
-from kq.backend import BackendOptions, Capabilities, Envelope, Publication, QueueInfo, QueueSpec, Role
+from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role
 from kq.backends import rabbitmq_acl
 from kq.backends import tls as secure
 from kq.backends.rabbitmq_error import RabbitErrors, away
@@ -37,6 +37,7 @@ from kq.backends.rabbitmq_topology import (
     to_envelope,
 )
 from kq.config import hide_password
+from kq.envelope import Envelope
 from kq.errors import Conflict, Error, Internal, NotFound, PermissionDenied
 
 _T = TypeVar("_T")

@@ -16,9 +16,9 @@ from uuid import uuid4
 from amqp.exceptions import UnexpectedFrame
 from amqp.serialization import loads
 
-from kq.backend import Envelope
 from kq.backends.rabbitmq_frame import FIELDS, UNREADABLE, legible, lenient_frame_handler
 from kq.backends.rabbitmq_topology import legible_table
+from kq.envelope import Envelope
 
 #: Takes a delivery: its tag, whether it was delivered before, what it holds, without the body, and the body, in pieces.
 Receive = Callable[[int, bool, Envelope, list[bytes]], None]

@@ -19,17 +19,7 @@ from typing import Any, Final
 import amqp
 
 from kq import clock
-from kq.backend import (
-    DELIVERIES,
-    Delivery,
-    Envelope,
-    Publication,
-    QueueSpec,
-    Settlement,
-    Settling,
-    bury,
-    pack_pieces,
-)
+from kq.backend import Delivery, Publication, QueueSpec, Settlement, Settling
 from kq.backends.rabbitmq_arrivals import Arrivals
 from kq.backends.rabbitmq_delivery import Receive
 from kq.backends.rabbitmq_error import RabbitErrors
@@ -46,6 +36,7 @@ from kq.backends.rabbitmq_topology import (
 )
 from kq.backends.rabbitmq_watch import Watch
 from kq.backends.rabbitmq_window import Demand, Widen, Windows
+from kq.envelope import DELIVERIES, Envelope, bury, pack_pieces
 from kq.errors import Error, NotFound
 from kq.waker import Lookout, Waker
 

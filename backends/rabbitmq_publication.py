@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from amqp.serialization import dumps
 
-from kq.backend import Envelope
 from kq.backends.rabbitmq_frame import FIELDS
 from kq.backends.rabbitmq_topology import PROPERTIES, without_history
+from kq.envelope import Envelope
 
 _METHOD: Final = 1
 _HEADER: Final = 2

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any, Final, NamedTuple
 
-from kq.backend import Envelope
 from kq.backends.rabbitmq_error import away
 from kq.backends.rabbitmq_link import Link
 from kq.backends.rabbitmq_publication import Writer
+from kq.envelope import Envelope
 from kq.errors import Internal
 
 #: Messages sent but unconfirmed at most.

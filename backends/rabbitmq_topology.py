@@ -32,8 +32,9 @@ from uuid import uuid4
 import amqp
 
 from kq import clock
-from kq.backend import COUNTERS, DEAD_COUNTERS, Envelope, QueueSpec, unknown_options
+from kq.backend import QueueSpec, unknown_options
 from kq.backends.rabbitmq_frame import legible
+from kq.envelope import COUNTERS, DEAD_COUNTERS, Envelope
 from kq.errors import Invalid
 from kq.limit import MAX_DELAY
 

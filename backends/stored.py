@@ -5,54 +5,28 @@ It reaches its store through kq's own Kombu transport, as ``channel.store``.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
-from math import ceil, inf
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
 from threading import Lock
 from time import monotonic
 from typing import Any, Final
-from uuid import uuid4
 
 import kombu
 
 from kq import clock
-from kq.backend import (
-    BackendOptions,
-    Capabilities,
-    Delivery,
-    Envelope,
-    Publication,
-    QueueInfo,
-    QueueSpec,
-    Role,
-    Settlement,
-    Settling,
-    bury,
-    identify,
-    pack,
-    unknown_options,
-    unpack_or_wrap,
-)
-from kq.backends.store import AGAIN, TAKE_BYTES, Ahead, BrokerAway, Ending, Entry, Lease, Store, Taken
+from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role, unknown_options
+from kq.backends.store import AGAIN, BrokerAway, Entry, Store
+from kq.backends.stored_feed import StoredFeed
 from kq.backends.tls import separate
 from kq.config import hide_password
+from kq.envelope import Envelope, identify, pack, unpack_or_wrap
 from kq.errors import Conflict, Error, Internal, NotFound
-from kq.header import NORMAL
 
-#: Seconds after which a feed looks at a quiet queue although nothing woke it: the insurance against
-#: a wake-up that died with the worker it went to.
-_LOOK_AGAIN: Final = 5.0
-#: Seconds between two such looks of one feed, so that a feed of many queues stays quiet as well.
-_LOOK_SPACING: Final = 0.75
 #: How much of a lease a single call may take, but seconds that it is given in any case.
 _LEASE_PART: Final = 0.5
 _LEAST_TIMEOUT: Final = 2.0
-#: Messages that are taken at most as soon as there are some, before anybody asks for them.
-_AHEAD: Final = 10
 #: Messages that one look into a queue of dead letters reads.
 _PAGE: Final = 200
-_NONE: Final[Set[int]] = frozenset()
 
 
 class StoredBackend:
@@ -253,319 +227,9 @@ class StoredBackend:
         self._own.close()
 
 
-class StoredFeed:
-    """A consumer of a store's queues. One thread's, but for `wake`."""
-
-    def __init__(self, connection: Any, store: Store, queues: Sequence[QueueSpec], lease: float) -> None:
-        self._connection = connection
-        self._store = store
-        self._specs = {queue.id: queue for queue in queues}
-        self._order = deque(self._specs)
-        self._lease = int(lease * 1000)
-        self._name = uuid4().hex
-        self._held: dict[tuple[str, str, int], Delivery] = {}
-        #: What a `settle` carried out before it raised: when it is called again, that is not late.
-        self._settled: set[tuple[str, str, int]] = set()
-        self._look_again = max(_LOOK_AGAIN, len(self._specs) * _LOOK_SPACING)
-        self._look_at = dict.fromkeys(self._specs, 0.0)
-        #: Queues of which more could be fetched, and how much.
-        self._room: dict[str, int] = {}
-        #: What was taken ahead and has not been fetched.
-        self._early: deque[Delivery] = deque()
-        #: The queue that had something last.
-        self._latest = self._order[0] if self._order else ""
-        self._closed = False
-        self.losses = 0
-        self.renew()
-
-    def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
-        """See `Feed.fetch`."""
-        self._collect()
-        caps = dict(caps)
-        deliveries = self._hand_over(credit, caps) if self._early else []
-        self._room.clear()
-        self._order.rotate(-1)
-        for queue in self._order:
-            try:
-                if self._is_in_the_way(queue, credit - len(deliveries), caps):
-                    self._collect(withdraw=True)
-                    deliveries += self._hand_over(credit - len(deliveries), caps)
-                room = min(credit - len(deliveries), caps.get(queue, credit))
-                if room > 0 and self._look_at[queue] <= monotonic():
-                    ahead = self._store.ahead
-                    limit = room if ahead is None else room - ahead.limit
-                    found = self._received(queue, self._store.take(queue, limit, self._lease), limit)
-                    deliveries += found
-                    room -= len(found)
-            except Error:
-                if not deliveries:
-                    raise
-                # These are leased already and must reach their worker; the next fetch meets the error.
-                break
-            if room > 0 and self._look_at[queue] > monotonic():
-                self._room[queue] = room
-        return deliveries
-
-    def _is_in_the_way(self, queue: str, credit: int, caps: Mapping[str, int]) -> bool:
-        """Tell whether it is time to look into a queue, and what may still be taken ahead has the room for it."""
-        ahead = self._store.ahead
-        if ahead is None or self._look_at[queue] > monotonic():
-            return False
-        return ahead.queue == queue or min(credit, caps.get(queue, credit)) <= ahead.limit
-
-    def _received(self, queue: str, taken: Taken, limit: int) -> list[Delivery]:
-        """Hold what was taken, and decide when to look again."""
-        ask = bool(taken.leases) and self._specs[queue].replay_window > 0
-        replayed = self._replayed(queue, taken.leases) if ask else _NONE
-        deliveries = []
-        size = 0
-        for id, raw, token, attempts, crashes, before, _ in taken.leases:
-            delivery = Delivery(queue, id, raw, attempts, crashes, before, token, token in replayed)
-            self._held[queue, id, token] = delivery
-            deliveries.append(delivery)
-            size += len(raw)
-        if deliveries:
-            self._latest = queue
-        if len(deliveries) < limit and size < TAKE_BYTES:
-            quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
-            self._look_at[queue] = monotonic() + quiet
-        else:
-            self._look_at[queue] = 0.0
-        return deliveries
-
-    def _collect(self, *, withdraw: bool = False) -> None:
-        """Hold what was taken ahead."""
-        for ahead, taken in self._store.collect(withdraw=withdraw):
-            self._early.extend(self._received(ahead.queue, taken, ahead.limit))
-
-    def _hand_over(self, credit: int, caps: dict[str, int]) -> list[Delivery]:
-        """Return what was taken ahead, as far as there is room for it, and take that off ``caps``."""
-        deliveries: list[Delivery] = []
-        kept: deque[Delivery] = deque()
-        while self._early:
-            delivery = self._early.popleft()
-            if delivery.lost:
-                continue
-            room = caps.get(delivery.queue, credit)
-            if len(deliveries) < credit and room > 0:
-                deliveries.append(delivery)
-                if delivery.queue in caps:
-                    caps[delivery.queue] = room - 1
-            else:
-                kept.append(delivery)
-        self._early = kept
-        return deliveries
-
-    def _replayed(self, queue: str, leases: Sequence[Lease]) -> Set[int]:
-        """Return the tokens of those leases whose message has been completed before."""
-        # By the envelope's id, which is what is signed: a copy may be stored under any other.
-        ids = {lease.token: identify(lease.raw, lease.id) for lease in leases}
-        try:
-            completed = self._store.completed(queue, list(ids.values()))
-        except BaseException:
-            # Nobody may see them unchecked. If they cannot be put back, they return when their leases run out.
-            with suppress(Error):
-                self._store.settle(queue, [
-                    Ending(lease.id, lease.token, "release", deliveries=lease.deliveries) for lease in leases
-                ])  # fmt: skip
-            raise
-        return {token for token, id in ids.items() if id in completed}
-
-    def settle(self, settlements: Sequence[Settlement]) -> Settling:
-        """See `Feed.settle`."""
-        late: list[Settlement] = []
-        failed: list[tuple[Settlement, Error]] = []
-        by_queue: dict[str, list[Settlement]] = {}
-        for settlement in settlements:
-            key = _key(settlement.delivery)
-            if key in self._held:
-                by_queue.setdefault(settlement.delivery.queue, []).append(settlement)
-            elif key not in self._settled:
-                late.append(settlement)
-        for queue, group in by_queue.items():
-            self._settle_plain(queue, group, late, failed)
-            self._settle_dead(queue, group, late, failed)
-        self._settled.clear()
-        return Settling(late, failed)
-
-    def _settle_plain(
-        self, queue: str, group: list[Settlement], late: list[Settlement], failed: list[tuple[Settlement, Error]]
-    ) -> None:
-        spec = self._specs[queue]
-        pairs = [(settlement, ending) for settlement in group if (ending := _ending(spec, settlement)) is not None]
-        # What takes no room first, and apart: it can be carried out where the rest finds the store full.
-        acks = [pair for pair in pairs if pair[1].action == "ack"]
-        for part in (acks, [pair for pair in pairs if pair[1].action != "ack"]):
-            if not part:
-                continue
-            try:
-                answers = self._store.settle(queue, [ending for _, ending in part])
-            except BrokerAway:
-                raise
-            except Error as error:
-                failed += [(settlement, error) for settlement, _ in part]
-                continue
-            for (settlement, ending), in_time in zip(part, answers, strict=True):
-                self._let_go(settlement, in_time, late)
-                if in_time and ending.action != "ack":
-                    soon = monotonic() + ending.delay / 1000
-                    self._look_at[queue] = min(self._look_at[queue], soon)
-
-    def _settle_dead(
-        self, queue: str, group: list[Settlement], late: list[Settlement], failed: list[tuple[Settlement, Error]]
-    ) -> None:
-        for settlement in group:
-            if _ending(self._specs[queue], settlement) is not None:
-                continue
-            try:
-                in_time = self._bury(settlement)
-            except BrokerAway:
-                raise
-            except Error as error:
-                failed.append((settlement, error))
-            else:
-                self._let_go(settlement, in_time, late)
-
-    def _let_go(self, settlement: Settlement, in_time: bool, late: list[Settlement]) -> None:
-        key = _key(settlement.delivery)
-        self._held.pop(key, None)
-        if in_time:
-            self._settled.add(key)
-        else:
-            late.append(settlement)
-
-    def _bury(self, settlement: Settlement) -> bool:
-        delivery, outcome = settlement.delivery, settlement.outcome
-        target = self._specs[delivery.queue].dead_letter
-        assert target is not None
-        letter = bury(unpack_or_wrap(delivery.raw, delivery.id), delivery.queue, outcome, clock.now())
-        # One priority for all: dead letters are kept in the order of their deaths.
-        entry = Entry(letter.id, pack(letter), NORMAL)
-        if self._store.move(delivery.queue, target, delivery.id, delivery.receipt, entry):
-            return True
-        # It is late, or a letter of this id is there already: of another queue, or of an earlier life.
-        entry = entry._replace(id=f"{letter.id}{AGAIN}{uuid4().hex}")
-        return self._store.move(delivery.queue, target, delivery.id, delivery.receipt, entry)
-
-    def put_back(self) -> None:
-        """See `Feed.put_back`."""
-        self._collect(withdraw=True)
-        early, self._early = self._early, deque()
-        if early:
-            self.settle([Settlement(delivery, delivery.as_it_came) for delivery in early])
-
-    def due_in(self) -> float | None:
-        """See `Feed.due_in`."""
-        self._collect(withdraw=True)
-        if self._early:
-            return 0.0
-        soonest = None
-        for queue in self._specs:
-            more_in = self._store.take(queue, 0, self._lease).more_in
-            if self._store.counts(queue).ready:
-                self._look_at[queue] = 0.0
-                more_in = 0
-            if more_in is not None and (soonest is None or more_in < soonest):
-                soonest = more_in
-                self._look_at[queue] = min(self._look_at[queue], monotonic() + more_in / 1000)
-        return None if soonest is None else soonest / 1000
-
-    def renew(self) -> None:
-        """See `Feed.renew`."""
-        with suppress(Error):
-            # What nobody has noticed yet has a lease as well.
-            self._collect()
-        held: dict[str, list[tuple[str, int]]] = {queue: [] for queue in self._specs}
-        for queue, id, token in self._held:
-            held[queue].append((id, token))
-        failure: Error | None = None
-        for queue, pairs in held.items():
-            try:
-                kept = self._store.renew(queue, pairs, self._lease, self._name)
-            except BrokerAway:
-                raise
-            except Error as error:
-                # One queue that is out of order is not to cost the others their leases.
-                failure = error
-                continue
-            for (id, token), ours in zip(pairs, kept, strict=True):
-                if not ours:
-                    self._held.pop((queue, id, token)).lost = True
-                    self.losses += 1
-        if failure is not None:
-            raise failure
-
-    def wait(self, timeout: float) -> None:
-        """See `Feed.wait`."""
-        # Queues in which the last fetch left no room are not listened to: a wake-up that we cannot
-        # follow would be missing elsewhere.
-        soonest = min((self._look_at[queue] for queue in self._room), default=inf)
-        until = min(timeout, soonest - monotonic())
-        if until <= 0 and self._room:
-            return
-        for queue in self._store.wait(sorted(self._room), max(0.0, until), self._ahead()):
-            self._look_at[queue] = 0.0
-
-    def _ahead(self) -> Ahead | None:
-        """Return what to take as soon as it is there: of the queue that had something last, as far as one can tell."""
-        queue = self._latest if self._latest in self._room else next(iter(self._room), None)
-        return None if queue is None else Ahead(queue, min(self._room[queue], _AHEAD), self._lease)
-
-    def wake(self) -> None:
-        """See `Feed.wake`."""
-        self._store.wake()
-
-    def close(self) -> None:
-        """See `Feed.close`."""
-        if self._closed:
-            return
-        self._closed = True
-        with suppress(Error):
-            self._collect(withdraw=True)
-        try:
-            by_queue: dict[str, list[Ending]] = {}
-            for (queue, id, token), delivery in self._held.items():
-                # As it came: that it was here for a moment settles nothing of what others have lost.
-                ending = Ending(id, token, "release", deliveries=delivery.deliveries)
-                by_queue.setdefault(queue, []).append(ending)
-            for queue, endings in by_queue.items():
-                self._store.settle(queue, endings)
-            for queue in self._specs:
-                self._store.leave(queue, self._name)
-        except Error:
-            pass  # unreachable: the leases run out by themselves
-        finally:
-            self._held.clear()
-            self._connection.close()
-
-
 def _entry(publication: Publication) -> Entry:
     envelope = publication.envelope
     return Entry(envelope.id, pack(envelope), envelope.priority, ceil(publication.delay * 1000))
-
-
-def _key(delivery: Delivery) -> tuple[str, str, int]:
-    return delivery.queue, delivery.id, delivery.receipt
-
-
-def _ending(queue: QueueSpec, settlement: Settlement) -> Ending | None:
-    """Return how a store ends a lease, or None if the message goes to the dead-letter queue."""
-    delivery, outcome = settlement.delivery, settlement.outcome
-    if outcome.action == "done":
-        if not queue.replay_window:
-            return Ending(delivery.id, delivery.receipt, "ack")
-        keep = ceil(queue.replay_window * 1000)
-        id = identify(delivery.raw, delivery.id)
-        return Ending(delivery.id, delivery.receipt, "ack", keep=keep, completes=id)
-    if outcome.action == "release":
-        return Ending(delivery.id, delivery.receipt, "release", deliveries=outcome.deliveries)
-    delay = outcome.delay
-    if outcome.action == "dead":
-        if queue.dead_letter is not None:
-            return None
-        # A dead-letter queue has none of its own: what fails there stays, and rests before it is tried again.
-        delay = queue.policy.backoff.max
-    return Ending(delivery.id, delivery.receipt, "retry", ceil(delay * 1000), outcome.attempts, outcome.crashes)
 
 
 def _pages(store: Store, queue: str) -> Iterator[tuple[str, bytes]]:

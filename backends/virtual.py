@@ -10,7 +10,6 @@ the program has not acknowledged; if the program dies, the messages return by th
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -24,17 +23,18 @@ from uuid import uuid4
 from kombu.transport import base, virtual
 from kombu.utils.url import as_url, parse_url
 
-from kq.backend import BackendOptions, Envelope, pack, unpack_or_wrap
+from kq.backend import BackendOptions
 from kq.backends.store import BrokerAway, Ending, Entry, Lease, Store
+from kq.backends.virtual_message import milliseconds, to_envelope, to_payload
+from kq.backends.virtual_topology import TopologyChannel
 from kq.config import hide_password
+from kq.envelope import pack
 from kq.errors import Error, Internal, Invalid
 
 #: Messages that one pass delivers to a consumer without a prefetch limit.
 _BATCH: Final = 100
 #: Seconds after which a waiting consumer looks again although nothing woke it.
 _LOOK_AGAIN: Final = 5.0
-#: Properties that are Kombu's own book-keeping and do not travel.
-_LOCAL: Final = frozenset({"delivery_info", "delivery_tag", "body_encoding"})
 
 
 def open_store(url: str, options: BackendOptions) -> Store:
@@ -110,7 +110,7 @@ class QoS(virtual.QoS):
         self._delivered.restored = True
 
 
-class Channel(virtual.Channel):
+class Channel(TopologyChannel):
     """A channel whose queues live in a store."""
 
     QoS = QoS
@@ -123,12 +123,6 @@ class Channel(virtual.Channel):
         self.held: dict[str, tuple[str, Lease]] = {}
         self._ttl: dict[str, int] = {}
         self._max_length: dict[str, int | None] = {}
-
-    @property
-    def store(self) -> Store:
-        """The store: all that Kombu's interface has no word for."""
-        store: Store = self.connection.store
-        return store
 
     # Publishing.
 
@@ -148,11 +142,11 @@ class Channel(virtual.Channel):
         return super().basic_publish(message, exchange, routing_key, **kwargs)
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
-        envelope = _to_envelope(message)
+        envelope = to_envelope(message)
         priority = envelope.priority
         if "priority" in message["properties"]:
             priority = self._get_message_priority(message)
-        ttls = [self._queue_ttl(queue), _milliseconds(message["properties"].get("expiration"))]
+        ttls = [self._queue_ttl(queue), milliseconds(message["properties"].get("expiration"))]
         entry = Entry(uuid4().hex, pack(envelope), priority, 0, min((ttl for ttl in ttls if ttl), default=0))
         accepted = self.store.put(queue, [entry], self._max_length.get(queue))
         if accepted is None:
@@ -238,7 +232,7 @@ class Channel(virtual.Channel):
                     if lease.expired:
                         self.discard(tag)
                     else:
-                        messages.append(self.Message(_to_payload(lease, queue, tag), channel=self))
+                        messages.append(self.Message(to_payload(lease, queue, tag), channel=self))
             except BaseException:
                 self.give_back(leases)
                 raise
@@ -279,7 +273,7 @@ class Channel(virtual.Channel):
         if exchange is None:
             self.end(tag, "ack")
             return
-        payload = _to_payload(lease, queue, tag)
+        payload = to_payload(lease, queue, tag)
         key = arguments.get("x-dead-letter-routing-key") or queue
         payload["properties"].pop("expiration", None)
         payload["properties"]["delivery_info"] = {"exchange": exchange, "routing_key": key}
@@ -308,13 +302,8 @@ class Channel(virtual.Channel):
             return
         if if_unused and self.store.counts(queue).consumers:
             return
-        self._change_topology(lambda: self._unbind_everywhere(queue))
+        self.unbind_everywhere(queue)
         self.store.delete(queue)
-
-    def _unbind_everywhere(self, queue: str) -> None:
-        self.state.queue_bindings_delete(queue)
-        for exchange in self.state.exchanges.values():
-            exchange["table"] = [row for row in exchange["table"] if row[2] != queue]
 
     def _size(self, queue: str) -> int:
         return self.store.counts(queue).ready
@@ -322,60 +311,13 @@ class Channel(virtual.Channel):
     def _purge(self, queue: str) -> int:
         return self.store.remove(queue, None)
 
-    def _queue_bind(self, *args: Any) -> None:
-        """Do nothing: bindings are kept with the exchanges."""
-
-    def exchange_declare(self, *args: Any, **kwargs: Any) -> None:
-        self._change_topology(lambda: super(Channel, self).exchange_declare(*args, **kwargs))
-
-    def exchange_delete(self, exchange: str, if_unused: bool = False, nowait: bool = False) -> None:
-        def delete() -> None:
-            if if_unused and self.state.exchanges.get(exchange, {}).get("table"):
-                return
-            self.state.exchanges.pop(exchange, None)
-            for queue, source, routing_key in list(self.state.bindings):
-                if source == exchange:
-                    self.state.binding_delete(queue, source, routing_key)
-
-        self._change_topology(delete)
-
-    def queue_bind(self, queue: str, exchange: str | None = None, *args: Any, **kwargs: Any) -> None:
-        def bind() -> None:
-            name = exchange or "amq.direct"
-            if name not in self.state.exchanges and name.startswith("amq."):
-                super(Channel, self).exchange_declare(name, name.removeprefix("amq."), durable=True)
-            super(Channel, self).queue_bind(queue, name, *args, **kwargs)
-
-        self._change_topology(bind)
-
-    def queue_unbind(self, *args: Any, **kwargs: Any) -> None:
-        self._change_topology(lambda: super(Channel, self).queue_unbind(*args, **kwargs))
-
-    def list_bindings(self) -> Any:
-        self._load_topology()
-        return super().list_bindings()
-
-    def _load_topology(self) -> tuple[str, int]:
-        document, version = self.store.read_topology()
-        self.connection.state = _to_state(document)
-        return document, version
-
-    def _change_topology(self, change: Callable[[], Any]) -> None:
-        """Apply a change to what all programs share; whoever was faster is not overwritten."""
-        while True:
-            before, version = self._load_topology()
-            change()
-            after = _to_document(self.state)
-            if after == before or self.store.write_topology(after, version):
-                return
-
     def _queue_ttl(self, queue: str) -> int:
         if queue not in self._ttl:
             self._learn(queue, self.store.arguments(queue) or {})
         return self._ttl[queue]
 
     def _learn(self, queue: str, arguments: dict[str, Any]) -> None:
-        self._ttl[queue] = _milliseconds(arguments.get("x-message-ttl"))
+        self._ttl[queue] = milliseconds(arguments.get("x-message-ttl"))
         length = arguments.get("x-max-length", arguments.get("max_length"))
         self._max_length[queue] = length if isinstance(length, int) else None
 
@@ -530,72 +472,3 @@ def _url_of(client: Any) -> str:
                 return str(url)
     path = "" if client.virtual_host == "/" else quote(client.virtual_host)
     return str(as_url(client.transport_cls, host, client.port, client.userid, client.password, path))
-
-
-def _to_envelope(message: dict[str, Any]) -> Envelope:
-    """Turn Kombu's message into an envelope."""
-    properties = {key: value for key, value in message["properties"].items() if key not in _LOCAL and value is not None}
-    for key, name in (("content-type", "content_type"), ("content-encoding", "content_encoding")):
-        if message.get(key) is not None:
-            properties[name] = message[key]
-    route = message["properties"].get("delivery_info") or {}
-    if route.get("exchange"):
-        properties["delivery_info"] = {"exchange": route["exchange"], "routing_key": route.get("routing_key")}
-    body = message["body"]
-    id = properties.get("message_id")
-    return Envelope(
-        id if isinstance(id, str) and id else uuid4().hex,
-        dict(message.get("headers") or {}),
-        properties,
-        body.encode() if isinstance(body, str) else bytes(body or b""),
-    )
-
-
-def _to_payload(lease: Lease, queue: str, tag: str) -> dict[str, Any]:
-    """Turn a leased envelope into the mapping that Kombu makes its message from."""
-    envelope = unpack_or_wrap(lease.raw, lease.id)
-    properties = dict(envelope.properties)
-    content_type = properties.pop("content_type", None)
-    content_encoding = properties.pop("content_encoding", None)
-    properties.setdefault("message_id", envelope.id)
-    properties["delivery_tag"] = tag
-    route = properties.get("delivery_info")
-    properties["delivery_info"] = {
-        "exchange": "",
-        "routing_key": queue,
-        **(route if isinstance(route, dict) else {}),
-        "redelivered": bool(lease.attempts or lease.deliveries),
-    }
-    return {
-        "body": envelope.body,
-        "content-type": content_type,
-        "content-encoding": content_encoding,
-        "headers": envelope.headers,
-        "properties": properties,
-    }
-
-
-def _milliseconds(value: Any) -> int:
-    """Read a time to live as AMQP writes it; 0 for none. One of 0 ms expires at once: the least we count."""
-    try:
-        return max(1, int(value))
-    except (TypeError, ValueError):
-        return 0
-
-
-def _to_state(document: str) -> virtual.base.BrokerState:
-    data = json.loads(document)
-    state = virtual.base.BrokerState()
-    for name, exchange in data.get("exchanges", {}).items():
-        state.exchanges[name] = {**exchange, "table": [tuple(row) for row in exchange["table"]]}
-    for queue, exchange, routing_key, arguments in data.get("bindings", []):
-        state.binding_declare(queue, exchange, routing_key, arguments)
-    return state
-
-
-def _to_document(state: virtual.base.BrokerState) -> str:
-    bindings: Iterable[Any] = sorted(([*key], arguments) for key, arguments in state.bindings.items())
-    return json.dumps(
-        {"exchanges": state.exchanges, "bindings": [[*key, arguments] for key, arguments in bindings]},
-        sort_keys=True,
-    )

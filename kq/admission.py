@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kq import clock, codec
-from kq.backend import Envelope, QueueSpec, unpack
+from kq.backend import QueueSpec
+from kq.envelope import Envelope, unpack
 from kq.errors import INVALID
 from kq.outcome import EXPIRED, MAX_MESSAGE, UNDECODABLE, UNVERIFIED, Failure, Outcome, clip
 

@@ -8,7 +8,8 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from kq import codec
-from kq.backend import Backend, Envelope
+from kq.backend import Backend
+from kq.envelope import Envelope
 from kq.errors import NotFound
 from kq.limit import count
 from kq.registry import Registry

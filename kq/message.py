@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 
 from kq import limit
-from kq.backend import Envelope
+from kq.envelope import Envelope
 from kq.errors import Invalid
 
 

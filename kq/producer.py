@@ -12,8 +12,9 @@ from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any
 
 from kq import clock, codec, config, header, limit
-from kq.backend import WIRE_VERSION, Envelope, Publication, QueueSpec
+from kq.backend import Publication, QueueSpec
 from kq.driver import MAIN
+from kq.envelope import WIRE_VERSION, Envelope
 from kq.errors import Error, Internal, Invalid, NotFound
 from kq.group_commit import GroupCommit
 from kq.registry import HasRegistry, Registry

@@ -16,8 +16,9 @@ from threading import RLock
 from typing import Any, Final, Protocol
 
 from kq import config, limit
-from kq.backend import Backend, Envelope, QueueSpec, clean
+from kq.backend import Backend, QueueSpec
 from kq.driver import MAIN, Driver, check, naming
+from kq.envelope import Envelope, clean
 from kq.errors import Conflict, Invalid
 from kq.guard import Guard
 from kq.queue_spec import default_spec, difference

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kq import clock, limit
-from kq.backend import DEAD_EXPIRY, Envelope, clean
+from kq.envelope import DEAD_EXPIRY, Envelope, clean
 from kq.errors import Invalid
 from kq.guard import Guard
 from kq.keyring import Keyring

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import amqp
 
-from kq.backend import BackendOptions, Envelope, pack
+from kq.backend import BackendOptions
 from kq.backends.store import Entry
 from kq.backends.virtual import open_store
+from kq.envelope import Envelope, pack
 from tests.chaos.process import memory
 from tests.chaos.scenario import scenario
 from tests.chaos.site import RabbitSite, RedisSite

@@ -9,10 +9,11 @@ from uuid import uuid4
 
 import pytest
 
-from kq.backend import Backend, Delivery, Envelope, Feed, Publication, QueueSpec
+from kq.backend import Backend, Delivery, Feed, Publication, QueueSpec
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.stored import StoredBackend
 from kq.config import Settings
+from kq.envelope import Envelope
 from kq.queue_spec import default_spec
 from kq.scheme import open_backend
 from tests.broker import Broker, amqp_channel

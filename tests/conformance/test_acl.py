@@ -15,7 +15,8 @@ import redis
 
 import kq
 from kq import errors
-from kq.backend import Granting, Role, Settlement, clean
+from kq.backend import Granting, Role, Settlement
+from kq.envelope import clean
 from kq.outcome import Failure, Outcome
 from kq.queue_spec import default_spec
 from tests.account import account

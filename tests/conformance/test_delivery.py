@@ -14,14 +14,16 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from kq import errors
-from kq.backend import Delivery, QueueSpec, Settlement, clean, unpack
+from kq.backend import Delivery, QueueSpec, Settlement
 from kq.backends.rabbitmq import RabbitBackend
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.redis import RedisStore
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import BrokerAway
-from kq.backends.stored import StoredBackend, StoredFeed
+from kq.backends.stored import StoredBackend
+from kq.backends.stored_feed import StoredFeed
 from kq.config import Settings
+from kq.envelope import clean, unpack
 from kq.outcome import DONE, RELEASE, Failure, Outcome
 from kq.scheme import open_backend
 from tests.broker import AMQP_URL, amqp_channel

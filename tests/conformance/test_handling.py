@@ -669,9 +669,10 @@ def _publish_raw(broker: Broker, queue_id: str, body: bytes, headers: dict[str, 
         return
     from uuid import uuid4
 
-    from kq.backend import BackendOptions, Envelope, pack
+    from kq.backend import BackendOptions
     from kq.backends.store import Entry
     from kq.backends.virtual import open_store
+    from kq.envelope import Envelope, pack
 
     store = open_store(broker.url, BackendOptions(30, 30, 10, "test"))
     id = uuid4().hex

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kq import errors
-from kq.backend import Capabilities, QueueSpec, Settlement, clean
+from kq.backend import Capabilities, QueueSpec, Settlement
+from kq.envelope import clean
 from kq.outcome import Failure, Outcome
 from kq.queue_spec import default_spec
 from tests.conformance.conftest import Bench
@@ -178,7 +179,7 @@ def test_replay_starts_anew(bench: Bench) -> None:
     assert bench.backend.replay(bench.dead, ["b"], bench.queue, clean) == 1
     feed = bench.feed()
     (delivery,) = bench.take(feed, 1)
-    from kq.backend import unpack
+    from kq.envelope import unpack
 
     assert (delivery.id, delivery.attempts, delivery.crashes) == ("b", 0, 0)
     assert unpack(delivery.raw).headers == {"x_kq": 1, "n": "b"}

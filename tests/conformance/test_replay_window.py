@@ -13,13 +13,15 @@ import pytest
 import redis
 
 import kq
-from kq.backend import Delivery, Publication, QueueSpec, Settlement, clean, pack
+from kq.backend import Delivery, Publication, QueueSpec, Settlement
 from kq.backends.memory import MemoryStore
 from kq.backends.redis import RedisStore, prefix
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import BrokerAway, Ending, Entry, Store
-from kq.backends.stored import StoredBackend, StoredFeed
+from kq.backends.stored import StoredBackend
+from kq.backends.stored_feed import StoredFeed
 from kq.config import Settings
+from kq.envelope import clean, pack
 from kq.outcome import DONE, RELEASE, Outcome
 from kq.scheme import open_backend
 from tests.broker import Broker

@@ -15,7 +15,7 @@ import pytest
 
 import kq
 from kq import errors, queue
-from kq.backend import Envelope, pack
+from kq.envelope import Envelope, pack
 from kq.security import Actor, Policy, Scope, context
 from tests.broker import Broker, amqp_channel
 

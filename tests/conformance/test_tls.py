@@ -16,11 +16,12 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 
 from kq import errors
-from kq.backend import Backend, BackendOptions, Delivery, Envelope, Publication, QueueSpec, Settlement
+from kq.backend import Backend, BackendOptions, Delivery, Publication, QueueSpec, Settlement
 from kq.backends.rabbitmq import RabbitBackend
 from kq.backends.stored import StoredBackend
 from kq.backends.tls import NOT_VERIFIED
 from kq.driver import Tls
+from kq.envelope import Envelope
 from kq.outcome import DONE
 from tests.broker import Broker
 from tests.conformance.tls_proxy import TlsProxy

@@ -13,7 +13,8 @@ import redis
 
 from kq.backend import Delivery, Feed, Settlement
 from kq.backends.redis import prefix
-from kq.backends.stored import StoredBackend, StoredFeed
+from kq.backends.stored import StoredBackend
+from kq.backends.stored_feed import StoredFeed
 from kq.errors import Error
 from kq.outcome import DONE, Outcome
 from tests.account import account

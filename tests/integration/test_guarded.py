@@ -13,7 +13,7 @@ import pika
 import pytest
 import redis
 
-from kq.backend import Envelope, pack
+from kq.envelope import Envelope, pack
 from tests.broker import AMQP_URL, Broker
 from tests.integration.project import Project
 

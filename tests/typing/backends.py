@@ -9,7 +9,8 @@ from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.redis import RedisStore
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import Store
-from kq.backends.stored import StoredBackend, StoredFeed
+from kq.backends.stored import StoredBackend
+from kq.backends.stored_feed import StoredFeed
 
 
 def stores(memory: MemoryStore, sqlite: SQLiteStore, redis: RedisStore) -> list[Store]:

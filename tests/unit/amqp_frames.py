@@ -7,8 +7,8 @@ from typing import Any
 
 import amqp
 
-from kq.backend import Envelope
 from kq.backends.rabbitmq_publication import Writer
+from kq.envelope import Envelope
 
 CHANNEL = 3
 FRAME_MAX = 4096

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kq.backend import Envelope
+from kq.envelope import Envelope
 from kq.guard import Guard
 from kq.keyring import Keyring
 from kq.security import Policy

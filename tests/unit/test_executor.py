@@ -11,7 +11,8 @@ import pytest
 
 import kq
 from kq import errors, queue
-from kq.backend import Envelope, QueueSpec, pack
+from kq.backend import QueueSpec
+from kq.envelope import Envelope, pack
 from kq.executor import Executor, HandleMiddleware, HandlerTimeout, Job, Run, describe, timeout_outcome
 from kq.message import Message
 from kq.outcome import DONE, Failure, Outcome

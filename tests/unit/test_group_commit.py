@@ -7,7 +7,8 @@ from threading import Event, Lock
 import pytest
 
 from kq import errors
-from kq.backend import Envelope, Publication, QueueSpec
+from kq.backend import Publication, QueueSpec
+from kq.envelope import Envelope
 from kq.group_commit import MAX_GROUP, GroupCommit
 
 QUEUE = QueueSpec("app:a")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kq import errors, queue
-from kq.backend import Envelope
+from kq.envelope import Envelope
 from kq.message import Message, Settled, current, enter, leave
 
 HEADERS = {"priority": "high", "correlation_id": "r-17", "x_kq": 1, "x_attempts": 99, "x_crashes": 98}

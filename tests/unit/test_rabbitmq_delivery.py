@@ -15,9 +15,9 @@ from amqp.serialization import dumps, loads
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kq.backend import Envelope
 from kq.backends.rabbitmq_delivery import Deliveries, plain_table
 from kq.backends.rabbitmq_topology import to_envelope
+from kq.envelope import Envelope
 
 CHANNEL = 1
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -6,9 +6,9 @@ from amqp.serialization import loads
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kq.backend import Envelope
 from kq.backends.rabbitmq_publication import Writer
 from kq.backends.rabbitmq_topology import to_envelope, without_history
+from kq.envelope import Envelope
 from tests.unit.amqp_frames import CHANNEL, FRAME_MAX, read, split, written
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kq import errors, header
-from kq.backend import Envelope, pack, unpack
 from kq.backends.rabbitmq_topology import to_envelope
+from kq.envelope import Envelope, pack, unpack
 from kq.keyring import Keyring
 from kq.signature import CLOCK_SKEW, MAX_SIZE, PREFIX, Claims, Signed, Unverified, sign, verify
 from tests.unit.amqp_frames import read, written

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kq import errors
-from kq.backend import Envelope, bury, clean
+from kq.envelope import Envelope, bury, clean
 from kq.guard import Guard
 from kq.outcome import Failure, Outcome
 from kq.security import Actor, Policy
