@@ -16,8 +16,9 @@ from kq.backends.tls import explain
 from kq.config import hide_password
 from kq.errors import Conflict, Error, Internal, PermissionDenied
 
-#: What a broken connection raises.
-BROKEN: Final = (OSError, AMQPError, KombuError, EOFError, AttributeError)
+#: What a broken connection raises, but for one more; see `_is_broken`.
+_BROKEN: Final = (OSError, AMQPError, KombuError, EOFError)
+_CLIENTS: Final = ("amqp", "kombu")
 
 
 class RabbitErrors(Mapped):
@@ -50,9 +51,16 @@ class RabbitErrors(Mapped):
             return away(f"{self._where} did not answer in time", "timeout")
         if isinstance(error, ssl.SSLError):
             return away(f"{self._where}: {explain(error)}", "refused")
-        if isinstance(error, BROKEN):
+        if _is_broken(error):
             return away(f"{self._where} cannot be reached: {_text(error)}", "unavailable")
         return None
+
+
+def _is_broken(error: BaseException) -> bool:
+    if isinstance(error, AttributeError):
+        # py-amqp takes the parts of a connection that has ended away from it, and still uses them.
+        return error.obj is None or type(error.obj).__module__.partition(".")[0] in _CLIENTS
+    return isinstance(error, _BROKEN)
 
 
 def away(text: str, reason: str) -> Internal:

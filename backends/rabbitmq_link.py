@@ -18,7 +18,6 @@ from amqp.exceptions import RecoverableConnectionError
 from kq.backend import BackendOptions
 from kq.backends.rabbitmq_acknowledgement import acknowledgements, rejections
 from kq.backends.rabbitmq_delivery import Deliveries, Receive
-from kq.backends.rabbitmq_error import BROKEN
 from kq.backends.rabbitmq_socket import PlainClient
 from kq.backends.rabbitmq_tls import TlsClient
 from kq.config import hide_password
@@ -200,7 +199,7 @@ class Link:
             # Whatever still arrives, and whatever it raises: this connection is not read again.
             with suppress(Exception), connection.transport.having_timeout(_CLOSE_TIMEOUT):
                 connection.close()
-        with suppress(*BROKEN):
+        with suppress(Exception):
             connection.collect()
 
     def _on_blocked(self, reason: str) -> None:
