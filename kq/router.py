@@ -41,6 +41,8 @@ class Consumer:
 
     def policy(self, queue: RetryPolicy) -> RetryPolicy:
         """Return when a message has had enough: the queue's word, with the consumer's own on top."""
+        if self.max_attempts is None and self.backoff is None:
+            return queue
         return RetryPolicy(
             max_attempts=queue.max_attempts if self.max_attempts is None else self.max_attempts,
             max_crashes=queue.max_crashes,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from contextlib import suppress
 from typing import NamedTuple
 
 #: Bytes of a number.
@@ -59,9 +58,12 @@ class SlotTable:
 
     def leave(self, slot: int) -> None:
         """Note that it has ended, and that this has been reported."""
-        # The table may be closed by then, by whoever took the report.
-        with suppress(ValueError):
+        # The table may be closed by then, by whoever took the report. Not with `suppress`, which takes longer than the
+        # rest, for each message.
+        try:  # noqa: SIM105
             self._tags[2 * slot] = 0
+        except ValueError:
+            pass
 
     def running(self) -> list[Running]:
         """Return what runs."""
