@@ -10,18 +10,18 @@ import heapq
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import count, islice
 from threading import Condition, Lock
 from time import monotonic
 from typing import Any, ClassVar
 
+import msgspec
+
 from kq.backend import Capabilities, Role
 from kq.backends.store import Ahead, BrokerAway, Counts, Ending, Entry, Lease, Taken, TakesNothingAhead
 
 
-@dataclass(slots=True)
-class _Message:
+class _Message(msgspec.Struct):
     """A message and its state; ``place`` orders it within its priority."""
 
     entry: Entry
@@ -34,8 +34,7 @@ class _Message:
     until: float = 0.0
 
 
-@dataclass(slots=True)
-class _Queue:
+class _Queue(msgspec.Struct):
     """A queue: every message by id, and where each one stands.
 
     ``ready`` holds (-priority, place, id) as a heap. Removal leaves a stale item behind, which is
@@ -43,13 +42,13 @@ class _Queue:
     """
 
     arguments: dict[str, Any]
-    messages: dict[str, _Message] = field(default_factory=OrderedDict)
-    ready: list[tuple[int, int, str]] = field(default_factory=list)
-    delayed: list[tuple[float, int, str]] = field(default_factory=list)
-    waiting: set[str] = field(default_factory=set)
-    held: dict[str, _Message] = field(default_factory=dict)
-    consumers: dict[str, float] = field(default_factory=dict)
-    completed: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    messages: dict[str, _Message] = msgspec.field(default_factory=OrderedDict)
+    ready: list[tuple[int, int, str]] = msgspec.field(default_factory=list)
+    delayed: list[tuple[float, int, str]] = msgspec.field(default_factory=list)
+    waiting: set[str] = msgspec.field(default_factory=set)
+    held: dict[str, _Message] = msgspec.field(default_factory=dict)
+    consumers: dict[str, float] = msgspec.field(default_factory=dict)
+    completed: OrderedDict[str, float] = msgspec.field(default_factory=OrderedDict)
 
 
 class _World:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from time import monotonic
 from types import TracebackType
 from typing import Any, Final
 
 import amqp
+import msgspec
 
 from kq import clock
 from kq.backend import Delivery, Publication, QueueSpec, Settlement, Settling
@@ -50,8 +50,7 @@ _DUE: Final = 0.001
 _ASIDE: Final = 0.01
 
 
-@dataclass(eq=False)
-class _Receipt:
+class _Receipt(msgspec.Struct, eq=False):
     """How to settle a delivery."""
 
     epoch: int

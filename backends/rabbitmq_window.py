@@ -7,9 +7,10 @@ has the broker wait for answers, and work for each few messages.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import ceil, inf
 from typing import Final, NamedTuple
+
+import msgspec
 
 #: Seconds between two changes, up and down.
 WIDEN_EVERY: Final = 0.05
@@ -32,15 +33,13 @@ class Demand(NamedTuple):
     here: int
 
 
-@dataclass(frozen=True)
-class Widen:
+class Widen(msgspec.Struct, frozen=True):
     """Windows that do not bring what is wanted, and what they are to be; 0 is no subscription."""
 
     windows: Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class Narrow:
+class Narrow(msgspec.Struct, frozen=True):
     """Windows that have been too wide for long, and what they are to be."""
 
     windows: Mapping[str, int]

@@ -11,7 +11,7 @@ fetches and settles, except for `Feed.wake`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -26,8 +26,7 @@ from kq.retry import RetryPolicy
 Reason = Literal["unavailable", "timeout", "refused", "blocked", "unroutable", "full"]
 
 
-@dataclass(frozen=True, slots=True)
-class QueueSpec:
+class QueueSpec(msgspec.Struct, frozen=True):
     """A queue as declared.
 
     Attributes:
@@ -46,17 +45,16 @@ class QueueSpec:
     id: str
     codec: str = "json/plain"
     dead_letter: str | None = None
-    policy: RetryPolicy = RetryPolicy()  # noqa: RUF009 - a frozen value
+    policy: RetryPolicy = RetryPolicy()
     max_length: int | None = None
     max_priority: int | None = None
     require_signature: bool = False
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = msgspec.field(default_factory=dict)
     replay_window: float = 0.0
     driver: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class BackendOptions:
+class BackendOptions(msgspec.Struct, frozen=True):
     """What a backend is opened with. Durations are seconds.
 
     Attributes:
@@ -165,8 +163,7 @@ class QueueInfo:
     oldest_age: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
+class Capabilities(msgspec.Struct, frozen=True):
     """What a broker can do, as data; ``kq check`` prints it and a test holds it to account.
 
     Attributes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Final
 
@@ -30,8 +29,7 @@ class Undecodable(Exception):
     """A body that cannot be read; the text is the reason for the dead-letter queue."""
 
 
-@dataclass(frozen=True, slots=True)
-class Codec:
+class Codec(msgspec.Struct, frozen=True):
     """One way to write payloads down.
 
     Attributes:

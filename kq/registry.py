@@ -15,6 +15,8 @@ from dataclasses import fields, replace
 from threading import RLock
 from typing import Any, Final, Protocol
 
+from msgspec import structs
+
 from kq import config, limit
 from kq.backend import Backend, QueueSpec
 from kq.driver import MAIN, Driver, check, naming
@@ -170,7 +172,7 @@ class Registry:
                 self._implied.pop(spec.id, None)
                 dead = self._implied.get(spec.dead_letter or "")
                 if dead is not None:
-                    self._implied[dead.id] = replace(dead, driver=spec.driver)
+                    self._implied[dead.id] = structs.replace(dead, driver=spec.driver)
                 self.forget(spec.id)
             elif known != spec:
                 raise Conflict(difference(known, spec))
@@ -202,7 +204,7 @@ class Registry:
                 )
             return spec
         required = spec.require_signature or self.signing.require
-        return replace(
+        return structs.replace(
             spec, require_signature=required, replay_window=self.signing.replay_window if required else 0.0
         )  # fmt: skip
 
@@ -210,7 +212,7 @@ class Registry:
         """Note that a queue is wanted, by a consumer, without saying how it is declared."""
         with self._lock:
             if queue_id not in self._declared:
-                spec = replace(default_spec(queue_id), driver=self._driver_of_dead(queue_id) or MAIN)
+                spec = structs.replace(default_spec(queue_id), driver=self._driver_of_dead(queue_id) or MAIN)
                 self._implied[queue_id] = self._under_rules(spec)
                 self._assumed.clear()
 
@@ -234,7 +236,7 @@ class Registry:
             driver = self._driver_of_dead(queue_id)
             spec = default_spec(queue_id)
             if driver is not None:
-                spec = replace(spec, dead_letter=None, driver=driver)
+                spec = structs.replace(spec, dead_letter=None, driver=driver)
             if len(self._assumed) >= _ASSUMED_MOST:
                 self._assumed.clear()
             spec = self._assumed[queue_id] = self._under_rules(spec)
@@ -249,7 +251,7 @@ class Registry:
         spec = self.spec(queue_id)
         if spec.dead_letter is None:
             raise Invalid(f"queue {queue_id} is a dead-letter queue; it has none of its own. Name the queue itself")
-        return replace(self.spec(spec.dead_letter), dead_letter=None, driver=spec.driver)
+        return structs.replace(self.spec(spec.dead_letter), dead_letter=None, driver=spec.driver)
 
     def queues(self) -> list[QueueSpec]:
         """Return every queue that the app declared or consumes, in that order."""

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from kq import errors, limit
 from kq.outcome import CRASH_LOOP, MAX_ATTEMPTS, NOT_RETRYABLE, Failure, Outcome
 
@@ -88,8 +90,7 @@ class Backoff:
         return min(wait * (1 + float(self.jitter) * (2 * draw() - 1)), limit.MAX_DELAY)
 
 
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
+class RetryPolicy(msgspec.Struct, frozen=True):
     """When a message has had enough.
 
     Attributes:

@@ -10,8 +10,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Final
+
+import msgspec
 
 from kq.config_file import Place
 from kq.errors import Conflict, Invalid
@@ -19,8 +20,7 @@ from kq.errors import Conflict, Invalid
 _HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(msgspec.Struct, frozen=True):
     """What one place says of a queue or consumer.
 
     Attributes:
@@ -31,15 +31,14 @@ class Said:
 
     place: str
     values: Mapping[str, Any]
-    places: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, str] = msgspec.field(default_factory=dict)
 
     def place_of(self, name: str) -> str:
         """Return where a field is said."""
         return self.places.get(name, self.place)
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Who called kq.
 
     Attributes:

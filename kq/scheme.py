@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib import import_module
 from typing import Final
+
+from msgspec import structs
 
 from kq import config, plugin
 from kq.backend import Backend, BackendOptions
@@ -66,5 +67,5 @@ def open_backend(settings: config.Settings, name: str, driver: Driver | None = N
         tls=driver.tls,
     )
     if driver.connect_timeout is not None:
-        options = replace(options, connect_timeout=driver.connect_timeout)
+        options = structs.replace(options, connect_timeout=driver.connect_timeout)
     return factory(address(driver), options)

@@ -25,9 +25,10 @@ import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from binascii import Error as Base64Error
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
+
+import msgspec
 
 from kq import canonical
 from kq.errors import Invalid
@@ -59,8 +60,7 @@ class Unverified(Exception):
     """A message that cannot be trusted; the text is the reason for the dead-letter queue."""
 
 
-@dataclass(frozen=True, slots=True)
-class Signed:
+class Signed(msgspec.Struct, frozen=True):
     """What a signature covers, as the broker carries it.
 
     Attributes:
@@ -78,8 +78,7 @@ class Signed:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Claims:
+class Claims(msgspec.Struct, frozen=True):
     """What a signature that proved right says.
 
     Attributes:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec import structs
 
 from kq.cli.acl import show
 from kq.cli.option import ConfigurationError, common, find_app, table
@@ -86,7 +87,7 @@ def _check_driver(registry: Registry, driver: Driver) -> list[str]:
     if driver.name:
         click.echo(f"driver         {driver.name}")
     click.echo(f"broker         {config.hide_password(driver.url)}: reached")
-    for name, value in asdict(backend.capabilities).items():
+    for name, value in structs.asdict(backend.capabilities).items():
         shown = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
         click.echo(f"{name.replace('_', ' '):22}{shown}")
     for spec in specs:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Place:
+
+class Place(msgspec.Struct, frozen=True):
     """Where something stands.
 
     Attributes:
@@ -44,8 +45,7 @@ class Given:
         return self.values.get(name, default)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """A driver, queue, consumer or policy.
 
     Attributes:
@@ -71,8 +71,7 @@ class Entry:
         return f"{self.place} ({self.id})"
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """What a file and those it includes say.
 
     Attributes:
@@ -110,10 +109,9 @@ def empty() -> Document:
     return Document((), None, {}, None, {}, {}, {}, nowhere, nowhere, nowhere, nowhere)
 
 
-@dataclass
-class Draft:
+class Draft(msgspec.Struct):
     """A document in the making."""
 
-    paths: list[str] = field(default_factory=list)
-    entries: dict[str, dict[str, Entry]] = field(default_factory=dict)
-    sections: dict[str, Given] = field(default_factory=dict)
+    paths: list[str] = msgspec.field(default_factory=list)
+    entries: dict[str, dict[str, Entry]] = msgspec.field(default_factory=dict)
+    sections: dict[str, Given] = msgspec.field(default_factory=dict)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from kq.errors import Invalid
 from kq.security.actor import Actor
@@ -17,8 +18,7 @@ FIELDS: Final = ("actor.id", "actor.meta.*", "action", "resource", "meta.*")
 MAX_NAME: Final = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """What is asked: may ``actor`` do ``action`` to ``resource``?
 
     Attributes:
@@ -34,8 +34,7 @@ class Request:
     meta: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(msgspec.Struct, frozen=True):
     """One field; ``Field.parse`` makes it from its name.
 
     Attributes:

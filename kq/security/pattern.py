@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from kq.errors import Invalid
 
@@ -11,8 +12,7 @@ from kq.errors import Invalid
 MAX_LENGTH: Final = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(msgspec.Struct, frozen=True):
     """One pattern; ``Pattern.parse`` makes it from its text.
 
     Attributes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+
+import msgspec
 
 from kq.backend import Delivery
 
@@ -11,8 +12,7 @@ from kq.backend import Delivery
 _ALONE_AFTER = 2
 
 
-@dataclass(eq=False)
-class Flight:
+class Flight(msgspec.Struct, eq=False):
     """A delivery in this worker's hands.
 
     Attributes:
@@ -41,8 +41,7 @@ class Flight:
         return self.delivery.lost and not self.settled
 
 
-@dataclass
-class Tally:
+class Tally(msgspec.Struct):
     """What a supervisor has seen; for the summary at the end, and for tests."""
 
     handled: int = 0
@@ -50,7 +49,7 @@ class Tally:
     dead: int = 0
     released: int = 0
     crashes: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = msgspec.field(default_factory=Counter)
 
     def __str__(self) -> str:
         return f"{self.handled} done, {self.retried} retried, {self.dead} dead-lettered, {self.released} released"

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Protocol
 
+import msgspec
+
 from kq.executor import Job
 from kq.outcome import Death, Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """Jobs have ended.
 
     Attributes:
@@ -30,16 +31,14 @@ class Finished:
     early: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Returned:
+class Returned(msgspec.Struct, frozen=True):
     """Jobs came back unstarted."""
 
     place: Place
     tags: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Died:
+class Died(msgspec.Struct, frozen=True):
     """A place is gone, and what it held, if anything, with it.
 
     Attributes:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from kq import errors
 from kq.backend import BackendOptions, QueueSpec
@@ -141,7 +142,7 @@ def test_another_declaration_is_a_conflict(values: dict[str, Any], name: str) ->
 def test_difference_sees_signatures() -> None:
     """The one argument that cannot be declared yet is compared all the same."""
     assert "require_signature=False; got require_signature=True" in difference(
-        declared(), replace(declared(), require_signature=True)
+        declared(), structs.replace(declared(), require_signature=True)
     )
 
 

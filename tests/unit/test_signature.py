@@ -6,7 +6,6 @@ import re
 import struct
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import datetime, timezone
 from hashlib import sha256
 from hmac import digest
@@ -19,6 +18,7 @@ import pytest
 from amqp.serialization import dumps, loads
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kq import errors, header
 from kq.backends.rabbitmq_topology import to_envelope
