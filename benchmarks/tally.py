@@ -54,6 +54,7 @@ class Tally:
         self._samples = os.open(self._path.with_suffix(".samples"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._map = mmap.mmap(self._file, _SIZE)
         self._mine = threading.local()
+        self._taking = threading.Lock()
 
     @classmethod
     def create(cls, path: str | Path) -> Tally:
@@ -62,6 +63,11 @@ class Tally:
         return cls(path)
 
     def _slot(self) -> tuple[int, int, float]:
+        # The file's lock is the process's: among its threads it keeps nobody out.
+        with self._taking:
+            return self._take_slot()
+
+    def _take_slot(self) -> tuple[int, int, float]:
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             (taken,) = _HEAD.unpack_from(self._map, 0)
