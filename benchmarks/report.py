@@ -137,7 +137,7 @@ def chart(results: Results, path: Path) -> None:
             )
             axis.bar_label(bars, [shown(value) if value else "" for value in values], padding=3, fontsize=8)
             less = "" if FIGURES[key].more else ", less is better"
-            axis.set_title(f"{broker}: {FIGURES[key].title} ({FIGURES[key].unit}{less})", fontsize=9)
+            axis.set_title(f"{broker}: {FIGURES[key].title} ({FIGURES[key].unit}{less})", fontsize=8)
             axis.margins(x=0.2)
             axis.set_xticks([])
             axis.spines[["top", "right"]].set_visible(False)
