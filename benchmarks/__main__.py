@@ -14,11 +14,11 @@ from pathlib import Path
 
 import click
 
-from benchmarks.bare import LIMITS
-from benchmarks.contender import CONTENDERS
+from benchmarks.bare import DRAINS
+from benchmarks.contender import BARE, CONTENDERS
 from benchmarks.measure import ROOT, GivenUp
-from benchmarks.report import LIMIT, Results, chart, scale_table, table
-from benchmarks.trial import FIGURES, SCALE, TRIALS, Size
+from benchmarks.report import Results, chart, scale_table, table
+from benchmarks.trial import FIGURES, LIMITS, SCALE, TRIALS, Size
 
 _URLS = {"redis": "redis://127.0.0.1", "rabbitmq": "amqp://guest:guest@127.0.0.1"}
 _NAMES = sorted({contender.name for contenders in CONTENDERS.values() for contender in contenders})
@@ -99,7 +99,7 @@ def measure(
 
     Contenders take turns within each trial, so that the machine's mood spreads evenly.
     """
-    size = Size(messages, max(200, messages // 10), max(100, messages // 40))
+    size = Size(messages, max(100, messages // 40))
     results.about = {"cores": os.cpu_count(), "python": platform.python_version(), "size": asdict(size)}
     chosen = {
         broker: [c for c in CONTENDERS[broker] if c.installed and (not names or c.name in names)] for broker in brokers
@@ -113,9 +113,9 @@ def measure(
     left = repeats * sum(len(trials) * len(chosen[broker]) for broker in brokers)
     for repeat in range(repeats):
         for broker in brokers:
-            if broker in LIMITS and not set(trials) <= set(SCALE):
-                results.add(broker, LIMIT, LIMITS[broker](urls[broker], messages, 100))
             for trial in trials:
+                if broker in DRAINS and trial in LIMITS:
+                    results.add(broker, BARE.name, LIMITS[trial](broker, urls[broker], size))
                 turn = repeat % max(1, len(chosen[broker]))
                 for contender in chosen[broker][turn:] + chosen[broker][:turn]:
                     try:
@@ -131,7 +131,7 @@ def measure(
         # In the order of the contenders, whoever began.
         for broker in brokers:
             found_on = results.values.get(broker, {})
-            order = [contender.name for contender in chosen[broker]] + [LIMIT]
+            order = [contender.name for contender in chosen[broker]] + [BARE.name]
             results.values[broker] = {name: found_on[name] for name in order if name in found_on}
         yield repeat
 

@@ -1,4 +1,8 @@
-"""The limit of the machine and the broker: loops of a bare client that move the same bytes and do nothing else."""
+"""The limit of the machine and the broker: a bare client that moves the same bytes and does nothing else.
+
+It publishes as every contender does, in a process of its own (`benchmarks.apps.bare_app`); how fast it empties a
+queue is measured here.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ import amqp
 import redis
 
 _LOT: Final = 500
+#: Bytes that an envelope of kq has besides the text: headers, an id.
+_ENVELOPE: Final = 150
 
 #: Pops up to so many messages and puts them into a hash with a deadline, as a lease does.
 _TAKE: Final = """
@@ -23,9 +29,50 @@ return found
 """
 
 
-def body(pad: int) -> bytes:
-    """Return a message of a size that an envelope of kq has: headers, an id and the text."""
-    return b"x" * (pad + 150)
+def body(payload: dict[str, Any]) -> bytes:
+    """Return a message of the size that an envelope of kq with this payload has."""
+    return b"x" * (len(payload["pad"]) + _ENVELOPE)
+
+
+class Confirmed:
+    """py-amqp on a quorum queue, with publisher confirms.
+
+    Args:
+        url: The broker.
+        queue: The queue, which it declares.
+    """
+
+    def __init__(self, url: str, queue: str) -> None:
+        parts = urlsplit(url)
+        self._queue = queue
+        self.connection = amqp.Connection(
+            host=f"{parts.hostname}:{parts.port or 5672}", userid=parts.username or "guest",
+            password=parts.password or "guest", confirm_publish=False,
+        )  # fmt: skip
+        self.connection.connect()
+        self.channel = self.connection.channel()
+        self.channel.queue_declare(queue, durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"})
+        self.channel.confirm_select()
+        self.channel.events["basic_ack"].add(self._count)
+        self._confirmed = self._sent = 0
+
+    def publish(self, bodies: list[bytes]) -> None:
+        """Publish, and wait until all are confirmed."""
+        for data in bodies:
+            self.channel.basic_publish(amqp.Message(data, delivery_mode=2), routing_key=self._queue)
+        self._sent += len(bodies)
+        while self._confirmed < self._sent:
+            self.connection.drain_events(timeout=30)
+
+    def close(self) -> None:
+        """Close the connection."""
+        try:
+            self.connection.close()
+        except (OSError, amqp.AMQPError):
+            self.connection.collect()
+
+    def _count(self, delivery_tag: int, multiple: bool) -> None:
+        self._confirmed = delivery_tag if multiple else self._confirmed + 1
 
 
 def _per_second(count: int, work: Callable[[], object]) -> float:
@@ -34,23 +81,12 @@ def _per_second(count: int, work: Callable[[], object]) -> float:
     return count / (time.perf_counter() - began)
 
 
-def redis_limits(url: str, messages: int, pad: int) -> dict[str, float]:
-    """Return what redis-py does: ``one`` LPUSH at a time, ``many`` in pipelines, ``drain`` by a script and a delete."""
+def drain_redis(url: str, messages: int, pad: int) -> float:
+    """Return how many messages a second redis-py takes by a script, 500 at a time, and deletes."""
     key, held = f"bench:{uuid4().hex}", f"bench:{uuid4().hex}"
-    text = body(pad)
+    text = body({"pad": "x" * pad})
     with closing(redis.Redis.from_url(url)) as client:
         take = client.register_script(_TAKE)
-
-        def one() -> None:
-            for _ in range(messages // 4):
-                client.lpush(key, text)
-
-        def many() -> None:
-            for _ in range(messages // _LOT):
-                with client.pipeline(transaction=False) as pipeline:
-                    for _ in range(_LOT):
-                        pipeline.lpush(key, text)
-                    pipeline.execute()
 
         def drain() -> None:
             n = 0
@@ -59,75 +95,44 @@ def redis_limits(url: str, messages: int, pad: int) -> dict[str, float]:
                 n += 1
 
         try:
-            found = {"publish": _per_second(messages // 4, one)}
-            client.delete(key)
-            found["bulk"] = _per_second(messages // _LOT * _LOT, many)
-            found["drain"] = _per_second(messages // _LOT * _LOT, drain)
-            return found
+            for start in range(0, messages, _LOT):
+                client.rpush(key, *[text] * min(_LOT, messages - start))
+            return _per_second(messages, drain)
         finally:
             client.delete(key, held)
 
 
-def rabbitmq_limits(url: str, messages: int, pad: int) -> dict[str, float]:
-    """Return what py-amqp does on a quorum queue: confirmed one by one, ``many``, consumed with multiple acks."""
-    parts = urlsplit(url)
+def drain_rabbitmq(url: str, messages: int, pad: int) -> float:
+    """Return how many messages a second py-amqp consumes from a quorum queue, one acknowledgement for 100."""
     queue = f"bench-{uuid4().hex}"
-    connection = amqp.Connection(
-        host=f"{parts.hostname}:{parts.port or 5672}", userid=parts.username or "guest",
-        password=parts.password or "guest", confirm_publish=False,
-    )  # fmt: skip
-    connection.connect()
+    confirmed = Confirmed(url, queue)
+    connection, channel = confirmed.connection, confirmed.channel
+    got = 0
+
+    def take(delivered: Any) -> None:
+        nonlocal got
+        got += 1
+        if got % 100 == 0 or got == messages:
+            channel.basic_ack(delivered.delivery_tag, multiple=True)
+
+    def consume() -> None:
+        channel.basic_qos(0, 1000, False)
+        channel.basic_consume(queue, callback=take)
+        while got < messages:
+            connection.drain_events(timeout=30)
+
     try:
-        channel = connection.channel()
-        channel.queue_declare(queue, durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"})
-        channel.confirm_select()
-        confirmed = [0]
-
-        def count(delivery_tag: int, multiple: bool) -> None:
-            confirmed[0] = delivery_tag if multiple else confirmed[0] + 1
-
-        channel.events["basic_ack"].add(count)
-        message = amqp.Message(body(pad), delivery_mode=2)
-        sent = 0
-
-        def publish(number: int, lot: int) -> None:
-            nonlocal sent
-            for _ in range(number // lot):
-                for _ in range(lot):
-                    channel.basic_publish(message, routing_key=queue)
-                sent += lot
-                while confirmed[0] < sent:
-                    connection.drain_events(timeout=30)
-
-        got = 0
-
-        def consume() -> None:
-            nonlocal got
-
-            def take(delivered: Any) -> None:
-                nonlocal got
-                got += 1
-                if got % 100 == 0 or got == sent:
-                    channel.basic_ack(delivered.delivery_tag, multiple=True)
-
-            channel.basic_qos(0, 1000, False)
-            channel.basic_consume(queue, callback=take)
-            while got < sent:
-                connection.drain_events(timeout=30)
-
-        singles = messages // 10
-        found = {"publish": _per_second(singles, lambda: publish(singles, 1))}
-        found["bulk"] = _per_second(messages // _LOT * _LOT, lambda: publish(messages, _LOT))
-        found["drain"] = _per_second(sent, consume)
+        text = body({"pad": "x" * pad})
+        for start in range(0, messages, _LOT):
+            confirmed.publish([text] * min(_LOT, messages - start))
+        rate = _per_second(messages, consume)
         channel.queue_delete(queue)
-        return found
+        return rate
     finally:
-        try:
-            connection.close()
-        except (OSError, amqp.AMQPError):
-            connection.collect()
+        confirmed.close()
 
 
-LIMITS: Final[dict[str, Callable[[str, int, int], dict[str, float]]]] = {
-    "redis": redis_limits, "rabbitmq": rabbitmq_limits,
+#: By broker, what draining is compared with.
+DRAINS: Final[dict[str, Callable[[str, int, int], float]]] = {
+    "redis": drain_redis, "rabbitmq": drain_rabbitmq,
 }  # fmt: skip

@@ -107,6 +107,9 @@ _RQ = Contender(
     ("-m", "rq.cli", "worker", "-w", "rq.worker.SimpleWorker", "-q"), "at most once", copies=PROCESSES,
 )  # fmt: skip
 
+#: What is measured beside them: a client that does nothing but move as many bytes.
+BARE: Final = Contender("bare client", "bare_app", ("redis", "amqp"), (), "none")
+
 #: Who is measured on which broker, kq first.
 CONTENDERS: Final[Mapping[str, tuple[Contender, ...]]] = {
     "redis": (_KQ, _CELERY, _DRAMATIQ, _TASKIQ, _FASTSTREAM, _HUEY, _RQ),

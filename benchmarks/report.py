@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.contender import BARE
 from benchmarks.trial import FIGURES, SCALE_FIGURES
 
-#: Of a broker, what the bare client's figures are filed under.
-LIMIT: Final = "bare client"
+_LIMIT: Final = BARE.name
 _OURS: Final = "kq"
 
 
@@ -60,7 +60,7 @@ def _ratio(ours: float, other: float, more: bool) -> float:
 def table(results: Results, broker: str) -> str:
     """Return a Markdown table of one broker: a row for each figure, medians with lowest and highest, and ratios."""
     found = results.values[broker]
-    names = [name for name in found if name != LIMIT]
+    names = [name for name in found if name != _LIMIT]
     settings = sorted({_setting(name) for name in names})
     heads = [f"{_OURS}{setting} to the best other" for setting in settings]
     rows: list[Sequence[str]] = [("", *names, *heads, "kq to a bare client")]
@@ -69,7 +69,7 @@ def table(results: Results, broker: str) -> str:
             continue
         cells = [_spread(found[name][key]) if key in found[name] else "" for name in names]
         ours = results.median(broker, _OURS, key)
-        limit = results.median(broker, LIMIT, figure.limit) if figure.limit else None
+        limit = results.median(broker, _LIMIT, key)
         to_limit = f"{_ratio(ours, limit, figure.more):.2f} x" if ours and limit else ""
         to_best = [_to_the_best(results, broker, key, setting) for setting in settings]
         rows.append((f"{figure.title} ({figure.unit})", *cells, *to_best, to_limit))
@@ -88,7 +88,7 @@ def _to_the_best(results: Results, broker: str, key: str, setting: str) -> str:
     ours = results.median(broker, _OURS + setting, key)
     others = [
         value for name in results.values[broker]
-        if name not in (LIMIT, _OURS + setting) and _setting(name) == setting
+        if name not in (_LIMIT, _OURS + setting) and _setting(name) == setting
         and (value := results.median(broker, name, key)) is not None
     ]  # fmt: skip
     return f"{_ratio(ours, max(others) if more else min(others), more):.2f} x" if ours and others else ""
@@ -123,12 +123,12 @@ def chart(results: Results, path: Path) -> None:
 
     keys = [key for key in ("drain", "publish", "bulk", "idle-p50") if key in FIGURES]
     # Who is alone is compared with nobody.
-    brokers = [broker for broker, found in results.values.items() if len(found.keys() - {LIMIT}) > 1]
+    brokers = [broker for broker, found in results.values.items() if len(found.keys() - {_LIMIT}) > 1]
     figure, axes = pyplot.subplots(
         len(brokers), len(keys), figsize=(4.2 * len(keys), 0.6 + 2.4 * len(brokers)), squeeze=False
     )
     for row, broker in enumerate(brokers):
-        names = [name for name in results.values[broker] if name != LIMIT][::-1]
+        names = [name for name in results.values[broker] if name != _LIMIT][::-1]
         for column, key in enumerate(keys):
             axis = axes[row][column]
             values = [results.median(broker, name, key) or 0.0 for name in names]

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bare import LIMITS
-from benchmarks.contender import CONTENDERS
+from benchmarks.bare import DRAINS
+from benchmarks.contender import BARE, CONTENDERS
 from benchmarks.measure import Bench
 from benchmarks.publish import Order
 from tests import broker as brokers
 
 MESSAGES = 5_000
 SINGLES = 500
+WARM = 10
 #: Each may have a bad moment.
 TRIES = 3
 
@@ -27,15 +28,20 @@ LEAST = {
 }
 
 
+def published(bench: Bench) -> dict[str, float]:
+    """Return the rates at which somebody publishes."""
+    return {
+        "publish": bench.publish(Order(SINGLES, warm=WARM)),
+        "bulk": bench.publish(Order(MESSAGES, "many", warm=WARM)),
+    }
+
+
 def rates(broker: str, url: str) -> dict[str, float]:
     """Return kq's rates as parts of the bare client's."""
-    bare = LIMITS[broker](url, MESSAGES, 100)
+    with Bench(BARE, url) as bench:
+        bare = {**published(bench), "drain": DRAINS[broker](url, MESSAGES, Order.pad)}
     with Bench(CONTENDERS[broker][0], url) as bench:
-        ours = {
-            "publish": bench.publish(Order(SINGLES, warm=10)),
-            "bulk": bench.publish(Order(MESSAGES, "many", warm=10)),
-            "drain": bench.drain(SINGLES + MESSAGES + 20)["drain"],
-        }
+        ours = {**published(bench), "drain": bench.drain(SINGLES + MESSAGES + 2 * WARM)["drain"]}
     return {name: ours[name] / bare[name] for name in ours}
 
 

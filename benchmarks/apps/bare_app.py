@@ -1,0 +1,48 @@
+"""A bare client that publishes as many bytes and does nothing else: redis-py, or py-amqp on a quorum queue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from benchmarks import work
+from benchmarks.apps.publishing import Publisher
+from benchmarks.bare import Confirmed, body
+
+#: Messages under way at once.
+_LOT: Final = 500
+
+Payload = dict[str, Any]
+
+
+def publisher() -> Publisher:
+    """Return how it publishes."""
+    return _on_redis() if work.URL.startswith("redis") else _on_rabbitmq()
+
+
+def _on_redis() -> Publisher:
+    import redis
+
+    client = redis.Redis.from_url(work.URL)
+
+    def one(payload: Payload) -> None:
+        client.lpush(work.QUEUE, body(payload))
+
+    def many(payloads: Sequence[Payload]) -> None:
+        for start in range(0, len(payloads), _LOT):
+            with client.pipeline(transaction=False) as pipeline:
+                for payload in payloads[start : start + _LOT]:
+                    pipeline.lpush(work.QUEUE, body(payload))
+                pipeline.execute()
+
+    return Publisher(one, many)
+
+
+def _on_rabbitmq() -> Publisher:
+    confirmed = Confirmed(work.URL, work.QUEUE)
+
+    def many(payloads: Sequence[Payload]) -> None:
+        for start in range(0, len(payloads), _LOT):
+            confirmed.publish([body(payload) for payload in payloads[start : start + _LOT]])
+
+    return Publisher(lambda payload: confirmed.publish([body(payload)]), many)
