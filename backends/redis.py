@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import threading
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from time import monotonic
@@ -32,7 +31,7 @@ from kq.backend import Capabilities, Danger, Role
 from kq.backends import redis_acl
 from kq.backends import tls as secure
 from kq.backends.redis_bell import Bell, Ring, unblock
-from kq.backends.redis_call import SCRIPTS, Call, Caller
+from kq.backends.redis_call import SCRIPTS, Caller
 from kq.backends.redis_error import RedisErrors
 from kq.backends.redis_line import Head, Lines
 from kq.backends.redis_put import CHUNK, Putter
@@ -120,7 +119,7 @@ class RedisStore:
         self._rung: set[str] = set()
         self._early: list[tuple[Ahead, Taken]] = []
         self._waker = Waker()
-        self._closed = threading.Event()
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<RedisStore {self._shown}>"
@@ -389,9 +388,9 @@ class RedisStore:
 
     def close(self) -> None:
         """See `Store.close`."""
-        if self._closed.is_set():
+        if self._closed:
             return
-        self._closed.set()
+        self._closed = True
         self._drop_bell()
         self._lines.close()
         self._pool.disconnect()
@@ -400,11 +399,6 @@ class RedisStore:
     def _run(self, name: str, keys: list[str], arguments: Sequence[Any]) -> Any:
         with self._mapped():
             return self._caller.run(name, keys, arguments)
-
-    def _run_all(self, name: str, calls: Sequence[Call]) -> list[Any]:
-        """Run one script several times in one round trip; an answer may be an error."""
-        with self._mapped():
-            return self._caller.run_all(name, calls)
 
     def _setting(self, name: str) -> str:
         found = self._ask(lambda: self._client.config_get(name))
@@ -420,7 +414,7 @@ class RedisStore:
 
     def _mapped(self) -> RedisErrors:
         """Return what turns redis-py's errors into ours, as long as the store is open."""
-        if self._closed.is_set():
+        if self._closed:
             raise BrokerAway("the connection to Redis is closed", details={"reason": "unavailable"})
         return self._errors
 

@@ -8,12 +8,12 @@ sixteen threads cost the broker about as much as one. The term and the idea are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import Condition, Thread
+from threading import Condition, RLock, Thread
 from time import monotonic
 
 from kq.backend import Publication
 from kq.errors import Error, Internal
-from kq.shield import shielded
+from kq.shield import shielding
 
 Commit = Callable[[Sequence[Publication], float], list[Error | None]]
 
@@ -40,7 +40,10 @@ class GroupCommit:
 
     def __init__(self, commit: Commit) -> None:
         self._commit = commit
-        self._turn = Condition()
+        # Entered with each message, so not through the condition, whose way in is Python. A signal's handler may publish
+        # as well, in a thread that holds it.
+        self._lock = RLock()
+        self._turn = Condition(self._lock)
         self._waiting: list[_Ticket] = []
         self._busy = False
         #: Whether the last commit found the broker as it should be.
@@ -49,7 +52,10 @@ class GroupCommit:
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """Publish ``batch`` and return one result for each; blocks at most ``timeout`` seconds."""
         # A handler's time limit must not strike in here: others wait for the lock and the connection.
-        with shielded():
+        shield = shielding()
+        if shield is None:
+            return self._publish(batch, timeout)
+        with shield:
             return self._publish(batch, timeout)
 
     def _publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
@@ -58,7 +64,7 @@ class GroupCommit:
         ticket = _Ticket(batch, monotonic() + timeout)
         group: list[_Ticket] = []
         try:
-            with self._turn:
+            with self._lock:
                 self._waiting.append(ticket)
                 while self._busy and ticket.results is None:
                     left = ticket.deadline - monotonic()
@@ -84,7 +90,7 @@ class GroupCommit:
         """Publish where nobody else does; None, with nothing done, where somebody does."""
         mine = proven = False
         try:
-            with self._turn:
+            with self._lock:
                 if self._busy or self._waiting or not self._proven:
                     return None
                 self._busy = mine = True
@@ -95,7 +101,7 @@ class GroupCommit:
             proven = not error.retryable
         finally:
             if mine:
-                with self._turn:
+                with self._lock:
                     self._busy, self._proven = False, proven
                     if self._waiting:
                         self._turn.notify_all()
@@ -124,14 +130,14 @@ class GroupCommit:
                 self._let_go(group)
 
         Thread(target=lead, name="kq-commit", daemon=True).start()
-        with self._turn:
+        with self._lock:
             self._turn.wait_for(lambda: mine.results is not None or failure, mine.deadline - monotonic())
         if failure:
             raise failure[0]
 
     def _let_go(self, group: list[_Ticket]) -> None:
         """Leave nobody waiting behind a leader that was interrupted."""
-        with self._turn:
+        with self._lock:
             if group and any(ticket.results is None for ticket in group):
                 failed = Internal("publishing was interrupted", details={"reason": "unavailable"})
                 self._deal(group, [failed for ticket in group for _ in ticket.batch])
@@ -154,7 +160,7 @@ class GroupCommit:
             results = self._commit(batch, max(0.0, deadline - monotonic()))
         except Error as error:
             results = [error] * len(batch)
-        with self._turn:
+        with self._lock:
             self._proven = not any(result is not None and result.retryable for result in results)
             self._deal(group, results)
             self._busy = False

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock, local
-from typing import Final
 
 
 class Shield:
@@ -36,7 +35,6 @@ class Shield:
 
 
 _mine = local()
-_NONE: Final = nullcontext()
 
 
 def carry(shield: Shield) -> None:
@@ -44,7 +42,11 @@ def carry(shield: Shield) -> None:
     _mine.shield = shield
 
 
+def shielding() -> Shield | None:
+    """Return what holds off the time limit of the handler that runs in this thread; None where no handler does."""
+    return getattr(_mine, "shield", None)
+
+
 def shielded() -> AbstractContextManager[None]:
     """Return what holds off the time limit of the handler that runs in this thread, if any, while a block runs."""
-    shield: Shield | None = getattr(_mine, "shield", None)
-    return _NONE if shield is None else shield
+    return shielding() or nullcontext()
