@@ -40,8 +40,8 @@ class GroupCommit:
 
     def __init__(self, commit: Commit) -> None:
         self._commit = commit
-        # Entered with each message, so not through the condition, whose way in is Python. A signal's handler may publish
-        # as well, in a thread that holds it.
+        # Entered with each message, so not through the condition, whose way in is Python. A signal's handler may
+        # publish as well, in a thread that holds it.
         self._lock = RLock()
         self._turn = Condition(self._lock)
         self._waiting: list[_Ticket] = []
