@@ -14,8 +14,8 @@ import os
 import signal
 import socket
 import sys
-from threading import Lock
-from typing import Any
+from threading import Event, Lock
+from typing import Any, NoReturn
 
 from kq.errors import Invalid
 from kq.outcome import DONE
@@ -26,6 +26,7 @@ from kq.worker.log import configure
 from kq.worker.process import FOR_SUPERVISOR, flush
 from kq.worker.runner import Result, Runner
 from kq.worker.slot import SlotTable
+from kq.worker.wire_queue import CAN_SHARE
 
 logger = logging.getLogger("kq.worker")
 
@@ -33,9 +34,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """Reads frames, feeds the runner, writes frames."""
+    """Reads frames, feeds the runner, writes frames.
 
-    def __init__(self, connection: socket.socket, slots: SlotTable) -> None:
+    Args:
+        connection: The way to the supervisor.
+        slots: Where to note what runs.
+        shared: Whether the runner's threads read, when they have nothing to run, once the app is loaded; else it is
+            always the caller of `run`.
+    """
+
+    def __init__(self, connection: socket.socket, slots: SlotTable, *, shared: bool = CAN_SHARE) -> None:
+        self._shared = shared
         self._pid = os.getpid()
         self._socket = connection
         self._slots = slots
@@ -46,24 +55,52 @@ class Child:
         self._held = 0
         self._counting = Lock()
         self._final = False
+        self._finished = Event()
+        self._failed = False
 
     def run(self) -> int:
         """Serve until the supervisor says it is enough; return the exit code."""
-        while not (self._final and self._held == 0):
-            data = self._socket.recv(frame.READ_SIZE)
-            if not data:
-                if self._final and self._held == 0:
-                    break
-                # The supervisor is gone; what runs here will be delivered again.
-                os._exit(1)
-            for message in self._reader.feed(data):
-                if not self._take(message):
-                    return 1
+        while not (self._runner or self._finished.is_set()):
+            self.read()
+        if self._shared and self._runner is not None:
+            self._runner.read_wire()
+            self._finished.wait()
+        while not self._finished.is_set():
+            self.read()
+        if self._failed:
+            return 1
         if self._runner is not None:
             self._runner.flush()
         if self._app is not None:
             self._app.close()
         return 0
+
+    def fileno(self) -> int:
+        """See `Wire.fileno`."""
+        return self._socket.fileno()
+
+    def read(self) -> bool:
+        """See `Wire.read`."""
+        try:
+            data = self._socket.recv(frame.READ_SIZE)
+            if not data and not self._finished.is_set():
+                # The supervisor is gone; what runs here will be delivered again.
+                os._exit(1)
+            for message in self._reader.feed(data):
+                if not self._take(message):
+                    self._failed = True
+                    self._finished.set()
+            if self._final:
+                with self._counting:
+                    if not self._held:
+                        self._finished.set()
+            return not self._finished.is_set()
+        except BaseException:
+            _end_broken()
+
+    def fail(self) -> NoReturn:
+        """See `Wire.fail`."""
+        _end_broken()
 
     def _take(self, message: Any) -> bool:
         if isinstance(message, frame.Work):
@@ -99,6 +136,7 @@ class Child:
             slots=self._slots,
             emit=self._emit,
             on_out_of_memory=lambda: self._send(frame.Exhausted()),
+            wire=self if self._shared else None,
         )
         self._send(frame.Ready())
         return True
@@ -113,7 +151,8 @@ class Child:
             self._held -= len(results)
             last = self._final and self._held <= 0
         if last:
-            # Wakes the reader, which waits for frames that will not come.
+            self._finished.set()
+            # Whoever reads waits for frames that will not come.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RD)
 
@@ -153,13 +192,22 @@ def serve(connection: socket.socket, slots: SlotTable, parent: int) -> int:
     try:
         code = Child(connection, slots).run()
     except BaseException:
-        logger.critical("a child cannot go on", exc_info=True, extra={"action": "child_failed"})
-        code = 1
+        _end_broken()
     if code:
-        # Without waiting for threads that the app has started: they may never end.
-        flush()
-        os._exit(code)
+        _end(code)
     return code
+
+
+def _end_broken() -> NoReturn:
+    """End the process, because of the exception that is being handled."""
+    logger.critical("a child cannot go on", exc_info=True, extra={"action": "child_failed"})
+    _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    # Without waiting for threads that the app has started: they may never end.
+    flush()
+    os._exit(code)
 
 
 def leave_signals_to_supervisor() -> None:

@@ -7,14 +7,13 @@ otherwise together with the next ones.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
+from itertools import count
 from threading import Event, Lock, Thread, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -22,7 +21,9 @@ from typing import TYPE_CHECKING
 from kq.executor import Executor, HandlerTimeout, Job, Run, last_resort
 from kq.outcome import DONE, Outcome
 from kq.shield import Shield, carry
+from kq.worker.job_queue import JobQueue
 from kq.worker.slot import UNSENT_MAX, SlotTable
+from kq.worker.wire_queue import Wire, WireQueue
 
 if TYPE_CHECKING:
     from kq.worker.event_loop import EventLoop
@@ -51,6 +52,7 @@ class Runner:
         emit: Takes results, in any thread, one call at a time; with True for those of handlers that
             have settled their message and run on.
         on_out_of_memory: Called in a handler's thread, after its result was reported, when it ran out of memory.
+        wire: From which handlers' threads read what `submit` is called with (`WireQueue`), from `read_wire` on.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Runner:
         slots: SlotTable,
         emit: Callable[[list[Result], bool], None],
         on_out_of_memory: Callable[[], None] = lambda: None,
+        wire: Wire | None = None,
     ) -> None:
         self._pid = os.getpid()
         self._executor = executor
@@ -69,11 +72,9 @@ class Runner:
         self._concurrency = concurrency
         self._slots = slots
         self._emit = emit
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._wired = None if wire is None else WireQueue(concurrency, self._start_thread, self.flush, wire)
+        self._jobs = self._wired or JobQueue(concurrency, self._start_thread, self.flush)
         self._threads: list[_HandlerThread] = []
-        #: Jobs for sync handlers that are here, waiting or running.
-        self._pending = 0
-        self._lock = Lock()
         self._outbox: list[Result] = []
         self._outbox_lock = Lock()
         self._flushed_at = 0.0
@@ -85,40 +86,34 @@ class Runner:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs; never blocks."""
-        waiting = 0
+        own = []
         for job in jobs:
             if self._executor.is_async(job):
                 self._event_loop().submit(job)
             else:
-                self._jobs.put(job)
-                waiting += 1
-        if waiting:
-            self._start_threads(waiting)
+                own.append(job)
+        if own:
+            self._jobs.put(own)
+
+    def read_wire(self) -> None:
+        """Have threads read the wire from now on.
+
+        Raises:
+            RuntimeError: If none can be started.
+        """
+        assert self._wired is not None
+        self._wired.open()
 
     def recall(self) -> list[int]:
         """Return the tags of jobs that have not started, and forget them; but not of those settled before."""
-        tags = []
-        kept = []
-        with contextlib.suppress(Empty):
-            while True:
-                job = self._jobs.get_nowait()
-                if job is not None and not job.settled:
-                    tags.append(job.tag)
-                else:
-                    kept.append(job)
-        # What was acknowledged beforehand is nobody else's any more: it runs here or never.
-        for job in kept:
-            self._jobs.put(job)
-        with self._lock:
-            self._pending -= len(tags)
+        tags = [job.tag for job in self._jobs.recall()]
         if self._loop is not None:
             tags += self._loop.recall()
         return tags
 
     def stop(self) -> None:
         """Let threads end as soon as they are idle. What runs goes on."""
-        for _ in self._threads:
-            self._jobs.put(None)
+        self._jobs.close()
         if self._loop is not None:
             self._loop.stop()
         self._flusher.stop()
@@ -137,7 +132,7 @@ class Runner:
             if (
                 outcome is not DONE
                 or len(self._outbox) == UNSENT_MAX
-                or self._jobs.empty()
+                or self._jobs.is_empty
                 or monotonic() - self._flushed_at > _FLUSH_AFTER
             ):
                 self._send()
@@ -191,33 +186,10 @@ class Runner:
             self._loop.start()
         return self._loop
 
-    def _start_threads(self, waiting: int) -> None:
-        with self._lock:
-            self._pending += waiting
-            missing = min(self._pending, self._concurrency) - len(self._threads)
-            for _ in range(missing):
-                thread = _HandlerThread(self, self._executor, len(self._threads), self._slots)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    # No room for another thread. Those there are will do; without any, nothing can run here.
-                    if not self._threads:
-                        raise
-                    return
-                self._threads.append(thread)
-
-    def next_job(self) -> Job | None:
-        """Return the next job for a sync handler, flushing before a wait; None to end."""
-        try:
-            return self._jobs.get_nowait()
-        except Empty:
-            self.flush()
-        return self._jobs.get()
-
-    def ended(self) -> None:
-        """Note that a sync handler has ended."""
-        with self._lock:
-            self._pending -= 1
+    def _start_thread(self) -> None:
+        thread = _HandlerThread(self, self._executor, self._jobs, self._slots)
+        thread.start()
+        self._threads.append(thread)
 
 
 class _Flusher(Thread):
@@ -251,11 +223,13 @@ class _Flusher(Thread):
 class _HandlerThread(Thread):
     """A thread that runs sync handlers, one after the other."""
 
-    def __init__(self, runner: Runner, executor: Executor, slot: int, slots: SlotTable) -> None:
-        super().__init__(name=f"kq-handler-{slot + 1}", daemon=True)
+    _numbers = count(1)
+
+    def __init__(self, runner: Runner, executor: Executor, jobs: JobQueue, slots: SlotTable) -> None:
+        super().__init__(name=f"kq-handler-{next(self._numbers)}", daemon=True)
         self._runner = runner
         self._executor = executor
-        self._slot = slot
+        self._jobs = jobs
         self._slots = slots
         self.job: Job | None = None
         #: Guards the moment between a handler's end and the watchdog's shot.
@@ -265,18 +239,16 @@ class _HandlerThread(Thread):
 
     def run(self) -> None:
         carry(self._shield)
-        while True:
-            job = self._runner.next_job()
-            if job is None:
-                return
+        slot = None
+        while (turn := self._jobs.take(slot)) is not None:
+            job, slot = turn
             self._out_of_memory = False
             # From before anything is read of the message until its end is reported: whatever kills the process
             # in between is charged to it.
-            self._slots.enter(self._slot, job.tag, monotonic())
+            self._slots.enter(slot, job.tag, monotonic())
             outcome = self._work_on(job)
-            self._runner.ended()
             self._runner.report(job, outcome)
-            self._slots.leave(self._slot)
+            self._slots.leave(slot)
             if self._out_of_memory:
                 self._runner.on_out_of_memory()
 
