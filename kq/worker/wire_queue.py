@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
-from typing import Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 from kq.worker.job_queue import JobQueue
 
+#: Taken here, before the app is loaded: gevent takes it out of `select`.
+_Epoll: Final[Any] = getattr(select, "epoll", None)
 #: Whether the system can have several threads wait for a wire and for each other at the same time.
-CAN_SHARE: Final = hasattr(select, "epoll") and hasattr(os, "eventfd")
+CAN_SHARE: Final = _Epoll is not None and hasattr(os, "eventfd")
 
 
 class Wire(Protocol):
@@ -56,7 +58,7 @@ class WireQueue(JobQueue):
         self._rings = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         #: Whoever is told of the wire has it to himself until this is said again.
         self._once = select.EPOLLIN | select.EPOLLONESHOT
-        self._poll = select.epoll()
+        self._poll = _Epoll()
         self._poll.register(self._rings, select.EPOLLIN)
 
     def open(self) -> None:
