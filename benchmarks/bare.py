@@ -16,7 +16,8 @@ from uuid import uuid4
 import amqp
 import redis
 
-_LOT: Final = 500
+#: Messages that it has under way at once.
+LOT: Final = 500
 #: Bytes that an envelope of kq has besides the text: headers, an id.
 _ENVELOPE: Final = 150
 
@@ -90,13 +91,13 @@ def drain_redis(url: str, messages: int, pad: int) -> float:
 
         def drain() -> None:
             n = 0
-            while found := take(keys=[key, held], args=[_LOT, f"{n}:"]):
+            while found := take(keys=[key, held], args=[LOT, f"{n}:"]):
                 client.hdel(held, *[f"{n}:{i + 1}" for i in range(len(found))])
                 n += 1
 
         try:
-            for start in range(0, messages, _LOT):
-                client.rpush(key, *[text] * min(_LOT, messages - start))
+            for start in range(0, messages, LOT):
+                client.rpush(key, *[text] * min(LOT, messages - start))
             return _per_second(messages, drain)
         finally:
             client.delete(key, held)
@@ -123,8 +124,8 @@ def drain_rabbitmq(url: str, messages: int, pad: int) -> float:
 
     try:
         text = body({"pad": "x" * pad})
-        for start in range(0, messages, _LOT):
-            confirmed.publish([text] * min(_LOT, messages - start))
+        for start in range(0, messages, LOT):
+            confirmed.publish([text] * min(LOT, messages - start))
         rate = _per_second(messages, consume)
         channel.queue_delete(queue)
         return rate

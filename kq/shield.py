@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock, local
+from typing import Final
 
 
 class Shield:
@@ -35,6 +36,7 @@ class Shield:
 
 
 _mine = local()
+_NONE: Final = nullcontext()
 
 
 def carry(shield: Shield) -> None:
@@ -49,4 +51,4 @@ def shielding() -> Shield | None:
 
 def shielded() -> AbstractContextManager[None]:
     """Return what holds off the time limit of the handler that runs in this thread, if any, while a block runs."""
-    return shielding() or nullcontext()
+    return shielding() or _NONE

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from benchmarks import work
 from benchmarks.apps.publishing import Publisher
-from benchmarks.bare import Confirmed, body
-
-#: Messages under way at once.
-_LOT: Final = 500
+from benchmarks.bare import LOT, Confirmed, body
 
 Payload = dict[str, Any]
 
@@ -29,9 +26,9 @@ def _on_redis() -> Publisher:
         client.lpush(work.QUEUE, body(payload))
 
     def many(payloads: Sequence[Payload]) -> None:
-        for start in range(0, len(payloads), _LOT):
+        for start in range(0, len(payloads), LOT):
             with client.pipeline(transaction=False) as pipeline:
-                for payload in payloads[start : start + _LOT]:
+                for payload in payloads[start : start + LOT]:
                     pipeline.lpush(work.QUEUE, body(payload))
                 pipeline.execute()
 
@@ -42,7 +39,7 @@ def _on_rabbitmq() -> Publisher:
     confirmed = Confirmed(work.URL, work.QUEUE)
 
     def many(payloads: Sequence[Payload]) -> None:
-        for start in range(0, len(payloads), _LOT):
-            confirmed.publish([body(payload) for payload in payloads[start : start + _LOT]])
+        for start in range(0, len(payloads), LOT):
+            confirmed.publish([body(payload) for payload in payloads[start : start + LOT]])
 
     return Publisher(lambda payload: confirmed.publish([body(payload)]), many)
