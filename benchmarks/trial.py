@@ -14,8 +14,10 @@ from benchmarks.publish import Order
 
 #: Messages by which a publisher has connected and declared what it needs.
 _WARM: Final = 20
-#: A part of the messages is enough where handlers take long.
+#: A part of the messages is enough where handlers take long...
 _SLOW_PART: Final = 5
+#: ...or where they are large; not a smaller one, for what a worker has fetched before its first handler runs would decide.
+_LARGE_PART: Final = 10
 #: Messages a second of a load that is the same for everybody: about half of what the slowest of those can drain that
 #: are not meant to be slow.
 _LOAD: Final = 500.0
@@ -189,8 +191,8 @@ TRIALS: Final[Mapping[str, Callable[[Contender, str, Size], Found]]] = {
     "compute": _working("compute", "cpu", ""),
     "sleep": _working("sleep", "sleep", "sync"),
     "asleep": _working("asleep", "sleep", "async"),
-    "10k": _payload("10k", 10_000, 5),
-    "500k": _payload("500k", 500_000, 50),
+    "10k": _payload("10k", 10_000, 1),
+    "500k": _payload("500k", 500_000, _LARGE_PART),
 }
 
 #: What of it the bare client is measured at, where there is one for the broker.

@@ -38,6 +38,7 @@ class DeadLetter:
         exit_code: What the last of these processes exited with, or None.
         exit_signal: The number of the signal that killed it, or None.
         peak_memory: Bytes of memory that it occupied at most, or None.
+        error_traceback: Where the last error was raised, the last 4 KiB of it; or None.
     """
 
     id: str
@@ -54,6 +55,7 @@ class DeadLetter:
     exit_code: int | None = None
     exit_signal: int | None = None
     peak_memory: int | None = None
+    error_traceback: str | None = None
 
 
 class DeadLetters:
@@ -158,6 +160,7 @@ class DeadLetters:
             exit_code=_integer(headers.get("x_exit_code")),
             exit_signal=_integer(headers.get("x_exit_signal")),
             peak_memory=_integer(headers.get("x_peak_memory")),
+            error_traceback=headers.get("x_error_traceback"),
         )
 
 

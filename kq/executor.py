@@ -17,6 +17,7 @@ import msgspec
 from kq import errors, limit
 from kq.admission import Admission, Distrust, Refused
 from kq.backend import QueueSpec
+from kq.handler import HERE
 from kq.message import Message, Settled, enter, leave
 from kq.outcome import (
     DONE,
@@ -237,13 +238,22 @@ def _wrap(middleware: HandleMiddleware, call: Callable[[Message, Any], Any]) -> 
 def _returned(run: Run, result: Any) -> Outcome:
     if result is False:
         return _after(run, Failure(errors.INTERNAL, "the handler returned False", True))
-    if result is not None and inspect.isawaitable(result):
+    if result is not None and (lazy := _lazy(result)):
         # It has not run, so the message is not done; and it will not run another time either.
-        if inspect.iscoroutine(result):
-            result.close()
-        why = f"handler {run.consumer.name} is no async function, but returned something to await; it did not run"
+        why = f"handler {run.consumer.name} is no {lazy}; it did not run"
         return _after(run, Failure(errors.INVALID, why, False))
     return DONE
+
+
+def _lazy(result: Any) -> str:
+    """Say what a handler has returned instead of running; empty where it has run."""
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()
+        return "async function, but returned something to await"
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        return "plain function, but returned a generator"
+    return ""
 
 
 def _failed(run: Run, error: BaseException) -> Outcome:
@@ -271,7 +281,11 @@ def describe(error: BaseException) -> Failure:
     Whatever the exception is like: people derive from ours, forget to call ours, and overwrite attributes.
     """
     try:
-        lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        frames = error.__traceback__
+        # Our own frames on the way to the handler tell its author nothing.
+        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(HERE):
+            frames = frames.tb_next
+        lines = "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
     except Exception as broken:
         lines = f"{type(error).__name__} (its traceback cannot be shown: {type(broken).__name__})"
     trace = clip(lines, MAX_TRACEBACK, end=True)

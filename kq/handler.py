@@ -17,7 +17,7 @@ from kq.errors import Invalid
 #: Where handlers are found where nobody says so: beside the file.
 BESIDE: Final = "handlers.py"
 #: Where kq itself is, whose lines are of no interest to users.
-_HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
+HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 #: Modules loaded from files, by real path.
 _files: dict[str, ModuleType] = {}
@@ -59,7 +59,7 @@ def find_handler(
 def where(error: BaseException) -> str:
     """Say what went wrong in the user's own code, and in which line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
-    mine = [f for f in frames if not f.filename.startswith(_HERE) and "importlib" not in f.filename]
+    mine = [f for f in frames if not f.filename.startswith(HERE) and "importlib" not in f.filename]
     place = f" ({mine[-1].filename}, line {mine[-1].lineno})" if mine else ""
     if isinstance(error, SyntaxError):
         place = f" ({error.filename}, line {error.lineno})"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kq.errors import Conflict
+from kq.errors import Conflict, Invalid
 from kq.retry import Backoff, RetryPolicy
 
 
@@ -26,6 +26,9 @@ class Consumer:
         timeout: Seconds that one run may take, or None.
         auto_ack: Whether messages are settled before the handler runs (at most once).
         place: Where it was declared, for people.
+
+    Raises:
+        Invalid: If the handler could never run: it cannot be called with a payload, or runs nothing when it is called.
     """
 
     queue: str
@@ -38,6 +41,9 @@ class Consumer:
     timeout: float | None = None
     auto_ack: bool = False
     place: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        _check_handler(self.handler, f"handler {self.name} of {self.queue}")
 
     def policy(self, queue: RetryPolicy) -> RetryPolicy:
         """Return when a message has had enough: the queue's word, with the consumer's own on top."""
@@ -121,6 +127,28 @@ def _check_beside(others: Iterable[Consumer], consumer: Consumer) -> None:
                 f"auto_ack={other.auto_ack}; expected the same for all consumers of a queue, got "
                 f"{consumer.name!r}{_at(consumer)} with auto_ack={consumer.auto_ack}"
             )
+
+
+def _check_handler(handler: Callable[[Any], Any], what: str) -> None:
+    call = getattr(handler, "__call__", None)  # noqa: B004 - asking for its kind, not whether
+    for kind in (inspect.isgeneratorfunction, inspect.isasyncgenfunction):
+        if kind(handler) or kind(call):
+            raise Invalid(
+                f"{what}: expected a function, got a generator function, of which no line runs when it is called"
+            )
+    try:
+        # Its own, not that of what it wraps: a decorator may add arguments.
+        signature = inspect.signature(handler, follow_wrapped=False)
+    except Exception:
+        # Not everything that can be called has one; what a proxy answers here is its own.
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise Invalid(
+            f"{what}: expected a function that can be called with a payload and nothing else, got one with the "
+            f"parameters {signature}: {error}"
+        ) from None
 
 
 def limits(consumers: Mapping[str, Sequence[Consumer]]) -> dict[str, int]:

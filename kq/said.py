@@ -10,14 +10,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
 from kq.config_file import Place
 from kq.errors import Conflict, Invalid
-
-_HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
+from kq.handler import HERE
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -78,9 +77,9 @@ class Mistakes:
 def caller() -> Caller:
     """Return the nearest caller that is not kq itself."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(HERE):
         frame = frame.f_back
-    if frame.f_code.co_filename.startswith(_HERE):
+    if frame.f_code.co_filename.startswith(HERE):
         return Caller(None, "kq")
     name = frame.f_globals.get("__name__")
     return Caller(name if isinstance(name, str) else None, f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}")

@@ -77,7 +77,7 @@ def show(queue: str, message_id: str, as_json: bool, app_path: str | None, broke
     for name, value in fields.items():
         if value not in (None, {}, ""):
             text = "\n  ".join(str(value).splitlines())
-            click.echo(f"{name:14}{text}")
+            click.echo(f"{name:16}{text}")
 
 
 @dead.command()
@@ -129,6 +129,7 @@ def _fields(letter: DeadLetter) -> dict[str, Any]:
         "exit_code": letter.exit_code,
         "exit_signal": letter.exit_signal,
         "peak_memory": letter.peak_memory,
+        "error_traceback": letter.error_traceback,
     }
 
 

@@ -12,11 +12,23 @@ from datetime import datetime, timezone
 _STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime", "taskName"}
 
 
+#: What would clear a terminal, or pass for something that it is not.
+_CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
 class TextFormatter(logging.Formatter):
-    """One line for people: time, level, process, message."""
+    """A line for people: time, level, process, message. What has several lines, as a traceback, goes on indented."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s [%(process)d] %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines; only the first one begins at the margin, whatever strangers have written."""
+        text = super().format(record)
+        traceback = getattr(record, "traceback", None)
+        if isinstance(traceback, str):
+            text = f"{text}\n{traceback}"
+        return text.rstrip("\n").translate(_CONTROL).replace("\n", "\n    ")
 
 
 class JsonFormatter(logging.Formatter):

@@ -11,6 +11,7 @@ import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
+from typing import Any
 
 from kq import errors
 from kq.backend import Delivery, QueueSpec, Settlement
@@ -437,7 +438,9 @@ class Supervisor:
         delivery = flight.delivery
         failure = outcome.failure
         what = failure.message if failure is not None else ""
-        facts = {"queue": delivery.queue, "message_id": delivery.id, "attempts": outcome.attempts}
+        facts: dict[str, Any] = {"queue": delivery.queue, "message_id": delivery.id, "attempts": outcome.attempts}
+        if failure is not None and failure.traceback:
+            facts["traceback"] = failure.traceback
         if outcome.action == "retry":
             self.tally.retried += 1
             logger.warning(
@@ -453,8 +456,6 @@ class Supervisor:
                 delivery.queue, delivery.id, outcome.reason, what,
                 extra={"action": "dead", "reason": outcome.reason, **facts},
             )  # fmt: skip
-            if failure is not None and failure.traceback:
-                logger.debug("%s", failure.traceback, extra={"action": "traceback", **facts})
         else:
             self.tally.released += 1
 

@@ -93,6 +93,8 @@ def test_dead_letters(shop: Shop) -> None:
     assert letters[0]["payload"]["do"] == "invalid"
     assert "not_retryable" in listed.stdout
     assert "never" in shown.stdout
+    assert 'raise errors.Invalid("never")' in shown.stdout
+    assert 'raise errors.Invalid("never")' in letters[0]["error_traceback"]
     assert shop.run("dead", "replay", shop.queue, ids[0]).stdout == "1 replayed\n"
     assert shop.app.info(shop.queue).ready == 1
     assert shop.run("dead", "purge", shop.queue, ids[1], "--yes").stdout == "1 dropped\n"

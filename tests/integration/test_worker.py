@@ -377,7 +377,9 @@ def test_json_logs_are_json(local_shop: Shop) -> None:
     shop.stop(worker)
     lines = [json.loads(line) for line in shop.log().splitlines()]
 
-    assert [line["message_id"] for line in lines if line.get("action") == "dead"] == [id]
+    (line,) = [line for line in lines if line.get("action") == "dead"]
+    assert line["message_id"] == id
+    assert 'raise errors.Invalid("never")' in line["traceback"]
 
 
 def test_term_to_every_process_is_term_to_the_worker(local_shop: Shop) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import time
 from typing import Any
@@ -263,6 +263,23 @@ def test_a_coroutine_from_a_plain_function_is_not_done() -> None:
     assert "did not run" in outcome.failure.message
 
 
+def test_a_generator_from_a_plain_function_is_not_done() -> None:
+    """A plain function that returns a generator has not run either."""
+
+    def inner(payload: Any) -> Iterator[None]:
+        yield
+
+    async def ainner(payload: Any) -> AsyncIterator[None]:
+        yield
+
+    for handler in (inner, ainner):
+        target = make(lambda payload, handler=handler: handler(payload))
+        outcome = target.run(prepare(target, job()))
+        assert (outcome.action, outcome.reason) == ("dead", "not_retryable")
+        assert outcome.failure is not None
+        assert "returned a generator; it did not run" in outcome.failure.message
+
+
 def test_the_handler_gets_payload_and_message() -> None:
     """The payload is the argument, and the message is in context with this attempt counted."""
     seen: list[Any] = []
@@ -298,6 +315,8 @@ def test_any_exception_is_internal_and_retried() -> None:
     failure = failure_of(outcome)
     assert (failure.kind, failure.message, failure.retryable) == ("INTERNAL", "KeyError: 'id'", True)
     assert failure.traceback.endswith("KeyError: 'id'\n")
+    assert failure.traceback.count("  File ") == 1, "frames of kq's own"
+    assert __file__ in failure.traceback
     assert "test_executor.py" in failure.traceback
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -122,3 +123,73 @@ def test_consumer_wins_over_the_queue() -> None:
 def test_async_handlers_are_known(handler: Any, expected: bool) -> None:
     """Coroutine functions, partials of them and objects with an async call are async."""
     assert Consumer("app:a", "handle", handler).is_async is expected
+
+
+def generate(payload: Any) -> Iterator[None]:
+    yield
+
+
+async def generate_later(payload: Any) -> AsyncIterator[None]:
+    yield
+
+
+class GeneratingCall:
+    def __call__(self, payload: Any) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize("handler", [generate, generate_later, functools.partial(generate), GeneratingCall()])
+def test_generator_functions_are_no_handlers(handler: Any) -> None:
+    """Of a generator function no line would run, and its messages would be done."""
+    with pytest.raises(errors.Invalid, match="handler handle of app:a: expected a function, got a generator function"):
+        Consumer("app:a", "handle", handler)
+
+
+def injected(handler: Callable[..., None]) -> Callable[[Any], None]:
+    @functools.wraps(handler)
+    def call(payload: Any) -> None:
+        handler(payload, "database")
+
+    return call
+
+
+class Proxy:
+    @property
+    def __signature__(self) -> None:
+        raise RuntimeError
+
+    def __call__(self, payload: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        lambda: None,
+        lambda payload, database: None,
+        lambda payload, *, database: None,
+        lambda *, payload: None,
+        functools.partial(handle, {}),
+    ],
+)
+def test_handlers_take_the_payload_alone(handler: Any) -> None:
+    """A function that cannot be called with a payload is refused where it is declared, not at each message."""
+    with pytest.raises(errors.Invalid, match="can be called with a payload and nothing else, got one with the param"):
+        Consumer("app:a", "handle", handler)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        [].append,
+        print,
+        dict,
+        injected(lambda payload, database: None),
+        lambda payload, database=None: None,
+        lambda *arguments, **options: None,
+        functools.partial(lambda database, payload: None, "database"),
+        Proxy(),
+    ],
+)
+def test_whatever_can_be_called_with_a_payload_is_a_handler(handler: Any) -> None:
+    """Builtins, classes, decorated functions, and functions whose other parameters have defaults or are given."""
+    assert Consumer("app:a", "handle", handler).handler is handler
