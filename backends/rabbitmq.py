@@ -21,6 +21,7 @@ from amqp.exceptions import PreconditionFailed
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role
 from kq.backends import rabbitmq_acl
 from kq.backends import tls as secure
+from kq.backends.rabbitmq_due import due
 from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.rabbitmq_link import Link
@@ -130,6 +131,13 @@ class RabbitBackend:
 
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """See `Backend.publish`."""
+        results = self._publish(batch, timeout)
+        for publication, error in zip(batch, results, strict=True):
+            if publication.delay > 0 and error is None:
+                due.note(self._url, publication.queue.id, publication.delay)
+        return results
+
+    def _publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         deadline = monotonic() + timeout
         results: list[Error | None] = [None] * len(batch)
         left = list(range(len(batch)))
@@ -204,6 +212,7 @@ class RabbitBackend:
 
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> RabbitFeed:
         """See `Backend.feed`."""
+        ids = [queue.id for queue in queues]
 
         def open_link() -> Link:
             with self._errors:
@@ -219,6 +228,7 @@ class RabbitBackend:
             open_link,
             publish=lambda batch: self.publish(batch, self._worker_timeout),
             declare=lambda queue: self.declare(queue, create=True, exact=False),
+            soonest=lambda: due.soonest(self._url, ids),
             queues=queues,
             prefetch=prefetch,
         )

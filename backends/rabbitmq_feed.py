@@ -70,6 +70,7 @@ class RabbitFeed:
         open_link: Opens a link for consuming.
         publish: Publishes with confirms; for retries, dead letters and steps of delays.
         declare: Makes a queue and its dead-letter queue where they are missing.
+        soonest: Returns the seconds until one is due that this process has published, as `Due.soonest`.
         queues: What to consume.
         prefetch: The widest window.
     """
@@ -81,6 +82,7 @@ class RabbitFeed:
         *,
         publish: Callable[[Sequence[Publication]], list[Error | None]],
         declare: Callable[[QueueSpec], None],
+        soonest: Callable[[], float | None],
         queues: Sequence[QueueSpec],
         prefetch: int,
     ) -> None:
@@ -88,6 +90,7 @@ class RabbitFeed:
         self._open_link = open_link
         self._publish = publish
         self._declare = declare
+        self._soonest = soonest
         self._specs = {queue.id: queue for queue in queues}
         self._link: Link | None = None
         self._epoch = 0
@@ -102,7 +105,6 @@ class RabbitFeed:
         self._onward: list[Delivery] = []
         #: What is acknowledged and not handed over.
         self._done_before: list[Delivery] = []
-        self._due: list[float] = []
         self._tick_at = 0.0
         self._recollection = Recollection()
         self._watch = Watch(self._specs, monotonic())
@@ -152,8 +154,6 @@ class RabbitFeed:
                     failed.append((settlement, error))
                     continue
                 settlement.delivery.receipt.copied = True
-                if copy.delay > 0:
-                    self._due.append(clock.now() + copy.delay)
         if failed:
             stay = {id(settlement) for settlement, _ in failed}
             ours = [s for s in ours if id(s) not in stay]
@@ -217,7 +217,7 @@ class RabbitFeed:
         self.settle([Settlement(delivery, delivery.as_it_came) for delivery in buffered])
 
     def due_in(self) -> float | None:
-        """See `Feed.due_in`; other workers' delays and deliveries are unknown to RabbitMQ's clients."""
+        """See `Feed.due_in`; other processes' delays and deliveries are unknown to RabbitMQ's clients."""
         with self._guard:
             link = self._connected()
             # The broker's channel takes the answer to a count before what came to it earlier: a delivery may
@@ -226,9 +226,8 @@ class RabbitFeed:
             link.drain_all()
         if waiting or self._arrivals or self._onward:
             return 0.0
-        now = clock.now()
-        self._due = [at for at in self._due if at > now - _TICK]
-        return max(0.02, min(self._due) - now) if self._due else None
+        soonest = self._soonest()
+        return None if soonest is None else max(0.02, soonest)
 
     def _count(self, link: Link) -> int:
         return sum(link.channel.queue_declare(queue, passive=True).message_count for queue in self._specs)
@@ -514,13 +513,11 @@ class RabbitFeed:
         with self._guard:
             link = self._connected()
             sent = set()
-            for delivery, copy, error in zip(onward, copies, results, strict=True):
+            for delivery, error in zip(onward, results, strict=True):
                 if not self._is_ours(delivery):
                     continue
                 if error is None:
                     sent.add(delivery.receipt.tag)
-                    if copy.delay > 0:
-                        self._due.append(clock.now() + copy.delay)
                 else:
                     self._onward.append(delivery)
             self._ack(link, sent)

@@ -640,6 +640,19 @@ def test_draining_ends_by_itself(app: kq.App, queue_id: str) -> None:
     assert monotonic() - started < 10
 
 
+def test_draining_waits_for_what_is_delayed(app: kq.App, queue_id: str) -> None:
+    """drain() waits for delayed messages of this process, but not for those that its handlers do not get."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, "later", delay=1.2)
+    app.publish(f"{queue_id}-other", "never", delay=20)
+    started = monotonic()
+
+    assert drain(app, timeout=60) == 1
+    assert seen == ["later"]
+    assert monotonic() - started < 20
+
+
 def test_undeclared_queues_can_be_forbidden(make_app: Callable[..., kq.App], queue_id: str) -> None:
     """With create_queues off, publishing to an undeclared queue is NotFound; a declared one is made."""
     app = make_app(create_queues=False)

@@ -167,8 +167,6 @@ def test_draining_spans_brokers(app: kq.App, queue_id: str) -> None:
     assert seen == [(near if hops % 2 == 0 else queue_id, hops) for hops in range(20, -1, -1)]
 
 
-# RabbitMQ's clients cannot see the delayed messages of others.
-@pytest.mark.parametrize("broker", ["memory", "sqlite", "redis", "fakeredis"], indirect=True)
 def test_draining_waits_for_what_is_due_elsewhere(app: kq.App, queue_id: str) -> None:
     """app.drain() does not end while a delayed message of one broker is due, nor before what comes of it is done."""
     near = near_id()
