@@ -116,7 +116,8 @@ class RabbitBackend:
         except NotFound:
             raise PermissionDenied(
                 f"queue {queue} does not exist, and this account may not declare it; start a worker of it first "
-                f"({refusal.message})"
+                f"({refusal.message})",
+                details=refusal.details,
             ) from None
 
     def _declare_dead_letters(self, link: Link, name: str) -> None:

@@ -42,7 +42,7 @@ class RabbitErrors(Mapped):
         if isinstance(error, Error):
             return None
         if isinstance(error, (AccessRefused, NotAllowed)):
-            return PermissionDenied(f"{self._where} refuses us: {_text(error)}")
+            return PermissionDenied(f"{self._where} refuses us: {_text(error)}", details={"reason": "refused"})
         if isinstance(error, NotFound):
             return errors.NotFound(_text(error))
         if isinstance(error, (PreconditionFailed, ResourceLocked)):

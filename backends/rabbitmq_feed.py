@@ -149,7 +149,7 @@ class RabbitFeed:
         failed: list[tuple[Settlement, Error]] = []
         if copies:
             # The new copy is confirmed before the old one goes: both exist for a moment, never neither.
-            for (settlement, copy), error in zip(copies, self._publish_copies(copies), strict=True):
+            for (settlement, _), error in zip(copies, self._publish_copies(copies), strict=True):
                 if error is not None:
                     failed.append((settlement, error))
                     continue

@@ -88,9 +88,14 @@ class Link:
         if self._client is None:
             # Not chained, not even hidden: the original names pieces of the URL, and one may be the password.
             raise Invalid(f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}")
-        # Kombu tries again two seconds later, or elsewhere; not where a single broker has let us wait already.
+        # Tried again a little later, or elsewhere; not where a single broker has let us wait already.
         again_within = None if self._client.alt else connect_timeout / 2
-        self._client.ensure_connection(max_retries=1, reraise_as_library_errors=False, timeout=again_within)
+        self._client.ensure_connection(
+            max_retries=1,
+            interval_start=options.reconnect_wait,
+            reraise_as_library_errors=False,
+            timeout=again_within,
+        )
         self.connection: Any = self._client.connection
         try:
             self.channel: Any = self.connection.channel()

@@ -40,7 +40,7 @@ class RedisErrors(Mapped):
         """See `Mapped.ours`."""
         where = f"Redis at {self._shown}"
         if isinstance(error, (AuthenticationError, NoPermissionError)):
-            return PermissionDenied(f"{where} refuses us: {error}")
+            return PermissionDenied(f"{where} refuses us: {error}", details={"reason": "refused"})
         if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and "OOM" in str(error)):
             text = "Redis is full (maxmemory reached); free memory or raise the limit"
             return Internal(text, details={"reason": "full"})
@@ -55,7 +55,7 @@ class RedisErrors(Mapped):
         if isinstance(error, ResponseError):
             text = str(error)
             if any(sign in text for sign in _REFUSALS):
-                return PermissionDenied(f"{where} refuses us: {text}")
+                return PermissionDenied(f"{where} refuses us: {text}", details={"reason": "refused"})
             return Internal(f"{where} refused a command: {text}", details={"reason": "refused"})
         if isinstance(error, redis.exceptions.RedisError):
             return Internal(f"{where} failed: {error}", details={"reason": "unavailable"})

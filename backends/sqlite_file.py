@@ -21,7 +21,7 @@ def path_of(url: str) -> str:
     """Return the file that a URL names: three slashes for a relative path, four for an absolute one.
 
     Raises:
-        Invalid: If it names a host, or no file.
+        Invalid: If it names a host, or no file, as the database in memory.
     """
     _, _, rest = url.partition("://")
     host, slash, path = rest.partition("/")
@@ -30,6 +30,11 @@ def path_of(url: str) -> str:
         raise Invalid(
             f"broker: expected sqlite:///relative.db or sqlite:////absolute.db, got {hide_password(url)!r}"
             + ("; a third slash is missing" if host else "")
+        )
+    if path == ":memory:":
+        raise Invalid(
+            "broker: sqlite:///:memory: would be another database for each connection; use memory:// for messages that "
+            "live as long as this process, as in tests"
         )
     return path
 

@@ -73,9 +73,13 @@ class StoredBackend:
             return self._shared
 
     def _reach(self, connection: Any) -> None:
-        # Kombu tries again two seconds later; not where the broker has let us wait already.
-        within = self._options.connect_timeout / 2
-        connection.ensure_connection(max_retries=1, reraise_as_library_errors=False, timeout=within)
+        # Tried again a little later; not where the broker has let us wait already.
+        connection.ensure_connection(
+            max_retries=1,
+            interval_start=self._options.reconnect_wait,
+            reraise_as_library_errors=False,
+            timeout=self._options.connect_timeout / 2,
+        )
 
     def declare(self, queue: QueueSpec, *, create: bool, exact: bool) -> None:
         """See `Backend.declare`."""

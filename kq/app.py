@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
@@ -482,13 +481,14 @@ class _Active:
 
 
 _active: ContextVar[App | None] = ContextVar("kq_app", default=None)
-_last: weakref.ref[App] | None = None
+#: Kept alive: what comes after it acts on it, also where nobody else holds it.
+_last: App | None = None
 _default: App | None = None
 
 
 def _remember(app: App) -> None:
     global _last
-    _last = weakref.ref(app)
+    _last = app
 
 
 def current() -> App:
@@ -498,7 +498,7 @@ def current() -> App:
     environment.
     """
     global _default
-    app = _active.get() or (_last() if _last is not None else None)
+    app = _active.get() or _last
     if app is not None:
         return app
     if _default is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -54,6 +54,10 @@ class QueueSpec(msgspec.Struct, frozen=True):
     driver: str = ""
 
 
+#: Seconds in which a broker that is restarted may be back.
+_RECONNECT_WAIT: Final = 2.0
+
+
 class BackendOptions(msgspec.Struct, frozen=True):
     """What a backend is opened with. Durations are seconds.
 
@@ -72,6 +76,11 @@ class BackendOptions(msgspec.Struct, frozen=True):
     name: str
     connect_timeout: float = 5.0
     tls: Tls | None = None
+
+    @property
+    def reconnect_wait(self) -> float:
+        """Seconds after which a broker that was not there is tried once more: in time for whoever waits for a call."""
+        return min(_RECONNECT_WAIT, self.timeout / 4)
 
 
 class Publication(msgspec.Struct, frozen=True):

@@ -29,6 +29,11 @@ class PulledMessage(Message):
 
     __slots__ = ("_payload",)
 
+    def release(self) -> None:
+        """See `Message.release`; what is being settled is settled first."""
+        with self._lock:
+            super().release()
+
     def __init__(self, payload: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._payload = payload
@@ -70,7 +75,11 @@ class Consumer:
             self._registry.guard.consume(queue_id)
         self._admission = Admission(self._registry.settings.max_body, self._registry.distrust)
         self._prefetch = prefetch
-        self._ready: Queue[Delivery] = Queue()
+        self._closed = False
+        #: What has arrived; None, for ever, once it is closed.
+        self._ready: Queue[Delivery | None] = Queue()
+        #: What was received and is not settled.
+        self._received: dict[int, PulledMessage] = {}
         with ExitStack() as stack:
             backends: dict[str, Backend] = {}
             for spec in self._specs.values():
@@ -100,6 +109,9 @@ class Consumer:
         """Return the next message, or None after ``timeout`` seconds (None: wait for ever).
 
         Messages that expired or cannot be decoded go to the dead-letter queue on the way.
+
+        Raises:
+            Invalid: If the consumer is closed, or another thread closes it meanwhile.
         """
         deadline = None if timeout is None else monotonic() + timeout
         while True:
@@ -108,19 +120,35 @@ class Consumer:
                 delivery = self._ready.get(timeout=left)
             except Empty:
                 return None
+            if delivery is None or self._closed:
+                # For whoever else waits, or comes later.
+                self._ready.put(None)
+                raise Invalid("the consumer is closed; make another one to receive more")
             message = self._open(delivery)
             if message is not None:
                 return message
 
     def __iter__(self) -> Iterator[PulledMessage]:
-        """Iterate over messages, for ever."""
-        while True:
-            message = self.receive()
+        """Iterate over messages, until the consumer is closed."""
+        while not self._closed:
+            try:
+                message = self.receive()
+            except Invalid:
+                if self._closed:
+                    return
+                raise
             if message is not None:
                 yield message
 
     def close(self) -> None:
-        """Settle what was settled, release the rest, and disconnect. Idempotent."""
+        """Settle what was settled, release the rest, and disconnect. Idempotent.
+
+        A message that was received and not settled is nobody's from here on: each of its methods raises ``Invalid``.
+        """
+        self._closed = True
+        self._ready.put(None)
+        for message in list(self._received.values()):
+            message.release()
         self._intake.stop(_CLOSE_TIMEOUT)
         self._backends.close()
 
@@ -149,6 +177,7 @@ class Consumer:
             return None
 
         def settle(how: Settled, delay: float | None) -> None:
+            self._received.pop(id(message), None)
             if how is Settled.ACK:
                 self._settle(delivery, DONE)
                 return
@@ -159,7 +188,7 @@ class Consumer:
                 after_failure(failure, spec.policy, attempts=attempts, crashes=delivery.crashes, delay=delay),
             )
 
-        return PulledMessage(
+        message = PulledMessage(
             payload,
             envelope,
             queue=delivery.queue,
@@ -167,6 +196,10 @@ class Consumer:
             crashes=delivery.crashes,
             on_settle=settle,
         )
+        self._received[id(message)] = message
+        if self._closed:
+            message.release()
+        return message
 
     def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
         self._intake.settle([Settlement(delivery, outcome)])

@@ -124,7 +124,11 @@ class Conflict(Error):
 
 
 class PermissionDenied(Error):
-    """A policy, or the broker's own access control, says no."""
+    """A policy, or the broker's own access control, says no.
+
+    ``details`` has ``action``, ``resource`` and ``actor`` where a policy does, and ``reason``, ``refused``, where the
+    broker does.
+    """
 
     default_kind = PERMISSION_DENIED
 

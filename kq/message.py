@@ -74,8 +74,9 @@ class Message:
         """Return a copy of the headers.
 
         Args:
-            reserved: With kq's own, whose names start with ``x_``: ``x_attempts`` (this one included)
-                and ``x_crashes`` are the broker's count, never a publisher's word.
+            reserved: With kq's own, whose names start with ``x_``: ``x_attempts`` (this one included) and ``x_crashes``
+                are what is on the message's account; where that is kept in its headers, as on RabbitMQ, whoever
+                publishes can forge it.
         """
         headers = self._live().headers
         if not reserved:
@@ -122,7 +123,9 @@ class Message:
 
     def _live(self) -> Envelope:
         if self._released:
-            raise Invalid("message released: its handler has returned; keep what you need in variables")
+            raise Invalid(
+                "message released: its handler has returned, or its consumer is closed; keep what you need in variables"
+            )
         return self._envelope
 
     def __repr__(self) -> str:

@@ -119,7 +119,7 @@ def _fields(letter: DeadLetter) -> dict[str, Any]:
         "queue_id": letter.queue_id,
         "payload": _jsonable(letter.payload),
         "body": b64encode(letter.body).decode(),
-        "headers": letter.headers,
+        "headers": _jsonable(letter.headers),
         "reason": letter.reason,
         "attempts": letter.attempts,
         "error_kind": letter.error_kind,

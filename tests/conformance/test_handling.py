@@ -618,6 +618,50 @@ def test_pulling(broker: Broker, app: kq.App, queue_id: str) -> None:
         assert consumer.receive(timeout=0.1) is None
 
 
+def test_a_closed_consumer_settles_nothing(app: kq.App, queue_id: str) -> None:
+    """What was received and not settled is released at close: settling it later is an error, not a silent loss."""
+    app.publish_many(queue_id, [1, 2])
+    with kq.Consumer(app, queue_id) as consumer:
+        done, left = consumer.receive(timeout=10), consumer.receive(timeout=10)
+        assert done is not None
+        assert left is not None
+        done.ack()
+    for use in (left.ack, left.nack, left.id):
+        with pytest.raises(errors.Invalid, match="released"):
+            use()
+    with pytest.raises(errors.Invalid, match="closed"):
+        consumer.receive(timeout=10)
+    assert list(consumer) == []
+    app.consumer(queue_id)(lambda payload: None)
+    assert drain(app) == 1
+
+
+def test_closing_wakes_up_who_receives(app: kq.App, queue_id: str) -> None:
+    """Threads that wait for a message do not wait for ever for a consumer that another thread has closed."""
+    consumer = kq.Consumer(app, queue_id)
+    waiting = threading.Barrier(4)
+    ends: list[Any] = []
+
+    def receive() -> None:
+        waiting.wait(10)
+        with pytest.raises(errors.Invalid, match="closed"):
+            consumer.receive()
+        ends.append("receive")
+
+    def iterate() -> None:
+        waiting.wait(10)
+        ends.append(list(consumer))
+
+    threads = [threading.Thread(target=target) for target in (receive, receive, iterate)]
+    for thread in threads:
+        thread.start()
+    waiting.wait(10)
+    consumer.close()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(map(str, ends)) == ["[]", "receive", "receive"]
+
+
 def test_producer_stands_alone(broker: Broker, queue_id: str) -> None:
     """kq.Producer publishes from a URL alone."""
     with kq.Producer(broker.url) as producer:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from time import time
+from time import monotonic, time
 from uuid import RFC_4122, UUID
 
+import pytest
+
 import kq
+from kq import errors, queue
 
 
 def test_an_id_is_a_uuid_that_begins_with_the_time() -> None:
@@ -22,3 +25,22 @@ def test_an_id_is_a_uuid_that_begins_with_the_time() -> None:
         assert uuid.hex == id
         assert (uuid.version, uuid.variant) == (7, RFC_4122)
         assert before <= int(id[:12], 16) <= after
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1", "amqp://127.0.0.1:1", "sqlite:////there/is/no/such.db"])
+def test_a_broker_that_is_not_there_is_unavailable(url: str) -> None:
+    """A broker that refuses connections is said to do so, also where there is little time; it is no timeout."""
+    with kq.App("away", broker=url, publish_timeout=2) as app:
+        began = monotonic()
+        with pytest.raises(errors.Internal) as caught:
+            app.publish("test:away", 1)
+    assert caught.value.details["reason"] == "unavailable"
+    assert monotonic() - began < 2
+
+
+def test_the_last_app_is_the_one_that_publishes() -> None:
+    """The functions of kq.queue act on the app that was made last, also where nobody else holds it."""
+    kq.App("last", broker="memory://the-last-app")
+    queue.publish("test:last", {"n": 1})
+    with kq.App("other", broker="memory://the-last-app") as app:
+        assert app.info("test:last").ready == 1
