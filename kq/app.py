@@ -250,6 +250,10 @@ class App:
             raise Invalid("timeout: expected more than 0 seconds")
         if retry is not None and not isinstance(retry, Backoff):
             raise Invalid(f"retry: expected a kq.Backoff, got {type(retry).__name__}")
+        if not isinstance(auto_ack, bool):
+            raise Invalid(f"auto_ack: expected True or False, got {auto_ack!r}")
+        if name is not None and (not isinstance(name, str) or not name):
+            raise Invalid(f"name: expected a name for the consumer, got {name!r}")
 
         place = caller().place
 

@@ -264,10 +264,11 @@ def _failed(run: Run, error: BaseException) -> Outcome:
     delay = getattr(error, "delay", None)
     if not isinstance(delay, (int, float)) or isinstance(delay, bool) or not 0 <= delay <= limit.MAX_DELAY:
         delay = None
+    failure = Failure(errors.INTERNAL, "the handler asked for a retry", True)
     if getattr(error, "count", True):
-        return _after(run, Failure(errors.INTERNAL, "the handler asked for a retry", True), delay)
+        return _after(run, failure, delay)
     wait = run.policy.backoff.delay(job.attempts + 1) if delay is None else delay
-    return Outcome("retry", wait, job.attempts, job.crashes)
+    return Outcome("retry", wait, job.attempts, job.crashes, failure=failure)
 
 
 def _after(run: Run, failure: Failure, delay: float | None = None) -> Outcome:

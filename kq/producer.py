@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
@@ -131,7 +131,7 @@ class Producer:
         Everything is checked before anything is sent. Arguments and errors are those of `publish`; when
         the broker did not confirm all, ``details["published"]`` lists the ids that are safe.
         """
-        return self._send(Draft(queue_id, list(payloads), headers, delay, at, expires))
+        return self._send(Draft(queue_id, _several(payloads), headers, delay, at, expires))
 
     async def apublish(
         self,
@@ -159,7 +159,7 @@ class Producer:
         expires: Any = None,
     ) -> list[str]:
         """Publish messages without blocking the event loop; otherwise as `publish_many`."""
-        draft = Draft(queue_id, list(payloads), headers, delay, at, expires)
+        draft = Draft(queue_id, _several(payloads), headers, delay, at, expires)
         return await self._send_in_thread(draft)
 
     def close(self) -> None:
@@ -293,6 +293,12 @@ class Producer:
         # Waiting for one of the threads counts as well.
         draft = replace(draft, deadline=monotonic() + self._registry.settings.publish_timeout)
         return await get_running_loop().run_in_executor(threads, partial(context.run, self._send, draft))
+
+
+def _several(payloads: Iterable[Any]) -> list[Any]:
+    if isinstance(payloads, (str, bytes, Mapping)) or not isinstance(payloads, Iterable):
+        raise Invalid(f"payloads: expected several, as in a list, got one {type(payloads).__name__}; publish takes one")
+    return list(payloads)
 
 
 def _new_id() -> str:

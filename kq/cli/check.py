@@ -11,7 +11,7 @@ import click
 from msgspec import structs
 
 from kq.cli.acl import show
-from kq.cli.option import ConfigurationError, common, find_app, table
+from kq.cli.option import ConfigurationError, common, load, table, warn
 from kq.config_file.kind import WORKER
 from kq.entry import CONSUMER_OPTIONS
 from kq.errors import Conflict, Invalid
@@ -45,7 +45,7 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool,
 
         click.echo(json.dumps(json_schema(), indent=2))
         return
-    with find_app(app_path, broker) as app:
+    with load(app_path, broker) as app:
         try:
             app.declarations.load_handlers()
         except (Invalid, Conflict) as error:
@@ -61,7 +61,7 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool,
             for driver in app.registry.drivers.values():
                 warnings += _check_driver(app.registry, driver)
     for warning in warnings:
-        click.secho(f"warning: {warning}", fg="yellow", err=True)
+        warn(warning)
     if not warnings:
         click.echo("the configuration is fine" if offline else "no unsafe settings found")
 

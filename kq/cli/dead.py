@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kq.cli.option import common, confirm, find_app, table
+from kq.cli.option import FAILED, common, confirm, fail, find_app, table
 
 if TYPE_CHECKING:
     from kq.dead_letter import DeadLetter
@@ -89,7 +89,9 @@ def replay(queue: str, ids: tuple[str, ...], everything: bool, app_path: str | N
     """Send dead letters back to QUEUE; they start again at attempt 1."""
     _either(ids, everything)
     with find_app(app_path, broker) as app:
-        click.echo(f"{app.dead(queue).replay(None if everything else ids)} replayed")
+        replayed = app.dead(queue).replay(None if everything else ids)
+    click.echo(f"{replayed} replayed")
+    _all_found(queue, ids, replayed)
 
 
 @dead.command("purge")
@@ -105,12 +107,22 @@ def purge(
     _either(ids, everything)
     confirm(f"Drop {'all' if everything else len(ids)} dead letters of {queue} for good?", yes)
     with find_app(app_path, broker) as app:
-        click.echo(f"{app.dead(queue).purge(None if everything else ids)} dropped")
+        dropped = app.dead(queue).purge(None if everything else ids)
+    click.echo(f"{dropped} dropped")
+    _all_found(queue, ids, dropped)
 
 
 def _either(ids: tuple[str, ...], everything: bool) -> None:
     if bool(ids) == everything:
         raise click.UsageError("name ids, or give --all")
+
+
+def _all_found(queue: str, ids: tuple[str, ...], found: int) -> None:
+    missing = len(set(ids)) - found
+    if missing > 0:
+        fail(
+            f"{missing} of {len(set(ids))} ids are no dead letters of {queue}; kq dead list {queue} shows them", FAILED
+        )
 
 
 def _fields(letter: DeadLetter) -> dict[str, Any]:

@@ -178,6 +178,21 @@ def _use_file(ctx: click.Context, param: click.Parameter, path: str | None) -> N
 
 
 def find_app(app_path: str | None, broker: str | None) -> App:
+    """Return an app as `load` does, and warn of variables of the environment that nothing reads; raises as `load`."""
+    from kq.config import unknown_variables
+
+    app = load(app_path, broker)
+    for warning in unknown_variables(named=app.registry.variables):
+        warn(warning)
+    return app
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    click.secho(f"warning: {text}", fg="yellow", err=True)
+
+
+def load(app_path: str | None, broker: str | None) -> App:
     """Return the app that the options name, else the one that the configuration file describes.
 
     Raises:

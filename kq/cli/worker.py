@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from kq.cli.option import CONFIGURATION, DURATION, ConfigurationError, common, end, exit_code, fail, find_app
+from kq.cli.option import CONFIGURATION, DURATION, ConfigurationError, common, end, exit_code, fail, load
 from kq.config import hide_password
 from kq.errors import Error, Invalid
 
@@ -74,7 +74,7 @@ def worker(
     # Before the app's module can do so, and once more when it is known what its file says.
     configure(given["log_level"], given["log_format"])
     with prefork(_forks(broker, given), given["concurrency"]) as forks:
-        found = find_app(path, broker)
+        found = load(path, broker)
         try:
             options = WorkerOptions(**_with_file(given, found.document.worker.values))
             configure(options.log_level, options.log_format)

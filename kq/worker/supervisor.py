@@ -445,7 +445,7 @@ class Supervisor:
             self.tally.retried += 1
             logger.warning(
                 "%s %s failed (attempt %d), again in %.1f s: %s",
-                delivery.queue, delivery.id, outcome.attempts, outcome.delay, what,
+                delivery.queue, delivery.id, max(outcome.attempts, delivery.attempts + 1), outcome.delay, what,
                 extra={"action": "retry", **facts},
             )  # fmt: skip
         elif outcome.action == "dead":

@@ -272,8 +272,8 @@ def test_a_generator_from_a_plain_function_is_not_done() -> None:
     async def ainner(payload: Any) -> AsyncIterator[None]:
         yield
 
-    for handler in (inner, ainner):
-        target = make(lambda payload, handler=handler: handler(payload))
+    for generate in (lambda payload: inner(payload), lambda payload: ainner(payload)):  # noqa: PLW0108 - the point
+        target = make(generate)
         outcome = target.run(prepare(target, job()))
         assert (outcome.action, outcome.reason) == ("dead", "not_retryable")
         assert outcome.failure is not None
@@ -495,7 +495,9 @@ def test_async_handlers() -> None:
     assert handle_async(good) == DONE
     assert failure_of(handle_async(no)).message == "the handler returned False"
     assert failure_of(handle_async(bad)).message == "bad"
-    assert handle_async(again) == Outcome("retry", 7.0, 0, 0)
+    assert handle_async(again) == Outcome(
+        "retry", 7.0, 0, 0, failure=Failure("INTERNAL", "the handler asked for a retry", True)
+    )
 
 
 def test_async_ack_wins() -> None:

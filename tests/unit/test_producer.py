@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic, time
+from typing import Any
 from uuid import RFC_4122, UUID
 
 import pytest
@@ -44,3 +46,21 @@ def test_the_last_app_is_the_one_that_publishes() -> None:
     queue.publish("test:last", {"n": 1})
     with kq.App("other", broker="memory://the-last-app") as app:
         assert app.info("test:last").ready == 1
+
+
+@pytest.mark.parametrize("payloads", ["abc", b"abc", {"n": 1}, 5, None])
+def test_several_messages_are_a_list(payloads: Any) -> None:
+    """A text or a mapping in place of several payloads would become many messages that nobody meant."""
+    with kq.App("several", broker="memory://several") as app:
+        with pytest.raises(errors.Invalid, match="payloads: expected several, as in a list, got one"):
+            app.publish_many("test:several", payloads)
+        with pytest.raises(errors.Invalid, match="payloads: expected several"):
+            asyncio.run(app.apublish_many("test:several", payloads))
+
+
+@pytest.mark.parametrize(("name", "value"), [("auto_ack", 1), ("auto_ack", "false"), ("name", 5), ("name", "")])
+def test_what_a_consumer_is_given_is_checked(name: str, value: Any) -> None:
+    """A word where a bool is meant would be true."""
+    app = kq.App("checked", broker="memory://checked")
+    with pytest.raises(errors.Invalid, match=f"{name}: expected"):
+        app.consumer("test:checked", **{name: value})
