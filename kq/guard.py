@@ -19,9 +19,25 @@ PUBLISH: Final = "queue.publish"
 PUBLISH_QUEUE: Final = "queue.publish.queue"
 CONSUME_QUEUE: Final = "queue.consume.queue"
 ADMIN_QUEUE: Final = "queue.admin.queue"
+#: What kq asks for; programs may ask for more with `kq.security.can`.
+ACTIONS: Final = (PUBLISH, PUBLISH_QUEUE, CONSUME_QUEUE, ADMIN_QUEUE)
 
 #: Scopes that are kept: signed messages name groups, and whoever forges one names many.
 _SCOPES: Final = 256
+
+
+def pointless(policy: Policy) -> str:
+    """Say why a policy applies to nothing that kq asks for; empty where it may."""
+    asked = [action for action in ACTIONS if any(pattern.matches(action) for pattern in policy.actions)]
+    if not asked:
+        actions = ", ".join(map(str, policy.actions))
+        return f"policy {policy.name!r}: kq asks for no action {actions}; it asks for {', '.join(ACTIONS)}"
+    if asked == [PUBLISH] and not policy.covers(PUBLISH, ""):
+        return (
+            f"policy {policy.name!r}: {PUBLISH} is asked for without a resource, which its resources do not cover; "
+            f"expected resources '*', or the action {PUBLISH_QUEUE}"
+        )
+    return ""
 
 
 class Guard:

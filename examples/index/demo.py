@@ -69,7 +69,18 @@ def main() -> None:
     parser.add_argument("--files", type=int, help="index only so many files")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kq-demo-"))
-    broker = options.broker or f"sqlite:///{folder / 'kq.db'}"
+    try:
+        run(options.broker or f"sqlite:///{folder / 'kq.db'}", options.files, folder)
+    except kq.errors.Error as error:
+        raise SystemExit(f"demo: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(broker: str, most: int | None, folder: Path) -> None:
+    """Run the demo on a broker, with so many files at most."""
     results = folder / "index.jsonl"
     os.environ["KQ_BROKER_URL"] = broker
     os.environ["INDEX_RESULTS"] = str(results)
@@ -82,7 +93,7 @@ def main() -> None:
     app.purge("index:files")
     app.dead("index:files").purge()
 
-    files = find_files(options.files)
+    files = find_files(most)
     say(f"kq {kq.__version__} on {kq.config.hide_password(broker)}")
     say(f"\n$ kq worker indexer:app          # 1 message a file, {len(files):,} files of Python's standard library")
     log = (folder / "worker.log").open("wb")
@@ -102,7 +113,6 @@ def main() -> None:
         worker.wait(40)
         log.close()
         app.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def summary(app: kq.App, results: Path, done: int, dead: int, took: float, total: int) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 def check(app_path: str | None, broker: str | None, offline: bool, schema: bool, acl: bool) -> None:
     """Reach the brokers, and say what they can do and which of their settings endanger messages."""
     from kq import config
+    from kq.guard import pointless
 
     if schema:
         from kq.config_file.schema import json_schema
@@ -55,6 +56,7 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool,
                 _print_rights(app.registry, driver)
             return
         warnings = config.unknown_variables(named=app.registry.variables)
+        warnings += filter(None, map(pointless, app.registry.guard.policies))
         if offline:
             _print_configuration(app)
         else:

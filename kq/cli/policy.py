@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kq.cli.option import REFUSED, common, find_app, pairs, table
+from kq.cli.option import REFUSED, common, find_app, pairs, table, warn
 
 if TYPE_CHECKING:
     from kq.cli.option import Acting
@@ -43,6 +43,9 @@ def test(app_path: str | None, broker: str | None, action: str, resource: str, m
 
     Connects to nothing. Exits with 0 if it is allowed and with 77 if not.
     """
+    from kq.guard import ACTIONS, PUBLISH, PUBLISH_QUEUE
+    from kq.security.near_miss import did_you_mean
+
     with find_app(app_path, broker) as app:
         guard = app.registry.guard
         acting: Acting = click.get_current_context().obj
@@ -51,9 +54,15 @@ def test(app_path: str | None, broker: str | None, action: str, resource: str, m
             click.echo(f"{'allowed' if allowed else 'denied'}: there is no actor (--actor), and strict mode is "
                        f"{'on' if guard.strict else 'off'}")  # fmt: skip
             sys.exit(0 if allowed else REFUSED)
+        if action not in ACTIONS:
+            warn(f"kq itself never asks for {action}; it asks for {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
+        elif action == PUBLISH and resource:
+            warn(f"kq asks for {PUBLISH} without a resource, and then for {PUBLISH_QUEUE} on the queue")
         decision = guard.scope(acting.groups).explain(acting.actor, action, resource, pairs("--meta", meta))
         click.echo(f"{'allowed' if decision.allowed else 'denied'}: {decision.reason}")
-        if decision.verdicts:
+        if not decision.verdicts:
+            click.echo(f"none of {len(guard.policies)} policies is about {action} on {resource!r}")
+        else:
             click.echo()
             rows = [[v.policy, v.effect, "applies" if v.applies else "does not apply", v.reason]
                     for v in decision.verdicts]  # fmt: skip

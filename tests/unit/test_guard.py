@@ -6,7 +6,7 @@ import pytest
 
 import kq
 from kq.errors import PermissionDenied
-from kq.guard import Guard
+from kq.guard import Guard, pointless
 from kq.security import Actor, Policy, Scope, can, context, current_actor, set_strict
 
 ANN = Actor("user:ann")
@@ -101,3 +101,24 @@ def test_a_supervisor_works_otherwise_under_other_rules_and_keys() -> None:
     others = [fingerprint("boss"), fingerprint(meta=2), fingerprint(key="x" * 32), fingerprint(groups="h")]
     assert fingerprint() == fingerprint()
     assert len({fingerprint(), *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("actions", "resources", "words"),
+    [
+        ("queue.publsh", "*", "kq asks for no action queue.publsh"),
+        ("mine.*", "*", "kq asks for no action mine"),
+        ("queue.publish", "app:*", "asked for without a resource"),
+        (["queue.publish", "mine"], ["app:*", "b"], "asked for without a resource"),
+        ("queue.publish", "*", ""),
+        ("queue.publish", ["", "app:*"], ""),
+        ("queue.publish*", "app:*", ""),
+        ("queue.publish.queue", "app:*", ""),
+        ("*", "app:*", ""),
+    ],
+)
+def test_policies_that_apply_to_nothing_are_known(actions: str, resources: str, words: str) -> None:
+    """A policy that no request of kq's can meet is a mistake, most of the time."""
+    why = pointless(Policy("p", actions=actions, resources=resources))
+    assert bool(why) == bool(words)
+    assert words in why
