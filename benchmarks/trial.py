@@ -16,7 +16,7 @@ from benchmarks.publish import Order
 _WARM: Final = 20
 #: A part of the messages is enough where handlers take long...
 _SLOW_PART: Final = 5
-#: ...or where they are large; not a smaller one, for what a worker has fetched before its first handler runs would decide.
+#: ...or where they are large; not a smaller one, or what a worker has fetched before its first handler runs decides.
 _LARGE_PART: Final = 10
 #: Messages a second of a load that is the same for everybody: about half of what the slowest of those can drain that
 #: are not meant to be slow.

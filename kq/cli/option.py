@@ -63,7 +63,10 @@ def common(command: _F) -> _F:
     @click.option("-A", "--app", "app_path", metavar="APP", envvar="KQ_APP", show_envvar=True,
                   help="The app, as package.module:attribute.")  # fmt: skip
     @click.option(
-        "-b", "--broker", metavar="URL", help="The broker's URL; wins over the app's own.  [env var: KQ_BROKER_URL]"
+        "-b",
+        "--broker",
+        metavar="URL",
+        help="The broker's URL; wins over the app's own, which wins over the variable.  [env var: KQ_BROKER_URL]",
     )
     @click.option(
         "--config",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +102,20 @@ def test_policies_work_as_shown() -> None:
         app.publish("app:orders", 1)
 
 
+def test_the_guarded_example_works_as_shown(tmp_path: Path) -> None:
+    """The README's commands under policies do what their remarks say."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("KQ_")}
+    script = block("cd examples/guarded").replace("kq p", f"{sys.executable} -m kq p")
+    done = subprocess.run(
+        ["bash", "-c", script.replace("$(python ", f"$({sys.executable} ")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    published, denied, *explained = done.stdout.splitlines()
+    assert (len(published), denied, done.returncode) == (32, "denied: no policy allows it", 77), done.stderr
+    assert "actor.meta.role" in "\n".join(explained)
+
+
 def test_several_brokers_work_as_shown() -> None:
     """The README's app has its queue where it says."""
     space: dict[str, object] = {"kq": kq}
@@ -121,3 +137,31 @@ def test_demo_ends_with_a_summary() -> None:
     assert "lost: 0   run twice: 0" in done.stdout
     assert "this.py failed twice and succeeded on attempt 3" in done.stdout
     assert "does not parse" in done.stdout
+
+
+def test_the_python_reference_works_as_shown() -> None:
+    """The blocks of docs/python.md run, and its signatures are the code's."""
+    text = (ROOT / "docs" / "python.md").read_text()
+    for source in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(source, {"kq": kq})
+    flat = " ".join(text.split())
+    for shown, function in (
+        ("@app.consumer", kq.App.consumer),
+        ("app.queue", kq.App.queue),
+        ("kq.App", kq.App.__init__),
+        ("queue.publish", kq.queue.publish),
+        ("queue.publish_many", kq.queue.publish_many),
+        ("app.drain", kq.App.drain),
+        ("kq.Consumer", kq.Consumer.__init__),
+        ("kq.Backoff", kq.Backoff.__init__),
+        ("kq.Retry", kq.Retry.__init__),
+    ):
+        (names, *_) = re.findall(re.escape(f"`{shown}(") + r"([^`]*)\)`", flat)
+        parameters = [name for name in inspect.signature(function).parameters if name != "self"]
+        assert (
+            re.findall(r"(\w+)(?:=[^,]+)?(?:, |$)", names.replace("*, ", "").replace("app_or_url", "source"))
+            == parameters
+        )
+    fields = re.search(r"A `kq.DeadLetter` has (.*?) in bytes", flat)
+    assert fields is not None
+    assert sorted(re.findall(r"`(\w+)`", fields[1])) == sorted(kq.DeadLetter.__dataclass_fields__)
