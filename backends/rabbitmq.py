@@ -423,7 +423,8 @@ def _difference(queue: QueueSpec, text: str) -> str:
     what = text.partition(": ")[2] or text
     return (
         f"queue {queue.id} exists with another {argument or 'declaration'}, declared here with {ours}: {what}; "
-        "declare it alike, or delete the queue first"
+        "declare it alike (max_priority, max_length, dead_letter and options are to be the same in every program and "
+        "file), or delete the queue first"
     )
 
 

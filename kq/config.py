@@ -159,8 +159,9 @@ def unknown_variables(environment: Mapping[str, str] | None = None, *, named: Co
     warnings = []
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known and name not in named and not name.startswith("KQ_TEST_"):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            # Without what all of them begin with, which would make any two alike.
+            near = difflib.get_close_matches(name[len(PREFIX) :], [other[len(PREFIX) :] for other in known], 1)
+            hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
             warnings.append(f"the environment variable {name} is not one that kq reads{hint}")
     return warnings
 

@@ -120,7 +120,7 @@ def seconds(name: str, value: Any, *, maximum: float = MAX_DELAY) -> float:
     if not 0 <= value < math.inf:
         raise Invalid(f"{name}: expected a number of seconds from 0, got {_short(value)}")
     if value > maximum:
-        raise Invalid(f"{name}: expected at most {maximum:g} seconds, got {_short(value)}")
+        raise Invalid(f"{name}: expected at most {maximum:,.10g} seconds, got {_short(value)}")
     return float(value)
 
 

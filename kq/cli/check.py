@@ -15,6 +15,7 @@ from kq.cli.option import ConfigurationError, common, load, table, warn
 from kq.config_file.kind import WORKER
 from kq.entry import CONSUMER_OPTIONS
 from kq.errors import Conflict, Invalid
+from kq.retry import Backoff
 
 if TYPE_CHECKING:
     from kq.app import App
@@ -117,13 +118,14 @@ def _print_configuration(app: App) -> None:
     for driver in app.registry.drivers.values():
         click.echo(f"\n{f'driver {driver.name}' if driver.name else 'driver of the app'}")
         rows = []
-        for name, value in asdict(driver).items():
+        for field, value in asdict(driver).items():
+            name = field.replace("reconnect_", "reconnect.")
             # What is in there, by whatever name, may be a secret.
             shown = (
                 config.hide_password(value) if name == "url" else "given" if name == "tls" and value else _show(value)
             )
             if name != "name":
-                rows.append([name, shown, app.declarations.driver_origin(driver.name, name)])
+                rows.append([name, shown, app.declarations.driver_origin(driver.name, field)])
         table(["field", "value", "from"], rows)
     for spec in app.registry.queues():
         click.echo()
@@ -139,7 +141,11 @@ def _print_configuration(app: App) -> None:
         for consumer in app.registry.router.of(spec.id):
             click.echo(f"\nconsumer {consumer.name}  ({consumer.place})")
             rows = [
-                [name, _show(getattr(consumer, name)), app.declarations.consumer_origin(consumer, name)]
+                [
+                    "retry" if name == "backoff" else name,
+                    _show(getattr(consumer, name)),
+                    app.declarations.consumer_origin(consumer, name),
+                ]
                 for name in CONSUMER_OPTIONS
             ]
             table(["field", "value", "from"], rows)
@@ -161,10 +167,13 @@ def _worker_options(file: Given) -> list[list[Any]]:
 
 
 def _show(value: Any) -> str:
+    """Return a value as a file says it."""
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return str(value).lower()
     if isinstance(value, float):
-        return f"{value:g} s"
+        return f"{value:g}s"
+    if isinstance(value, Backoff):
+        return f"{{initial: {value.initial:g}s, factor: {value.factor:g}, max: {value.max:g}s, jitter: {value.jitter}}}"
     if value is None or value in ({}, (), ""):
         return "-"
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

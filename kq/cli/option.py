@@ -273,9 +273,15 @@ def confirm(question: str, yes: bool) -> None:
     click.confirm(question, abort=True)
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table: text to the left, numbers to the right, nothing as a dash."""
-    cells = [["-" if cell is None else _shorten(str(cell)) for cell in row] for row in rows]
+def table(titles: Sequence[str], rows: Sequence[Sequence[Any]], most: int = 70) -> None:
+    """Print a table: text to the left, numbers to the right, nothing as a dash.
+
+    Args:
+        titles: Of the columns.
+        rows: A cell for each column.
+        most: Characters of a cell that are shown.
+    """
+    cells = [["-" if cell is None else _shorten(str(cell), most) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(titles), *cells]) for i in range(len(titles))]
     numeric = [all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(titles))]
 
@@ -288,7 +294,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         click.echo(line(row))
 
 
-def _shorten(text: str) -> str:
+def _shorten(text: str, most: int) -> str:
     # Control characters would be the terminal's to obey, and what a stranger sent is shown here.
     text = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
-    return text if len(text) <= 70 else text[:67] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -66,5 +66,5 @@ def test(app_path: str | None, broker: str | None, action: str, resource: str, m
             click.echo()
             rows = [[v.policy, v.effect, "applies" if v.applies else "does not apply", v.reason]
                     for v in decision.verdicts]  # fmt: skip
-            table(["policy", "effect", "here", "why"], rows)
+            table(["policy", "effect", "here", "why"], rows, most=1000)
         sys.exit(0 if decision.allowed else REFUSED)

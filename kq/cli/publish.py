@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from kq.cli.option import DURATION, USAGE, common, exit_code, fail, find_app, pairs
+from kq.cli.option import DURATION, USAGE, common, exit_code, fail, find_app, pairs, warn
 from kq.errors import Error, Invalid
 
 if TYPE_CHECKING:
@@ -67,7 +67,15 @@ def publish(
         except ValueError as error:
             hint = f"; a text needs quotes of its own: '\"{text}\"'" if text[:1].isalpha() else ""
             fail(f"the data is not JSON: {error}{hint}", USAGE)
+        _warn_of_memory(app, queue)
         click.echo(app.publish(queue, payload, chosen, delay=delay, expires=expires, message_id=message_id))
+
+
+def _warn_of_memory(app: App, queue: str) -> None:
+    if not app.registry.backend(app.registry.spec(queue).driver).capabilities.shared:
+        warn(
+            "nobody else sees this message, and it is gone when this command ends: the broker is this process's memory"
+        )
 
 
 def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any], options: dict[str, Any]) -> None:

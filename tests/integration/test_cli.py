@@ -278,6 +278,14 @@ def test_unknown_variables_are_warned_of(local_shop: Shop) -> None:
         assert done.stderr.count("KQ_LEAS is not one that kq reads; did you mean KQ_LEASE?") == 1
 
 
+def test_publishing_to_memory_is_warned_of(local_shop: Shop) -> None:
+    """The message is gone as soon as its id is printed."""
+    done = local_shop.run("publish", local_shop.queue, "1", "-b", "memory://x")
+
+    assert done.returncode == 0
+    assert "gone when this command ends" in done.stderr
+
+
 def test_help_is_quick_and_complete(local_shop: Shop) -> None:
     """Kq --help names every command, and imports no broker's client."""
     import subprocess

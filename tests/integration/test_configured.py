@@ -140,16 +140,16 @@ def test_check_prints_what_is_in_force(local: Project) -> None:
     done = local.run("check", "--offline", KQ_BROKER_URL="redis://user:c4nary@127.0.0.1:1", KQ_LEASE="")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert ["lease", "7", "s", "kq.yaml:2"] in rows
+    assert ["lease", "7s", "kq.yaml:2"] in rows
     assert ["broker", "redis://user:**@127.0.0.1:1", "KQ_BROKER_URL"] in rows
     assert ["max_length", "10", "kq.yaml:4"] in rows
     assert ["max_attempts", "5", "default"] in rows
     assert ["queue", "shop:q"] in rows
-    assert ["timeout", "9", "s", "kq.yaml:5"] in rows
+    assert ["timeout", "9s", "kq.yaml:5"] in rows
     assert ["connection_name", "other", "kq.yaml:7"] in rows
     assert ["url", "redis://user:**@127.0.0.1:1", "kq.yaml:6"] in rows
-    assert ["reconnect_initial", "1", "s", "kq.yaml:7"] in rows
-    assert ["reconnect_max", "2", "s", "default"] in rows
+    assert ["reconnect.initial", "1s", "kq.yaml:7"] in rows
+    assert ["reconnect.max", "2s", "default"] in rows
     assert "c4nary" not in done.stdout + done.stderr
     schema = json.loads(local.run("check", "--schema").stdout)
     assert schema["properties"]["entries"]

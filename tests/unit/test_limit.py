@@ -100,7 +100,7 @@ def test_seconds_refuses_negative_and_not_finite(value: Any) -> None:
 @pytest.mark.parametrize("value", [YEAR + 0.001, timedelta.max, 1e300, 10**400, 10**5000], ids=type)
 def test_seconds_refuses_more_than_a_year(value: Any) -> None:
     """More than 365 days is refused, also where the number is too large for a float."""
-    with pytest.raises(errors.Invalid, match=r"delay: expected at most 3\.1536e\+07 seconds, got"):
+    with pytest.raises(errors.Invalid, match=r"delay: expected at most 31,536,000 seconds, got"):
         limit.seconds("delay", value)
 
 
