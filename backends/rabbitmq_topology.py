@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
 from typing import Any, Final
 from uuid import uuid4
 
@@ -164,7 +166,7 @@ def to_envelope(message: amqp.Message) -> Envelope:
 
 
 def legible_table(table: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return headers with all text as UTF-8 can hold it."""
+    """Return headers with all text as UTF-8 can hold it, and with nothing that JSON has no word for."""
     return {legible(key): _legible_value(value) for key, value in table.items()}
 
 
@@ -177,6 +179,11 @@ def _legible_value(value: Any) -> Any:
         return legible_table(value)
     if isinstance(value, list):
         return [_legible_value(item) for item in value]
+    # As a handler gets them, which is in another process.
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return str(value)
     return value
 
 

@@ -196,7 +196,7 @@ def _check_received(value: Any) -> None:
     try:
         _check(value, binary=True)
     except Invalid as error:
-        raise Undecodable(str(error)) from None
+        raise Undecodable(f"the body cannot be taken: {str(error).removeprefix('not encodable: ')}") from None
 
 
 def _check(data: Any, *, binary: bool) -> None:

@@ -146,7 +146,9 @@ def _fields(letter: DeadLetter) -> dict[str, Any]:
 
 
 def _jsonable(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=lambda data: b64encode(data).decode()))
+    return json.loads(
+        json.dumps(value, default=lambda data: b64encode(data).decode() if isinstance(data, bytes) else str(data))
+    )
 
 
 def _brief(letter: DeadLetter) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from datetime import datetime
+from decimal import Decimal
 from time import time
 from typing import Any
 
@@ -14,6 +16,7 @@ from kq.backends.rabbitmq_topology import (
     BUCKETS,
     bucket_for,
     due_in,
+    legible_table,
     queue_arguments,
     read_count,
 )
@@ -185,3 +188,10 @@ def test_a_due_time_that_makes_no_sense_is_now(at: Any) -> None:
     """A due time that is none, or beyond every delay, does not hold a message back."""
     assert due_in({"x_due_at": at}) <= 0
     assert due_in({}) <= 0
+
+
+def test_headers_are_what_a_handler_gets() -> None:
+    """Times and decimals of AMQP's tables are text in a handler, and so they are wherever headers are shown."""
+    table = {"t": datetime(2026, 1, 2, 3, 4, 5), "d": Decimal("1.5"), "deep": {"b": b"\xff", "l": [Decimal(2)]}, "n": 1}
+    expected = {"t": "2026-01-02T03:04:05", "d": "1.5", "deep": {"b": "\\xff", "l": ["2"]}, "n": 1}
+    assert legible_table(table) == expected
