@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timezone
 from decimal import Decimal
 
 from kq.cli.dead import _fields
@@ -13,9 +13,9 @@ LETTER = DeadLetter("m-1", "a:b", b"\x00\xff", b"\x00\xff", {}, "undecodable", 0
 
 def test_any_letter_can_be_printed_as_json() -> None:
     """What strangers put into headers, which JSON has no word for, hides no letter."""
-    letter = replace(LETTER, headers={"b": b"\x00\xff", "t": datetime(2026, 1, 2), "d": Decimal("1.5"), "l": [b"x"]})
+    letter = replace(LETTER, headers={"b": b"\x00\xff", "t": datetime(2026, 1, 2, tzinfo=timezone.utc), "d": Decimal("1.5"), "l": [b"x"]})
 
     fields = json.loads(json.dumps(_fields(letter)))
 
-    assert fields["headers"] == {"b": "AP8=", "t": "2026-01-02 00:00:00", "d": "1.5", "l": ["eA=="]}
+    assert fields["headers"] == {"b": "AP8=", "t": "2026-01-02 00:00:00+00:00", "d": "1.5", "l": ["eA=="]}
     assert (fields["payload"], fields["body"]) == ("AP8=", "AP8=")
