@@ -82,7 +82,7 @@ class GroupCommit:
                 aside, group = group, []
                 self._lead_aside(aside, ticket)
         except BaseException:
-            self._let_go(group)
+            self._let_go(group, ticket)
             raise
         return _late(ticket) if ticket.results is None else ticket.results
 
@@ -127,17 +127,23 @@ class GroupCommit:
                 self._lead(group, max(ticket.deadline for ticket in group))
             except BaseException as error:
                 failure.append(error)
-                self._let_go(group)
+                self._let_go(group, mine)
 
-        Thread(target=lead, name="kq-commit", daemon=True).start()
+        try:
+            Thread(target=lead, name="kq-commit", daemon=True).start()
+        except (RuntimeError, MemoryError):
+            # No room for one more. Then here, however long it takes.
+            lead()
         with self._lock:
             self._turn.wait_for(lambda: mine.results is not None or failure, mine.deadline - monotonic())
         if failure:
             raise failure[0]
 
-    def _let_go(self, group: list[_Ticket]) -> None:
-        """Leave nobody waiting behind a leader that was interrupted."""
+    def _let_go(self, group: list[_Ticket], mine: _Ticket) -> None:
+        """Leave nobody waiting behind a caller that was interrupted, and nothing of its own for others to publish."""
         with self._lock:
+            if mine in self._waiting:
+                self._waiting.remove(mine)
             if group and any(ticket.results is None for ticket in group):
                 failed = Internal("publishing was interrupted", details={"reason": "unavailable"})
                 self._deal(group, [failed for ticket in group for _ in ticket.batch])

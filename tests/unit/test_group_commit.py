@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 
 import pytest
 
@@ -133,3 +133,49 @@ def test_who_waits_too_long_is_late() -> None:
     assert committed == ["a"]
     assert group.publish(batch("d"), 5.0) == [None]
     assert committed == ["a", "d"]
+
+
+def test_without_room_for_a_thread_it_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first publish goes out in the caller's thread where no other can be started, and so do the next ones."""
+
+    def commit(group: Sequence[Publication], timeout: float) -> Results:
+        return [None] * len(group)
+
+    def no_room(thread: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    group = GroupCommit(commit)
+    monkeypatch.setattr(Thread, "start", no_room)
+    assert group.publish(batch("a"), 5.0) == [None]
+    monkeypatch.undo()
+    assert group.publish(batch("b"), 5.0) == [None]
+
+
+def test_an_interrupted_follower_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is interrupted while another one publishes takes its message along: its time is not the next one's."""
+    sent: list[tuple[list[str], float]] = []
+    began, go_on = Event(), Event()
+
+    def commit(group: Sequence[Publication], timeout: float) -> Results:
+        sent.append(([p.envelope.id for p in group], timeout))
+        if group[0].envelope.id == "slow":
+            began.set()
+            assert go_on.wait(20)
+        return [None] * len(group)
+
+    def interrupt(*arguments: object) -> bool:
+        raise KeyboardInterrupt
+
+    group = GroupCommit(commit)
+    assert group.publish(batch("first"), 5.0) == [None]
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(group.publish, batch("slow"), 20.0)
+        assert began.wait(20)
+        with monkeypatch.context() as patched:
+            patched.setattr(group._turn, "wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                group.publish(batch("interrupted"), 5.0)
+        go_on.set()
+        assert slow.result(20) == [None]
+    assert group.publish(batch("last"), 5.0) == [None]
+    assert [ids for ids, _ in sent] == [["first"], ["slow"], ["last"]]
