@@ -202,6 +202,8 @@ class Fetcher(Thread):
             self._feed = self._backend.feed(self._queues, self._prefetch)
             self._renew_at = monotonic() + self._renew_every
         feed = self._feed
+        # Before anything is looked at: what comes after it is seen in the next step.
+        self._news = False
         # Before anything that may fail: nothing else may cost us our leases.
         self._renew_if_due(feed)
         began = monotonic()
@@ -237,7 +239,7 @@ class Fetcher(Thread):
 
     def _settle(self, feed: Feed) -> bool:
         if not self._inbox and not self._failed:
-            # What is handed in from here on is news, and seen in the next step.
+            # What is handed in from here on is news.
             return False
         now = monotonic()
         again = [failed for failed in self._failed if failed[0] <= now]
@@ -356,7 +358,6 @@ class Fetcher(Thread):
 
     def _room(self) -> tuple[int, dict[str, int]]:
         with self._lock:
-            self._news = False
             # What is put off is nobody's any more, and held all the same.
             credit = max(0, self._wanted - self.in_hand - len(self._failed))
             caps = {queue: max(0, most - self._in_hand[queue]) for queue, most in self._limits.items()}
