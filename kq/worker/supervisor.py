@@ -386,7 +386,10 @@ class Supervisor:
         if self._dispatcher.isolating:
             self._intake.hold(0)
             return
-        wanted = sum(place.window for place in self._pool.places if place.ready and place.accepting)
+        # What runs in a place that takes no more is in hand as well, and nobody else's room.
+        wanted = sum(
+            place.window if place.ready and place.accepting else len(place.tags) for place in self._pool.places
+        )
         # What is finished while the broker is asked for more must be here already: a distant one takes its time.
         wanted += int(_AHEAD * self._pace() * self._intake.round_trip)
         if self._size:
