@@ -7,7 +7,7 @@ is declared, `rabbitmq_publisher` how a publish is confirmed, `rabbitmq_feed` ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from math import inf
@@ -93,14 +93,12 @@ class RabbitBackend:
                 return
             if queue.dead_letter is not None:
                 self._declare_dead_letters(link, queue.dead_letter)
-            channel = link.open_channel()
             try:
-                channel.queue_declare(queue.id, durable=True, auto_delete=False, arguments=arguments)
+                with link.brief_channel() as channel:
+                    channel.queue_declare(queue.id, durable=True, auto_delete=False, arguments=arguments)
             except PreconditionFailed as error:
                 if exact:
                     raise Conflict(_difference(queue, str(error.reply_text))) from None
-            else:
-                channel.close()
 
         try:
             self._administer(declare)
@@ -112,7 +110,7 @@ class RabbitBackend:
     def _see_that_it_exists(self, queue: str, refusal: PermissionDenied) -> None:
         """Do without declaring a queue that somebody else has: a publisher need not be allowed to."""
         try:
-            self._administer(lambda link: link.open_channel().queue_declare(queue, passive=True))
+            self._administer(lambda link: _passively(link, queue))
         except NotFound:
             raise PermissionDenied(
                 f"queue {queue} does not exist, and this account may not declare it; start a worker of it first "
@@ -121,14 +119,12 @@ class RabbitBackend:
             ) from None
 
     def _declare_dead_letters(self, link: Link, name: str) -> None:
-        channel = link.open_channel()
-        try:
+        # Declared otherwise by somebody it is a queue as well, and that is enough.
+        with suppress(PreconditionFailed), link.brief_channel() as channel:
             channel.queue_declare(name, durable=True, auto_delete=False, arguments=dead_letter_arguments())
-        except PreconditionFailed:
-            channel = link.open_channel()  # somebody declared it otherwise; it is a queue, and that is enough
-        channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
-        channel.queue_bind(name, name)
-        channel.close()
+        with link.brief_channel() as channel:
+            channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
+            channel.queue_bind(name, name)
 
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """See `Backend.publish`."""
@@ -202,11 +198,10 @@ class RabbitBackend:
         headers = {**envelope.headers, DELAY_LEFT: max(0.0, round(publication.delay - milliseconds / 1000, 3))}
         if milliseconds not in self._buckets:
             name = bucket_name(milliseconds)
-            channel = link.open_channel()
-            channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
-            channel.queue_declare(name, durable=True, auto_delete=False, arguments=bucket_arguments(milliseconds))
-            channel.queue_bind(name, name)
-            channel.close()
+            with link.brief_channel() as channel:
+                channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
+                channel.queue_declare(name, durable=True, auto_delete=False, arguments=bucket_arguments(milliseconds))
+                channel.queue_bind(name, name)
             self._buckets.add(milliseconds)
         delayed = Envelope(envelope.id, headers, envelope.properties, envelope.body)
         return Outgoing(bucket_name(milliseconds), publication.queue.id, delayed)
@@ -236,28 +231,26 @@ class RabbitBackend:
 
     def info(self, queue: QueueSpec) -> QueueInfo:
         """See `Backend.info`."""
-
-        def ask(link: Link) -> Any:
-            return link.open_channel().queue_declare(queue.id, passive=True)
-
-        def ask_dead(link: Link) -> int:
-            return int(link.open_channel().queue_declare(queue.dead_letter, passive=True).message_count)
-
         try:
-            answer = self._administer(ask)
+            answer = self._administer(lambda link: _passively(link, queue.id))
         except NotFound:
             raise NotFound(f"queue {queue.id} does not exist") from None
         dead = None
         if queue.dead_letter is not None:
             try:
-                dead = self._administer(ask_dead)
+                dead = self._administer(lambda link: int(_passively(link, queue.dead_letter).message_count))
             except NotFound:
                 dead = 0
         return QueueInfo(answer.message_count, answer.message_count, None, None, dead, answer.consumer_count, None)
 
     def purge(self, queue: QueueSpec) -> int:
         """See `Backend.purge`."""
-        return int(self._administer(lambda link: link.open_channel().queue_purge(queue.id)))
+
+        def purge(link: Link) -> int:
+            with link.brief_channel() as channel:
+                return int(channel.queue_purge(queue.id))
+
+        return self._administer(purge)
 
     def browse(self, queue: QueueSpec, limit: int, offset: int) -> list[Envelope]:
         """See `Backend.browse`."""
@@ -367,11 +360,15 @@ class RabbitBackend:
                 self._drop()
                 if fresh or not isinstance(error, Internal) or error.details.get("reason") != "unavailable":
                     raise
+            except BaseException:
+                # Interrupted, perhaps in the middle of a frame.
+                self._drop(wait=False)
+                raise
             try:
                 with self._errors:
                     return call(self._connected()[0])
-            except Error:
-                self._drop()
+            except BaseException as error:
+                self._drop(wait=isinstance(error, Error))
                 raise
 
     @contextmanager
@@ -406,6 +403,12 @@ class RabbitBackend:
                 while monotonic() < until:
                     if channel.queue_declare(queue, passive=True).message_count >= len(unsettled):
                         break
+
+
+def _passively(link: Link, queue: str | None) -> Any:
+    """Return what the broker says of a queue that it has."""
+    with link.brief_channel() as channel:
+        return channel.queue_declare(queue, passive=True)
 
 
 def _difference(queue: QueueSpec, text: str) -> str:

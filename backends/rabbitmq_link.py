@@ -7,8 +7,8 @@ link is used after an error: it is dropped, and the next use opens a new one.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from math import inf
 from time import monotonic
 from typing import Any, Final
@@ -137,6 +137,13 @@ class Link:
         channel = self.connection.channel()
         channel.auto_decode = False
         return channel
+
+    @contextmanager
+    def brief_channel(self) -> Iterator[Any]:
+        """One more channel for a moment. After an error it is not to be used again: most of them close it."""
+        channel = self.open_channel()
+        yield channel
+        channel.close()
 
     def write(self, frames: bytes, timeout: float) -> None:
         """Send frames that are made already.
