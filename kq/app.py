@@ -29,6 +29,7 @@ from kq.router import Consumer
 from kq.said import caller
 from kq.scheme import find_backend
 from kq.security import Actor, Policy, current_actor, set_strict
+from kq.shield import shielded
 from kq.signing import Signing
 
 if TYPE_CHECKING:
@@ -352,7 +353,9 @@ class App:
         """
         spec = self.registry.spec(limit.queue_id(queue_id))
         self.registry.guard.administer(spec.id)
-        return self.registry.backend(spec.driver).info(spec)
+        # A time limit that strikes between two frames would leave a broken connection behind, for everybody.
+        with shielded():
+            return self.registry.backend(spec.driver).info(spec)
 
     def purge(self, queue_id: str) -> int:
         """Drop what waits in a queue, and return how many messages that were; raises as `info`.
@@ -361,9 +364,10 @@ class App:
         """
         spec = self.registry.spec(limit.queue_id(queue_id))
         self.registry.guard.administer(spec.id)
-        backend = self.registry.backend(spec.driver)
-        backend.info(spec)
-        return backend.purge(spec)
+        with shielded():
+            backend = self.registry.backend(spec.driver)
+            backend.info(spec)
+            return backend.purge(spec)
 
     def dead(self, queue_id: str) -> DeadLetters:
         """Return the dead letters of a queue; raises as `info`."""

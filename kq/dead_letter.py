@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Final
@@ -13,6 +14,7 @@ from kq.envelope import Envelope
 from kq.errors import NotFound
 from kq.limit import count
 from kq.registry import Registry
+from kq.shield import shielded
 
 #: How many dead letters one look reads while it searches for an id.
 _PAGE: Final = 200
@@ -80,8 +82,9 @@ class DeadLetters:
         """
         count("limit", limit, 1, 1_000_000)
         count("offset", offset, 0, 2**31 - 1)
-        self._exists()
-        return [self._open(envelope) for envelope in self._backend().browse(self._queue, limit, offset)]
+        with self._administering() as backend:
+            letters = backend.browse(self._queue, limit, offset)
+        return [self._open(envelope) for envelope in letters]
 
     def get(self, message_id: str) -> DeadLetter:
         """Return one dead letter.
@@ -89,16 +92,16 @@ class DeadLetters:
         Raises:
             NotFound: If there is none of that id.
         """
-        self._exists()
         offset = 0
-        while True:
-            page = self._backend().browse(self._queue, _PAGE, offset)
-            for envelope in page:
-                if envelope.id == message_id:
-                    return self._open(envelope)
-            if len(page) < _PAGE:
-                raise NotFound(f"no dead letter {message_id!r} in {self._queue.id}")
-            offset += len(page)
+        with self._administering() as backend:
+            while True:
+                page = backend.browse(self._queue, _PAGE, offset)
+                for envelope in page:
+                    if envelope.id == message_id:
+                        return self._open(envelope)
+                if len(page) < _PAGE:
+                    raise NotFound(f"no dead letter {message_id!r} in {self._queue.id}")
+                offset += len(page)
 
     def replay(self, ids: Iterable[str] | None = None) -> int:
         """Send dead letters back to their queue, as new messages under their old ids.
@@ -109,11 +112,11 @@ class DeadLetters:
         Returns:
             How many there were.
         """
-        self._exists()
-        self._registry.ensure(self._origin)
-        return self._backend().replay(
-            self._queue, _ids(ids), self._origin, lambda letter: self._registry.revive(self._origin, letter)
-        )
+        with self._administering() as backend:
+            self._registry.ensure(self._origin)
+            return backend.replay(
+                self._queue, _ids(ids), self._origin, lambda letter: self._registry.revive(self._origin, letter)
+            )
 
     def purge(self, ids: Iterable[str] | None = None) -> int:
         """Drop dead letters for good, and return how many there were.
@@ -121,16 +124,20 @@ class DeadLetters:
         Args:
             ids: Which; None for all.
         """
-        self._exists()
-        return self._backend().remove(self._queue, _ids(ids))
+        with self._administering() as backend:
+            return backend.remove(self._queue, _ids(ids))
 
-    def _exists(self) -> None:
+    @contextmanager
+    def _administering(self) -> Iterator[Backend]:
+        """Give the broker that has both queues, once it is known that this is allowed and that there are any letters.
+
+        A time limit does not strike meanwhile: it would leave a broken connection behind, for everybody.
+        """
         self._registry.guard.administer(self._origin.id)
-        self._backend().info(self._queue)
-
-    def _backend(self) -> Backend:
-        # A queue and its dead letters live on one broker.
-        return self._registry.backend(self._queue.driver)
+        with shielded():
+            backend = self._registry.backend(self._queue.driver)
+            backend.info(self._queue)
+            yield backend
 
     def _open(self, envelope: Envelope) -> DeadLetter:
         headers = envelope.headers

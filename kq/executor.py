@@ -30,13 +30,10 @@ from kq.outcome import (
 )
 from kq.retry import Retry, RetryPolicy, after_failure
 from kq.router import Consumer, Router
+from kq.shield import HandlerTimeout
 
 #: Middleware around handling. For an async handler ``call_next`` returns an awaitable.
 HandleMiddleware = Callable[[Message, Any, Callable[[Any], Any]], Any]
-
-
-class HandlerTimeout(BaseException):
-    """Raised in a handler's thread at its time limit; no ``except Exception`` swallows it."""
 
 
 class Job(msgspec.Struct, array_like=True):

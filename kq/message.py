@@ -15,6 +15,7 @@ from typing import Any
 from kq import limit
 from kq.envelope import Envelope
 from kq.errors import Invalid
+from kq.shield import shielded
 
 
 class Settled(Enum):
@@ -113,7 +114,8 @@ class Message:
         self._released = True
 
     def _settle(self, how: Settled, delay: float | None) -> None:
-        with self._lock:
+        # A time limit that struck in here would leave open whether it is settled.
+        with shielded(), self._lock:
             self._live()
             if self._settled:
                 raise Invalid("message already settled; expected one ack or nack for each message")

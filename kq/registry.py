@@ -27,6 +27,7 @@ from kq.queue_spec import default_spec, difference
 from kq.router import Router
 from kq.scheme import find_backend, open_backend
 from kq.security import Actor
+from kq.shield import shielded
 from kq.signing import Signing
 
 #: The origin of settings that have been overridden.
@@ -281,7 +282,9 @@ class Registry:
 
     def open(self, driver: str = MAIN) -> Backend:
         """Return a backend of the caller's own, which the caller closes; raises as `backend`."""
-        return open_backend(self.settings, self.name, self.driver(driver))
+        # A time limit that strikes in the middle of an import leaves half a module behind.
+        with shielded():
+            return open_backend(self.settings, self.name, self.driver(driver))
 
     def ensure(self, spec: QueueSpec) -> None:
         """Have the shared backend of its driver declare a queue, once."""

@@ -2,7 +2,7 @@
 
 A handler that runs past its limit is stopped by an exception raised in its thread, wherever that is. In
 the middle of a publish it would leave a lock held or a transaction open, for everybody. Such work runs
-under a shield: the exception waits until it is over.
+under a shield: the exception is raised where it ends.
 """
 
 from __future__ import annotations
@@ -12,19 +12,25 @@ from threading import Lock, local
 from typing import Final
 
 
+class HandlerTimeout(BaseException):
+    """Raised in a handler's thread at its time limit; no ``except Exception`` swallows it."""
+
+
 class Shield:
     """What a thread that runs handlers and its watchdog share. As a context manager it is the thread's alone.
 
     Attributes:
         lock: Held while either decides.
         depth: How many pieces of work the thread is in that must not be interrupted.
+        is_due: Whether time was up meanwhile: then the outermost of them ends with the exception.
     """
 
-    __slots__ = ("depth", "lock")
+    __slots__ = ("depth", "is_due", "lock")
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.depth = 0
+        self.is_due = False
 
     def __enter__(self) -> None:
         with self.lock:
@@ -33,6 +39,11 @@ class Shield:
     def __exit__(self, *exc: object) -> None:
         with self.lock:
             self.depth -= 1
+            strikes = self.is_due and not self.depth
+            if strikes:
+                self.is_due = False
+        if strikes:
+            raise HandlerTimeout
 
 
 _mine = local()

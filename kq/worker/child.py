@@ -17,7 +17,6 @@ import sys
 from threading import Event, Lock
 from typing import Any, NoReturn
 
-from kq.errors import Invalid
 from kq.outcome import DONE
 from kq.shield import shielded
 from kq.target import open_app
@@ -45,7 +44,6 @@ class Child:
 
     def __init__(self, connection: socket.socket, slots: SlotTable, *, shared: bool = CAN_SHARE) -> None:
         self._shared = shared
-        self._pid = os.getpid()
         self._socket = connection
         self._slots = slots
         self._writing = Lock()
@@ -135,6 +133,7 @@ class Child:
             shortest_timeout=min(timeouts, default=None),
             slots=self._slots,
             emit=self._emit,
+            on_broken=_end_broken,
             on_out_of_memory=lambda: self._send(frame.Exhausted()),
             wire=self if self._shared else None,
         )
@@ -157,8 +156,6 @@ class Child:
                 self._socket.shutdown(socket.SHUT_RD)
 
     def _send(self, message: frame.FromChild) -> None:
-        if os.getpid() != self._pid:
-            raise Invalid("this process is a fork of the one that handles the message, which alone can settle it")
         try:
             data = frame.encode(message)
             # A time limit that strikes in the middle of a frame would garble all that follow.
@@ -200,8 +197,11 @@ def serve(connection: socket.socket, slots: SlotTable, parent: int) -> int:
 
 def _end_broken() -> NoReturn:
     """End the process, because of the exception that is being handled."""
-    logger.critical("a child cannot go on", exc_info=True, extra={"action": "child_failed"})
-    _end(1)
+    try:
+        logger.critical("a child cannot go on", exc_info=True, extra={"action": "child_failed"})
+    finally:
+        # Also where there is not even the memory to say so.
+        _end(1)
 
 
 def _end(code: int) -> NoReturn:

@@ -37,6 +37,10 @@ class Reports(Protocol):
         """Hear that a handler ran out of memory, once its result was reported."""
         ...
 
+    def break_off(self, error: BaseException) -> None:
+        """Hear that nothing goes on here, because of an exception that is being handled."""
+        ...
+
 
 class EventLoop(Thread):
     """A thread with an event loop that runs async handlers.
@@ -55,7 +59,8 @@ class EventLoop(Thread):
         self._slots = slots
         self._free = list(range(2 * concurrency - 1, concurrency - 1, -1))
         self._waiting: deque[Job] = deque()
-        self._tasks: dict[asyncio.Task[None], Job] = {}
+        #: What each task runs, and in which slot.
+        self._tasks: dict[asyncio.Task[None], tuple[Job, int]] = {}
         self._loop = asyncio.new_event_loop()
         self._stopping = False
 
@@ -63,9 +68,20 @@ class EventLoop(Thread):
         """Run the loop until stopped."""
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
-        finally:
+            while not self._run_until_stopped():
+                pass
             self._loop.close()
+        except BaseException as error:
+            self._runner.break_off(error)
+
+    def _run_until_stopped(self) -> bool:
+        try:
+            self._loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            # Raised in a task that a handler has started: asyncio has given it to whoever awaits the task, and lets it
+            # through here as well.
+            return False
+        return True
 
     def submit(self, job: Job) -> None:
         """Queue a job; never blocks."""
@@ -99,7 +115,7 @@ class EventLoop(Thread):
     def dump(self) -> list[str]:
         """Return what runs, with stacks."""
         parts = []
-        for task, job in list(self._tasks.items()):
+        for task, (job, _) in list(self._tasks.items()):
             stack = "".join(line for frame in task.get_stack() for line in traceback.format_stack(frame, 1))
             parts.append(f"the event loop runs {job.id} of {job.queue}\n{stack}")
         return parts
@@ -110,17 +126,28 @@ class EventLoop(Thread):
                 job = self._waiting.popleft()
             except IndexError:
                 return
-            task = self._loop.create_task(self._work_on(job, self._free.pop()))
-            self._tasks[task] = job
+            slot = self._free.pop()
+            task = self._loop.create_task(self._work_on(job, slot))
+            self._tasks[task] = job, slot
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(task, None)
+        job, slot = self._tasks.pop(task)
+        if task.cancelled():
+            # Before it began, by a handler that cancels whatever there is.
+            self._waiting.appendleft(job)
+            self._free.append(slot)
         self._start()
         if self._stopping and not self._tasks:
             self._loop.stop()
 
     async def _work_on(self, job: Job, slot: int) -> None:
+        try:
+            await self._work(job, slot)
+        except BaseException as error:
+            self._runner.break_off(error)
+
+    async def _work(self, job: Job, slot: int) -> None:
         outcome: Outcome | None
         out_of_memory = False
         self._slots.enter(slot, job.tag, monotonic())
@@ -130,7 +157,6 @@ class EventLoop(Thread):
                 outcome = prepared
             else:
                 outcome = await self._run(prepared)
-                self._runner.end_fork(outcome)
                 out_of_memory = prepared.out_of_memory
                 outcome = outcome if prepared.message.claim() else None
         except Exception as error:
@@ -142,8 +168,14 @@ class EventLoop(Thread):
         if out_of_memory:
             self._runner.on_out_of_memory()
 
+    async def _call(self, run: Run) -> Outcome:
+        outcome = await self._executor.run_async(run)
+        # Here, where nothing else runs in between.
+        self._runner.end_fork(outcome)
+        return outcome
+
     async def _run(self, run: Run) -> Outcome:
-        task = self._loop.create_task(self._executor.run_async(run))
+        task = self._loop.create_task(self._call(run))
         late = False
 
         def expire() -> None:

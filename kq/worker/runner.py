@@ -18,9 +18,10 @@ from threading import Event, Lock, Thread, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from kq.executor import Executor, HandlerTimeout, Job, Run, last_resort
+from kq.errors import Invalid
+from kq.executor import Executor, Job, Run, last_resort
 from kq.outcome import DONE, Outcome
-from kq.shield import Shield, carry
+from kq.shield import HandlerTimeout, Shield, carry
 from kq.worker.job_queue import JobQueue
 from kq.worker.slot import UNSENT_MAX, SlotTable
 from kq.worker.wire_queue import Wire, WireQueue
@@ -32,8 +33,6 @@ logger = logging.getLogger("kq.worker")
 
 #: Seconds that a finished job's outcome waits for company while others are queued.
 _FLUSH_AFTER = 0.002
-#: Seconds between two looks at a late handler that must not be interrupted right now.
-_SHIELDED_PAUSE = 0.005
 #: Seconds after which it is sent at the latest, when every handler is busy.
 _FLUSH_LATEST = 0.01
 
@@ -52,6 +51,8 @@ class Runner:
         emit: Takes results, in any thread, one call at a time; with True for those of handlers that
             have settled their message and run on.
         on_out_of_memory: Called in a handler's thread, after its result was reported, when it ran out of memory.
+        on_broken: Called in a thread that cannot go on, because of the exception that is being handled there: what it
+            was to run or to report waits for ever unless the process, or whoever waits, ends.
         wire: From which handlers' threads read what `submit` is called with (`WireQueue`), from `read_wire` on.
     """
 
@@ -63,12 +64,14 @@ class Runner:
         shortest_timeout: float | None,
         slots: SlotTable,
         emit: Callable[[list[Result], bool], None],
+        on_broken: Callable[[], None],
         on_out_of_memory: Callable[[], None] = lambda: None,
         wire: Wire | None = None,
     ) -> None:
         self._pid = os.getpid()
         self._executor = executor
         self.on_out_of_memory = on_out_of_memory
+        self._on_broken = on_broken
         self._concurrency = concurrency
         self._slots = slots
         self._emit = emit
@@ -138,8 +141,8 @@ class Runner:
                 self._send()
             else:
                 self._slots.add_unsent(len(self._outbox) - 1, job.tag)
-                if len(self._outbox) == 1:
-                    self._flusher.expect()
+                if len(self._outbox) == 1 and not self._flusher.expect():
+                    self._send()
 
     def _send(self) -> None:
         # The lock is held while sending, so that two batches never mix.
@@ -150,7 +153,14 @@ class Runner:
             self._slots.clear_unsent()
 
     def report_now(self, job: Job, outcome: Outcome) -> None:
-        """Take the result of a handler that settled its message and runs on."""
+        """Take the result of a handler that settled its message and runs on.
+
+        Raises:
+            Invalid: In a fork that a handler has made.
+        """
+        # Before the lock, which nobody opens in a fork if somebody held it.
+        if os.getpid() != self._pid:
+            raise Invalid("this process is a fork of the one that handles the message, which alone can settle it")
         with self._outbox_lock:
             self._emit([(job.tag, outcome)], True)
 
@@ -163,6 +173,15 @@ class Runner:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(outcome is not DONE)
+
+    def break_off(self, error: BaseException) -> None:
+        """Say that this thread cannot go on, because of an exception that is being handled."""
+        while True:
+            try:
+                return self._on_broken()
+            except BaseException:
+                # There is no memory, not even for that call. What takes it may be held by the error.
+                error.__traceback__ = error.__context__ = error.__cause__ = None
 
     def dump(self) -> str:
         """Return what runs where, with stacks."""
@@ -201,19 +220,26 @@ class _Flusher(Thread):
         self._expected = Event()
         self._stopped = Event()
 
-    def expect(self) -> None:
-        """Say that a result has begun to wait."""
+    def expect(self) -> bool:
+        """Say that a result has begun to wait; False if it is not to, for want of room for one more thread."""
         if not self.is_alive() and not self._stopped.is_set():
-            self.start()
+            try:
+                self.start()
+            except (RuntimeError, MemoryError):
+                return False
         self._expected.set()
+        return True
 
     def run(self) -> None:
-        while True:
-            self._expected.wait()
-            if self._stopped.wait(_FLUSH_LATEST):
-                return
-            self._expected.clear()
-            self._runner.flush()
+        try:
+            while True:
+                self._expected.wait()
+                if self._stopped.wait(_FLUSH_LATEST):
+                    return
+                self._expected.clear()
+                self._runner.flush()
+        except BaseException as error:
+            self._runner.break_off(error)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -238,6 +264,12 @@ class _HandlerThread(Thread):
         self._out_of_memory = False
 
     def run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            self._runner.break_off(error)
+
+    def _serve(self) -> None:
         carry(self._shield)
         slot = None
         while (turn := self._jobs.take(slot)) is not None:
@@ -274,6 +306,7 @@ class _HandlerThread(Thread):
                 if timeout is not None:
                     with self._shield.lock:
                         self._shield.depth = 0
+                        self._shield.is_due = False
                         self._deadline = now + timeout
                 outcome = self._executor.run(run)
                 self._runner.end_fork(outcome)
@@ -282,6 +315,7 @@ class _HandlerThread(Thread):
                 if timeout is not None:
                     with self._shield.lock:
                         self._deadline = None
+                        self._shield.is_due = False
         except HandlerTimeout:
             return self._executor.timed_out(run)
         finally:
@@ -293,9 +327,10 @@ class _HandlerThread(Thread):
             deadline = self._deadline
             if deadline is None or deadline > now:
                 return deadline
-            if self._shield.depth:
-                return now + _SHIELDED_PAUSE
             self._deadline = None
+            if self._shield.depth:
+                self._shield.is_due = True
+                return None
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(self.ident or get_ident()), ctypes.py_object(HandlerTimeout)
             )

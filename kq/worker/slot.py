@@ -84,7 +84,11 @@ class SlotTable:
 
     def clear_unsent(self) -> None:
         """Note that no result waits."""
-        self._tags[self._unsent] = 0
+        # As in `leave`.
+        try:  # noqa: SIM105
+            self._tags[self._unsent] = 0
+        except ValueError:
+            pass
 
     def unsent(self) -> list[int]:
         """Return the tags of done jobs whose results waited."""

@@ -8,6 +8,7 @@ cannot be killed.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -51,7 +52,9 @@ class ThreadPool:
             shortest_timeout=shortest_timeout,
             slots=self._slots,
             emit=self._emit,
+            on_broken=self._break,
         )
+        self._broken: BaseException | None = None
 
     def start(self) -> None:
         """Do nothing: threads start with their first job."""
@@ -64,6 +67,9 @@ class ThreadPool:
     def poll(self, timeout: float) -> list[Event]:
         """See `Pool.poll`."""
         events: list[Event] = []
+        if self._broken is not None:
+            error, self._broken = self._broken, None
+            raise RuntimeError("a thread that runs handlers has broken; what it held is delivered again") from error
         self.lock.release()
         try:
             # Not get(timeout=0): up to Python 3.11 that can wait for ever, on a remainder below zero.
@@ -125,6 +131,10 @@ class ThreadPool:
         if not self._place.tags:
             self._slots.close()
         return events
+
+    def _break(self) -> None:
+        self._broken = sys.exc_info()[1]
+        self.wake()
 
     def _emit(self, results: list[Result], early: bool) -> None:
         self._events.put(Finished(self._place, results, early))

@@ -16,6 +16,7 @@ import pytest
 
 import kq
 from kq import errors, queue
+from kq.worker.slot import SlotTable
 from tests.broker import Broker, amqp_channel
 
 #: Retries at once, so that tests do not wait.
@@ -682,6 +683,83 @@ def test_draining_ends_by_itself(app: kq.App, queue_id: str) -> None:
     assert drain(app, timeout=30) == 0
 
     assert monotonic() - started < 10
+
+
+def test_an_event_loop_outlives_what_its_tasks_raise(app: kq.App, queue_id: str) -> None:
+    """sys.exit() in a task that an async handler has started is that handler's failure, and nobody else's end."""
+    seen: list[Any] = []
+    app.queue(queue_id, max_attempts=1)
+    others = asyncio.Event()
+
+    async def leave() -> None:
+        await asyncio.sleep(0)
+        others.set()
+        raise SystemExit(3)
+
+    @app.consumer(queue_id)
+    async def handle(payload: Any) -> None:
+        if payload == "exit":
+            await asyncio.gather(leave())
+        await others.wait()
+        seen.append(payload)
+
+    app.publish_many(queue_id, ["one", "exit", "two"])
+    assert drain(app, concurrency=4) == 3
+    assert sorted(seen) == ["one", "two"]
+    (letter,) = app.dead(queue_id).list()
+    assert letter.error_message == "SystemExit: 3"
+
+
+def test_a_handler_that_cancels_everything_loses_nothing(app: kq.App, queue_id: str) -> None:
+    """Messages whose tasks a handler cancels, begun or not, have an end all the same."""
+    app.queue(queue_id, max_attempts=2, retry=NOW)
+    ends: list[Any] = []
+
+    @app.consumer(queue_id)
+    async def handle(payload: Any) -> None:
+        if payload == 0 and queue.message().attempt() == 1:
+            for task in asyncio.all_tasks():
+                task.cancel()
+        await asyncio.sleep(0)
+        ends.append(payload)
+
+    app.publish_many(queue_id, list(range(8)))
+    assert drain(app, concurrency=8) == 8
+    assert sorted(set(ends)) == list(range(8))
+
+
+@pytest.mark.parametrize("broker", ["memory"], indirect=True)
+def test_results_go_out_without_room_for_another_thread(
+    app: kq.App, queue_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the thread that sends results together cannot be started they are sent one by one."""
+    start = threading.Thread.start
+
+    def no_room(thread: threading.Thread) -> None:
+        if thread.name == "kq-flusher":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", no_room)
+    app.consumer(queue_id)(lambda payload: None)
+    app.publish_many(queue_id, list(range(200)))
+    assert drain(app, concurrency=2) == 200
+
+
+@pytest.mark.parametrize("broker", ["memory"], indirect=True)
+def test_a_broken_thread_is_no_endless_wait(app: kq.App, queue_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drain ends with an error where a thread cannot go on, and what that held is there afterwards."""
+
+    def no_memory(table: SlotTable, *arguments: Any) -> None:
+        raise MemoryError
+
+    app.consumer(queue_id)(lambda payload: None)
+    app.publish(queue_id, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(SlotTable, "enter", no_memory)
+        with pytest.raises(RuntimeError, match="a thread that runs handlers has broken"):
+            drain(app, timeout=30)
+    assert drain(app) == 1
 
 
 def test_draining_waits_for_what_is_delayed(app: kq.App, queue_id: str) -> None:

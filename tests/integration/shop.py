@@ -10,6 +10,7 @@ import time
 
 import kq
 from kq import errors, queue
+from kq.worker import slot
 
 QUEUE = os.environ["KQ_TEST_QUEUE"]
 VERSION = 1
@@ -45,6 +46,9 @@ def handle(payload):
         raise errors.Invalid("never")
     elif do == "segfault":
         ctypes.string_at(0)
+    elif do == "break" and queue.message().attempt() == 1:
+        # As where memory runs out between two handlers: their thread cannot go on.
+        slot.SlotTable.leave = None
     elif do == "exit":
         os._exit(payload["code"])
     elif do == "close":
@@ -74,6 +78,9 @@ def handle_limited(payload):
     if payload.get("do") == "block":
         # Lets go of the interpreter, and no exception reaches it.
         ctypes.CDLL(None).sleep(600)
+    if payload.get("do") == "look":
+        while True:
+            app.info(QUEUE)
     if payload.get("do") == "hold":
         ctypes.PyDLL(None).sleep(600)
     note("done", payload)

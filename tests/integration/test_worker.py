@@ -512,6 +512,51 @@ def test_all_that_are_late_are_charged(local_shop: Shop) -> None:
     assert len(shop.history("started")) == 6
 
 
+def test_a_child_whose_thread_has_broken_is_replaced(shop: Shop) -> None:
+    """Where a thread cannot go on its process ends, and what it held runs elsewhere: nothing waits for ever."""
+    shop.worker("-p", "1", "-c", "2")
+    shop.app.publish(shop.queue, {"n": "broken", "do": "break"})
+    shop.until("started", n="broken")
+    shop.app.publish_many(shop.queue, [{"n": n} for n in range(20)])
+
+    shop.until("done", n=19)
+    wait_for(lambda: shop.app.info(shop.queue).message_count == 0, "the end of all")
+
+    assert {line["n"] for line in shop.history("done")} >= set(range(20))
+    assert "a child cannot go on" in shop.log()
+
+
+def test_new_children_work_while_old_ones_finish(local_shop: Shop) -> None:
+    """After HUP messages run in the new children at once, however long handlers of the old ones take."""
+    shop = local_shop
+    worker = shop.worker("-p", "1", "-c", "2")
+    shop.app.publish_many(shop.queue, [{"n": f"long-{n}", "do": "sleep", "seconds": 60} for n in range(2)])
+    shop.until("started", 2)
+    (old,) = shop.children(worker)
+    worker.send_signal(signal.SIGHUP)
+    wait_for(lambda: len(shop.children(worker)) == 2, "another child")
+    shop.app.publish_many(shop.queue, [{"n": n} for n in range(5)])
+
+    shop.until("done", 5)
+
+    assert old not in {line["pid"] for line in shop.history("done")}
+
+
+def test_a_time_limit_strikes_between_calls_to_the_broker(shop: Shop) -> None:
+    """A handler that is nearly always in a call to the broker is stopped at its limit; its process lives on."""
+    worker = shop.worker("-p", "1")
+    children = shop.children(worker)
+    shop.app.publish(shop.queue, {"n": 1})
+    shop.until("done")
+    shop.app.publish(shop.queue + "-limited", {"n": "busy", "do": "look"})
+
+    wait_for(lambda: len(shop.app.dead(shop.queue + "-limited").list()) == 1, "the dead letter")
+
+    (letter,) = shop.app.dead(shop.queue + "-limited").list()
+    assert (letter.error_kind, letter.crashes) == ("TIMEOUT", 0)
+    assert shop.children(worker) == children
+
+
 def test_children_are_recycled(local_shop: Shop) -> None:
     """With --max-tasks-per-child a child is replaced after so many messages, and none is lost or run twice."""
     shop = local_shop

@@ -13,7 +13,10 @@ LETTER = DeadLetter("m-1", "a:b", b"\x00\xff", b"\x00\xff", {}, "undecodable", 0
 
 def test_any_letter_can_be_printed_as_json() -> None:
     """What strangers put into headers, which JSON has no word for, hides no letter."""
-    letter = replace(LETTER, headers={"b": b"\x00\xff", "t": datetime(2026, 1, 2, tzinfo=timezone.utc), "d": Decimal("1.5"), "l": [b"x"]})
+    letter = replace(
+        LETTER,
+        headers={"b": b"\x00\xff", "t": datetime(2026, 1, 2, tzinfo=timezone.utc), "d": Decimal("1.5"), "l": [b"x"]},
+    )
 
     fields = json.loads(json.dumps(_fields(letter)))
 

@@ -13,11 +13,12 @@ import kq
 from kq import errors, queue
 from kq.backend import QueueSpec
 from kq.envelope import Envelope, pack
-from kq.executor import Executor, HandleMiddleware, HandlerTimeout, Job, Run, describe, timeout_outcome
+from kq.executor import Executor, HandleMiddleware, Job, Run, describe, timeout_outcome
 from kq.message import Message
 from kq.outcome import DONE, Failure, Outcome
 from kq.retry import Backoff, RetryPolicy
 from kq.router import Consumer, Router
+from kq.shield import HandlerTimeout
 from kq.worker import frame
 
 POLICY = RetryPolicy(max_attempts=3, backoff=Backoff(initial=2.0, jitter="none"))

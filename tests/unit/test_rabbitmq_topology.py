@@ -192,6 +192,11 @@ def test_a_due_time_that_makes_no_sense_is_now(at: Any) -> None:
 
 def test_headers_are_what_a_handler_gets() -> None:
     """Times and decimals of AMQP's tables are text in a handler, and so they are wherever headers are shown."""
-    table = {"t": datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc), "d": Decimal("1.5"), "deep": {"b": b"\xff", "l": [Decimal(2)]}, "n": 1}
+    table = {
+        "t": datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc),
+        "d": Decimal("1.5"),
+        "deep": {"b": b"\xff", "l": [Decimal(2)]},
+        "n": 1,
+    }
     expected = {"t": "2026-01-02T03:04:05+00:00", "d": "1.5", "deep": {"b": "\\xff", "l": ["2"]}, "n": 1}
     assert legible_table(table) == expected
