@@ -87,7 +87,10 @@ class Link:
             )
         if self._client is None:
             # Not chained, not even hidden: the original names pieces of the URL, and one may be the password.
-            raise Invalid(f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}")
+            raise Invalid(
+                f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}; "
+                "in a password @ is written %40, / %2F, # %23 and % %25"
+            )
         # Tried again a little later, or elsewhere; not where a single broker has let us wait already.
         again_within = None if self._client.alt else connect_timeout / 2
         self._client.ensure_connection(

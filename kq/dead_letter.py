@@ -136,7 +136,13 @@ class DeadLetters:
         self._registry.guard.administer(self._origin.id)
         with shielded():
             backend = self._registry.backend(self._queue.driver)
-            backend.info(self._queue)
+            try:
+                backend.info(self._queue)
+            except NotFound:
+                raise NotFound(
+                    f"queue {self._origin.id} has no dead letters on this broker: its queue, {self._queue.id}, "
+                    "is not there; a publisher or a worker makes it. Check the queue id and the broker's URL"
+                ) from None
             yield backend
 
     def _open(self, envelope: Envelope) -> DeadLetter:

@@ -340,6 +340,5 @@ def test_a_puller_gets_no_replayed_message(make_app: Callable[..., kq.App], brok
 
     with kq.Consumer(app, queue_id) as consumer:
         found = consumer.receive(20.0)
-
-    assert found is not None
-    assert found.id() == ("second" if broker.stores else "first")
+        assert found is not None
+        assert found.id() == ("second" if broker.stores else "first")
