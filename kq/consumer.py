@@ -29,14 +29,14 @@ class PulledMessage(Message):
 
     __slots__ = ("_payload",)
 
+    def __init__(self, payload: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._payload = payload
+
     def release(self) -> None:
         """See `Message.release`; what is being settled is settled first."""
         with self._lock:
             super().release()
-
-    def __init__(self, payload: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._payload = payload
 
     def payload(self) -> Any:
         """Return what was published."""
