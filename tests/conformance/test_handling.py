@@ -762,12 +762,12 @@ def test_a_broken_thread_is_no_endless_wait(app: kq.App, queue_id: str, monkeypa
     assert drain(app) == 1
 
 
-def test_draining_waits_for_what_is_delayed(app: kq.App, queue_id: str) -> None:
+def test_draining_waits_for_what_is_delayed(app: kq.App, broker: Broker, queue_id: str) -> None:
     """drain() waits for delayed messages of this process, but not for those that its handlers do not get."""
     seen: list[Any] = []
     app.consumer(queue_id)(seen.append)
     app.publish(queue_id, "later", delay=1.2)
-    app.publish(f"{queue_id}-other", "never", delay=20)
+    app.publish(broker.queue_id("other"), "never", delay=20)
     started = monotonic()
 
     assert drain(app, timeout=60) == 1
