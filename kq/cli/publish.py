@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Lines that are published together.
 _BATCH = 500
+#: How much alike two names are, from 0 to 1, of which one may be a slip of the other.
+_NEAR = 0.85
 
 
 @click.command()
@@ -59,6 +62,7 @@ def publish(
     app = find_app(app_path, broker)
     with app:
         if jsonl is not None:
+            _warn_of_name(app, queue)
             _publish_lines(app, queue, jsonl, chosen, {"delay": delay, "expires": expires})
             return
         text = sys.stdin.read() if data == "-" else str(data)
@@ -68,6 +72,7 @@ def publish(
             hint = f"; a text needs quotes of its own: '\"{text}\"'" if text[:1].isalpha() else ""
             fail(f"the data is not JSON: {error}{hint}", USAGE)
         _warn_of_memory(app, queue)
+        _warn_of_name(app, queue)
         click.echo(app.publish(queue, payload, chosen, delay=delay, expires=expires, message_id=message_id))
 
 
@@ -76,6 +81,14 @@ def _warn_of_memory(app: App, queue: str) -> None:
         warn(
             "nobody else sees this message, and it is gone when this command ends: the broker is this process's memory"
         )
+
+
+def _warn_of_name(app: App, queue: str) -> None:
+    """Say so where the queue is nearly one that the app knows: to publish to it makes it, and nobody may consume it."""
+    known = [spec.id for spec in app.registry.queues()]
+    near = difflib.get_close_matches(queue, known, 1, _NEAR)
+    if near and queue not in known:
+        warn(f"the app knows no queue {queue}; did you mean {near[0]}?")
 
 
 def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any], options: dict[str, Any]) -> None:

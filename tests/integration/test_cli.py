@@ -278,6 +278,16 @@ def test_unknown_variables_are_warned_of(local_shop: Shop) -> None:
         assert done.stderr.count("KQ_LEAS is not one that kq reads; did you mean KQ_LEASE?") == 1
 
 
+def test_a_slip_in_a_queues_name_is_warned_of(local_shop: Shop) -> None:
+    """A queue that the app nearly knows is published to, and said to be unknown."""
+    done = local_shop.run("publish", local_shop.queue + "x", "1", "-A", "shop:app")
+    known = local_shop.run("publish", local_shop.queue, "1", "-A", "shop:app")
+    other = local_shop.run("publish", "another:queue", "1", "-A", "shop:app")
+
+    assert (done.returncode, f"did you mean {local_shop.queue}?" in done.stderr) == (0, True)
+    assert (known.stderr, other.stderr) == ("", "")
+
+
 def test_publishing_to_memory_is_warned_of(local_shop: Shop) -> None:
     """The message is gone as soon as its id is printed."""
     done = local_shop.run("publish", local_shop.queue, "1", "-b", "memory://x")
