@@ -109,7 +109,7 @@ class Producer:
         Raises:
             Invalid: If the message breaks a rule.
             PermissionDenied: If a policy says no; ``details["action"]`` is ``queue.publish`` or
-                ``queue.publish.queue``.
+                ``queue.publish.queue``. Or if the broker refuses the account; ``details["reason"]`` is ``refused``.
             NotFound: If the queue is not declared and ``create_queues`` is off.
             Conflict: If the queue exists with other values than declared.
             Internal: If the broker did not confirm; retryable, ``details["reason"]`` says why.

@@ -156,8 +156,9 @@ def test_a_publisher_needs_a_worker_first_on_rabbitmq(bench: Bench) -> None:
     """On RabbitMQ a publisher makes no queue, and is told so where there is none."""
     with as_account(bench, "publisher", False) as broker, kq.App("acl", broker=broker.url) as app:
         queue = broker.queue_id("own")
-        with pytest.raises(errors.PermissionDenied, match=f"queue {queue} does not exist.*start a worker"):
+        with pytest.raises(errors.PermissionDenied, match=f"queue {queue} does not exist.*start a worker") as caught:
             app.publish(queue, 1)
+        assert caught.value.details["reason"] == "refused"
 
 
 @ON_THE_NETWORK

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from kq import errors
 from kq.backend import Capabilities, QueueSpec, Settlement
+from kq.backends.rabbitmq import RabbitBackend
 from kq.envelope import clean
 from kq.outcome import Failure, Outcome
 from kq.queue_spec import default_spec
@@ -99,6 +100,20 @@ def test_missing_queue_is_not_found(bench: Bench) -> None:
         bench.backend.info(missing)
     with pytest.raises(errors.NotFound, match="does not exist"):
         bench.backend.declare(missing, create=False, exact=False)
+
+
+@pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
+def test_looks_leave_no_channels_open(bench: Bench) -> None:
+    """Whoever watches a queue for days keeps the one channel that it publishes over."""
+    assert isinstance(bench.backend, RabbitBackend)
+    open_channels = []
+    for _ in range(3):
+        bench.backend.info(bench.queue)
+        bench.backend.purge(bench.queue)
+        bench.backend.declare(bench.queue, create=True, exact=True)
+        assert bench.backend._link is not None
+        open_channels.append(sum(channel is not None for channel in bench.backend._link.connection.channels.values()))
+    assert open_channels == [open_channels[0]] * 3
 
 
 def test_unknown_options_are_refused(bench: Bench) -> None:
