@@ -19,8 +19,8 @@ from amqp import spec
 from amqp.exceptions import PreconditionFailed
 
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role
-from kq.backends import rabbitmq_acl
-from kq.backends import tls as secure
+from kq.backends import rabbitmq_acl, tls_parameters
+from kq.backends import tls as encryption
 from kq.backends.rabbitmq_due import due
 from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_feed import RabbitFeed
@@ -70,10 +70,10 @@ class RabbitBackend:
 
     def __init__(self, url: str, options: BackendOptions) -> None:
         # The URL's own words on TLS are not for Kombu.
-        self._url, tls = secure.separate(url, options.tls)
-        self._unsafe = secure.warnings(self._url, tls)
+        self._url, tls = tls_parameters.separate(url, options.tls)
+        self._unsafe = tls_parameters.warnings(self._url, tls)
         self._errors = RabbitErrors(self._url)
-        self._secured = None if tls is None else secured(secure.context(tls), tls.server_name, self._url)
+        self._secured = None if tls is None else secured(encryption.context(tls), tls.server_name, self._url)
         self._options = options
         self._lock = RLock()
         self._link: Link | None = None

@@ -9,52 +9,40 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
 from time import monotonic
-from typing import Any, ClassVar, Final, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, ClassVar, Final
 
 import msgspec
-import redis
-from redis.backoff import NoBackoff
-from redis.exceptions import (
-    NoPermissionError,
-    OutOfMemoryError,
-    ResponseError,
-)
-from redis.retry import Retry
 
 from kq import limit
 from kq.backend import Capabilities, Danger, Role
-from kq.backends import redis_acl
-from kq.backends import tls as secure
+from kq.backends import redis_acl, tls_parameters
+from kq.backends.redis_address import address_of
 from kq.backends.redis_bell import Bell, Ring, unblock
 from kq.backends.redis_call import SCRIPTS, Caller
-from kq.backends.redis_error import RedisErrors
-from kq.backends.redis_line import Head, Lines
+from kq.backends.redis_command import Head
+from kq.backends.redis_connection import Connector
+from kq.backends.redis_error import Late, RedisErrors, Refusal
+from kq.backends.redis_line import Lines
 from kq.backends.redis_put import CHUNK, Putter
-from kq.backends.redis_tls import TlsConnection
 from kq.backends.store import TAKE_BYTES, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Taken
 from kq.config import hide_password
 from kq.driver import Tls
-from kq.errors import Invalid
 from kq.waker import Lookout, Waker
-
-_T = TypeVar("_T")
 
 #: Seconds after which a blocked call that has not ended is told so again.
 _AGAIN: Final = 0.05
 #: Bytes of a body, on average, from which on bodies are fetched by a call of their own.
 _LARGE: Final = 1024
 _HMGET: Final = Head("HMGET")
+_RPUSH: Final = Head("RPUSH")
 
-_DATABASE: Final = re.compile(r"/?\d*/?", re.ASCII)
 _TOPOLOGY: Final = "kq:topology"
 
 #: What an id starts with that is no UTF-8, before its bytes in hexadecimal. No publisher's id has such a thing.
 _FOREIGN: Final = "\x01"
+_VERSION: Final = re.compile(rb"^redis_version:((\d{1,9})\.(\d{1,9})[\d.]*)", re.MULTILINE)
 _STATE: Final = re.compile(rb"(\d{1,9}):(\d{1,9}):(\d{1,9})")
 
 _blobs = msgspec.msgpack.Decoder(list[bytes])
@@ -78,37 +66,27 @@ class RedisStore:
         self, url: str, *, timeout: float, heartbeat: float, name: str, connect_timeout: float = 5.0,
         tls: Tls | None = None,
     ) -> None:  # fmt: skip
-        url, tls = secure.separate(url, tls)
+        url, tls = tls_parameters.separate(url, tls)
         self._shown = hide_password(url)
         self._timeout = timeout
-        self._unsafe = secure.warnings(url, tls)
-        options: dict[str, Any] = {
-            "socket_timeout": timeout,
-            "socket_connect_timeout": min(timeout, connect_timeout),
-            "socket_keepalive": True,
-            "socket_keepalive_options": _keepalive(heartbeat),
-            "client_name": "".join(c if c.isalnum() else "-" for c in name) or None,
-            # A connection that died while it was idle is replaced once. Every script may run twice: ids keep
-            # messages from doubling, tokens keep leases apart. A call that timed out is not repeated.
-            "retry": Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
-            "protocol": 2,
-        }
+        self._unsafe = tls_parameters.warnings(url, tls)
+        context = None
         if tls is not None:
-            options.update(tls_context=secure.context(tls), tls_server_name=tls.server_name)
-        pool = None
-        # redis-py takes database 0 where it cannot read the number.
-        if _DATABASE.fullmatch(unquote(urlsplit(url).path)):
-            with suppress(ValueError, TypeError):
-                # An encrypted connection's class would be redis-py's own.
-                pool = redis.ConnectionPool.from_url(url.replace("rediss://", "redis://", 1), **options)
-        if pool is None:
-            # Not chained, not even hidden: the original names pieces of the URL, and one may be the password.
-            raise Invalid(f"broker: expected redis://[user:password@]host[:port][/db], got {self._shown!r}")
-        self._pool: redis.ConnectionPool = pool
-        if tls is not None:
-            self._pool.connection_class = TlsConnection
-        self._client = redis.Redis(connection_pool=self._pool)
-        self._lines = Lines(self._pool)
+            from kq.backends import tls as encryption
+
+            context = encryption.context(tls)
+        self._connector = Connector(
+            address_of(url),
+            timeout=timeout,
+            connect_timeout=min(timeout, connect_timeout),
+            heartbeat=heartbeat,
+            name=name,
+            tls=context,
+            server_name=None if tls is None else tls.server_name,
+        )
+        # A connection that died while it was idle is replaced once. Every script may run twice: ids keep messages
+        # from doubling, tokens keep leases apart. A call that timed out is not repeated.
+        self._lines = Lines(self._connector.connect)
         self._caller = Caller(self._lines)
         self._putter = Putter(self._caller)
         self._errors = RedisErrors(self._shown, timeout)
@@ -126,16 +104,15 @@ class RedisStore:
 
     def ping(self) -> None:
         """See `Store.ping`."""
-        with self._mapped():
-            self._client.ping()
+        self._say("PING")
 
     def warnings(self) -> list[str]:
         """See `Store.warnings`: an evicting, an unpersisted and an outdated server."""
         self.ping()
         found = list(self._unsafe)
-        version = self._ask(lambda: str(self._client.info("server").get("redis_version", "")))
-        if version and _version(version) < (6, 2):
-            found.append(f"Redis {version} is too old; expected 6.2 or newer")
+        version = _VERSION.search(self._ask("INFO", "server") or b"")
+        if version and (int(version[2]), int(version[3])) < (6, 2):
+            found.append(f"Redis {version[1].decode()} is too old; expected 6.2 or newer")
         policy = self._setting("maxmemory-policy")
         if policy and policy != "noeviction":
             text = (
@@ -160,16 +137,14 @@ class RedisStore:
 
     def arguments(self, queue: str) -> dict[str, Any] | None:
         """See `Store.arguments`."""
-        with self._mapped():
-            found: Any = self._client.get(prefix(queue) + "q")
+        found = self._say("GET", prefix(queue) + "q")
         return None if found is None else dict(json.loads(found))
 
     def delete(self, queue: str) -> None:
         """See `Store.delete`."""
         p = prefix(queue)
         keys = [p + key for key in "qmdltspxncwk"] + [f"{p}{kind}:{n}" for kind in "rb" for n in range(10)]
-        with self._mapped():
-            self._client.unlink(*keys)
+        self._say("UNLINK", *keys)
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
         """See `Store.put`."""
@@ -208,10 +183,7 @@ class RedisStore:
         if not ids:
             return {}
         with self._mapped():
-            (answer,) = self._lines.ask([_HMGET.pack((p + "m", *ids))])
-            if isinstance(answer, Exception):
-                raise answer
-            return dict(zip(ids, answer, strict=True))
+            return dict(zip(ids, self._answer(_HMGET.pack((p + "m", *ids))), strict=True))
 
     def settle(self, queue: str, endings: Sequence[Ending]) -> list[bool]:
         """See `Store.settle`."""
@@ -263,8 +235,7 @@ class RedisStore:
 
     def leave(self, queue: str, consumer: str) -> None:
         """See `Store.leave`."""
-        with self._mapped():
-            self._client.zrem(prefix(queue) + "c", consumer)
+        self._say("ZREM", prefix(queue) + "c", consumer)
 
     def counts(self, queue: str) -> Counts:
         """See `Store.counts`."""
@@ -286,9 +257,8 @@ class RedisStore:
 
     def read_topology(self) -> tuple[str, int]:
         """See `Store.read_topology`."""
-        with self._mapped():
-            found: Any = self._client.hmget(_TOPOLOGY, ["document", "version"])
-        return (found[0] or b"{}").decode(), int(found[1] or 0)
+        document, version = self._say("HMGET", _TOPOLOGY, "document", "version")
+        return (document or b"{}").decode(), int(version or 0)
 
     def write_topology(self, document: str, version: int) -> bool:
         """See `Store.write_topology`."""
@@ -298,7 +268,7 @@ class RedisStore:
         """See `Store.wait`."""
         with self._mapped():
             if self._bell is None and queues:
-                self._bell = Bell(self._pool, _bell_key, self._waker)
+                self._bell = Bell(self._connector.connect(), _bell_key, self._waker)
             if self._bell is None:
                 Lookout(self._waker).ready(timeout)
                 self._waker.drain()
@@ -346,7 +316,7 @@ class RedisStore:
             if ring is not None:
                 return ring
         # What it has taken, if anything, comes back when its lease ends.
-        raise redis.exceptions.TimeoutError("a blocked call does not end")
+        raise Late("a blocked call does not end")
 
     def _take_call(self, ahead: Ahead) -> bytes:
         arguments = self._take_arguments(*ahead)
@@ -378,9 +348,12 @@ class RedisStore:
         found = sorted(queues)
         self._rung.clear()
         for queue in found:
-            # Unless the server is full: then whoever looks next without being woken finds the work.
-            with suppress(OutOfMemoryError):
-                self._client.rpush(_bell_key(queue), "1")
+            try:
+                self._answer(_RPUSH.pack((_bell_key(queue), "1")))
+            except Refusal as refusal:
+                # On a full server whoever looks next without being woken finds the work.
+                if refusal.code != "OOM":
+                    raise
 
     def wake(self) -> None:
         """See `Store.wake`."""
@@ -393,27 +366,37 @@ class RedisStore:
         self._closed = True
         self._drop_bell()
         self._lines.close()
-        self._pool.disconnect()
         self._waker.close()
 
     def _run(self, name: str, keys: list[str], arguments: Sequence[Any]) -> Any:
         with self._mapped():
             return self._caller.run(name, keys, arguments)
 
-    def _setting(self, name: str) -> str:
-        found = self._ask(lambda: self._client.config_get(name))
-        return str(found.get(name, "")) if isinstance(found, dict) else ""
+    def _say(self, *words: str) -> Any:
+        """Give a command, and return what is answered."""
+        with self._mapped():
+            return self._answer(Head(*words).pack(()))
 
-    def _ask(self, question: Any) -> Any:
-        """Ask for something that an account or a server may not answer; None then."""
+    def _answer(self, command: bytes) -> Any:
+        (answer,) = self._lines.ask([command])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _ask(self, *words: str) -> Any:
+        """Give a command that an account may not give, or a server not know; return None then."""
         with self._mapped():
             try:
-                return question()
-            except (ResponseError, NoPermissionError):
+                return self._answer(Head(*words).pack(()))
+            except Refusal:
                 return None
 
+    def _setting(self, name: str) -> str:
+        found = self._ask("CONFIG", "GET", name)
+        return found[1].decode(errors="replace") if found else ""
+
     def _mapped(self) -> RedisErrors:
-        """Return what turns redis-py's errors into ours, as long as the store is open."""
+        """Return what turns the errors met here into kq's, as long as the store is open."""
         if self._closed:
             raise BrokerAway("the connection to Redis is closed", details={"reason": "unavailable"})
         return self._errors
@@ -453,14 +436,3 @@ def _to_state(text: bytes) -> tuple[int, int, int]:
         return 0, 0, 0
     found = _STATE.fullmatch(text)
     return (int(found[1]), int(found[2]), int(found[3])) if found else (0, 0, 0)
-
-
-def _keepalive(heartbeat: float) -> dict[int, int]:
-    """Have the kernel probe a silent connection every third of ``heartbeat`` seconds."""
-    interval = max(1, int(heartbeat / 3))
-    wanted = {"TCP_KEEPIDLE": interval, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": 3}
-    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())

@@ -5,29 +5,13 @@ from __future__ import annotations
 import socket
 from typing import Any, Final
 
-from redis.exceptions import (
-    BusyLoadingError,
-    MasterDownError,
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-)
-from redis.exceptions import ConnectionError as Broken
+from kq.backends.redis_error import Broken, RedisError, Refusal
 
 #: Bytes that one call asks for. Above this the allocator asks the system for memory each time.
 _READ_SIZE: Final = 1 << 16
 
-#: Errors that are not just any, by their first word. Two of them are a `redis.ConnectionError`: later it may go well.
-_ERRORS: Final[dict[bytes, type[Exception]]] = {
-    b"NOSCRIPT": NoScriptError,
-    b"NOPERM": NoPermissionError,
-    b"OOM": OutOfMemoryError,
-    b"READONLY": ReadOnlyError,
-    b"LOADING": BusyLoadingError,
-    b"MASTERDOWN": MasterDownError,
-}
+#: What errors begin with by which a server says that it serves nobody yet, or nobody more.
+_NOT_NOW: Final = ("LOADING ", "MASTERDOWN ", "ERR max number of clients")
 
 
 class Answers:
@@ -42,7 +26,7 @@ class Answers:
         """Return an answer: an int, bytes, None, a list of such, or the exception that an error is.
 
         Raises:
-            redis.ConnectionError: If the server closes the connection, or says what is no answer.
+            Broken: If the server closes the connection, or says what is no answer.
             TimeoutError: If nothing comes in time.
             OSError: If the connection breaks.
         """
@@ -103,8 +87,7 @@ class Answers:
         return data
 
 
-def error_of(text: bytes) -> Exception:
+def error_of(text: bytes) -> RedisError:
     """Return the exception that an error of the server's is."""
-    code, _, rest = text.partition(b" ")
-    kind = _ERRORS.get(code)
-    return ResponseError(text.decode(errors="replace")) if kind is None else kind(rest.decode(errors="replace"))
+    said = text.decode(errors="replace")
+    return Broken(said) if said.startswith(_NOT_NOW) else Refusal(said)

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Final, NamedTuple
 
-import redis
-from redis.exceptions import ConnectionError as Broken
-
 from kq.backends.redis_answer import Answers
-from kq.backends.redis_line import Head
+from kq.backends.redis_command import Head
+from kq.backends.redis_connection import Connection
+from kq.backends.redis_error import Broken
 from kq.backends.store import Ahead
 from kq.waker import Lookout, Waker
 
@@ -45,7 +44,7 @@ class Bell:
     """A connection that waits; a call may outlast one `wait`, and is answered in a later one.
 
     Args:
-        pool: Makes it.
+        connection: This one.
         key_of: Returns the key on which it is rung for a queue.
         waker: Ends a wait as well.
 
@@ -55,14 +54,11 @@ class Bell:
             nothing can be taken ahead, for it could not be withdrawn.
     """
 
-    def __init__(self, pool: redis.ConnectionPool, key_of: Callable[[str], str], waker: Waker) -> None:
+    def __init__(self, connection: Connection, key_of: Callable[[str], str], waker: Waker) -> None:
         self._key_of = key_of
         self._waker = waker
-        connection: Any = pool.make_connection()
-        connection.connect()
         self._connection = connection
-        # redis-py has no public way to wait on a connection together with something else.
-        self._socket = connection._sock
+        self._socket = connection.socket
         self._lookout = Lookout[Any](self._socket, waker)
         self._rung = Lookout[Any](self._socket)
         self._asked_at = 0.0
@@ -87,7 +83,7 @@ class Bell:
             take: The call that is to follow.
 
         Raises:
-            redis.RedisError, OSError: If the connection breaks.
+            RedisError, OSError: If the connection breaks.
         """
         if not self._asked and queues:
             self._asked = {self._key_of(queue).encode(): queue for queue in queues}
@@ -111,7 +107,7 @@ class Bell:
 
     def close(self) -> None:
         """Close the connection."""
-        self._connection.disconnect()
+        self._connection.close()
 
     def _answer(self) -> Ring:
         source = Answers(self._socket)

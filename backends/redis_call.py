@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Final
 
-from redis.exceptions import NoScriptError
-
 from kq.backends import redis_script
-from kq.backends.redis_line import Head, Lines
+from kq.backends.redis_command import Head
+from kq.backends.redis_error import Refusal
+from kq.backends.redis_line import Lines
 
 #: A call's keys, and its arguments.
 Call = tuple[Sequence[str], Sequence[bytes | str | int]]
@@ -49,11 +49,11 @@ class Caller:
         """Run a script once, and return its answer.
 
         Raises:
-            redis.RedisError: What it answers, where that is an error; or as `Lines.ask`.
+            RedisError: What it answers, where that is an error; or as `Lines.ask`.
         """
         script, items = SCRIPTS[name], (len(keys), *keys, *arguments)
         (answer,) = self.lines.ask((script.by_name.pack(items),))
-        if isinstance(answer, NoScriptError):
+        if _is_unknown(answer):
             # Not loaded first and then run by name: it may be forgotten in between.
             (answer,) = self.lines.ask((script.whole.pack(items),))
         if isinstance(answer, Exception):
@@ -65,7 +65,11 @@ class Caller:
         script = SCRIPTS[name]
         answers = self.lines.ask(script.by_name.pieces((len(keys), *keys, *rest) for keys, rest in calls), len(calls))
         for i, answer in enumerate(answers):
-            if isinstance(answer, NoScriptError):
+            if _is_unknown(answer):
                 keys, rest = calls[i]
                 (answers[i],) = self.lines.ask(script.whole.pieces([(len(keys), *keys, *rest)]))
         return answers
+
+
+def _is_unknown(answer: Any) -> bool:
+    return isinstance(answer, Refusal) and answer.code == "NOSCRIPT"

@@ -1,31 +1,59 @@
-"""What redis-py raises, turned into kq's errors."""
+"""What goes wrong on Redis: as it is met, and as kq's errors."""
 
 from __future__ import annotations
 
 from typing import Final
 
-import redis
-from redis.exceptions import (
-    AuthenticationError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-)
-
 from kq.backends.mapped import Mapped
-from kq.backends.redis_tls import UnsafeConnection
 from kq.backends.store import BrokerAway
 from kq.errors import Error, Internal, PermissionDenied
 
-#: What Redis says where the account may not: by a command, and, by version, from within a script.
-_REFUSALS: Final = (
-    "NOAUTH", "WRONGPASS", "NOPERM", "invalid password", "user executing the script can't", "ACL failure in script",
+#: First words of errors, where the account may not, or nobody may from where we are.
+_REFUSALS: Final = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")
+#: What is in such errors else: by command, and, by the server's version, from within a script.
+_SIGNS: Final = (
+    *_REFUSALS, "invalid password", "without any password configured", "user executing the script can't",
+    "ACL failure in script",
 )  # fmt: skip
 
 
+class RedisError(Exception):
+    """Any of them."""
+
+
+class Broken(RedisError):
+    """There is no connection: it is not made, or it broke, or the server serves nobody yet. Later it may go well."""
+
+
+class Late(RedisError):
+    """No answer, or no connection, in time."""
+
+
+class Unsafe(RedisError):
+    """No encrypted connection came about."""
+
+
+class NoTransactions(RedisError):
+    """The server has none, or not for this account."""
+
+
+class Refusal(RedisError):
+    """What the server answers where it does not do what it was asked.
+
+    Args:
+        text: All that it says.
+
+    Attributes:
+        code: The first word of it: what kind of refusal it is.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.code = text.partition(" ")[0]
+
+
 class RedisErrors(Mapped):
-    """What redis-py raises.
+    """What happened, as one of kq's errors.
 
     Args:
         shown: The server's URL, without its password.
@@ -33,30 +61,31 @@ class RedisErrors(Mapped):
     """
 
     def __init__(self, shown: str, timeout: float) -> None:
-        self._shown = shown
+        self._where = f"Redis at {shown}"
         self._timeout = timeout
 
     def ours(self, error: BaseException) -> Error | None:
         """See `Mapped.ours`."""
-        where = f"Redis at {self._shown}"
-        if isinstance(error, (AuthenticationError, NoPermissionError)):
-            return PermissionDenied(f"{where} refuses us: {error}", details={"reason": "refused"})
-        if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and "OOM" in str(error)):
-            text = "Redis is full (maxmemory reached); free memory or raise the limit"
-            return Internal(text, details={"reason": "full"})
-        if isinstance(error, ReadOnlyError):
-            return BrokerAway(f"{where} is read-only: {error}", details={"reason": "refused"})
-        if isinstance(error, redis.exceptions.TimeoutError):
-            return BrokerAway(f"{where} did not answer within {self._timeout:g} s", details={"reason": "timeout"})
-        if isinstance(error, UnsafeConnection):
-            return BrokerAway(f"{where}: {error}", details={"reason": "refused"})
-        if isinstance(error, (redis.exceptions.ConnectionError, OSError)):
-            return BrokerAway(f"{where} cannot be reached: {error}", details={"reason": "unavailable"})
-        if isinstance(error, ResponseError):
-            text = str(error)
-            if any(sign in text for sign in _REFUSALS):
-                return PermissionDenied(f"{where} refuses us: {text}", details={"reason": "refused"})
-            return Internal(f"{where} refused a command: {text}", details={"reason": "refused"})
-        if isinstance(error, redis.exceptions.RedisError):
-            return Internal(f"{where} failed: {error}", details={"reason": "unavailable"})
+        if isinstance(error, Refusal):
+            return self._refused(error.code, str(error))
+        if isinstance(error, Late):
+            text = f"{self._where} did not answer within {self._timeout:g} s"
+            return BrokerAway(text, details={"reason": "timeout"})
+        if isinstance(error, Unsafe):
+            return BrokerAway(f"{self._where}: {error}", details={"reason": "refused"})
+        if isinstance(error, (Broken, OSError)):
+            return BrokerAway(f"{self._where} cannot be reached: {error}", details={"reason": "unavailable"})
+        if isinstance(error, RedisError):
+            return Internal(f"{self._where} failed: {error}", details={"reason": "unavailable"})
         return None
+
+    def _refused(self, code: str, text: str) -> Error:
+        # Within a script's error, by the server's version, stands the command's own.
+        if code == "OOM" or "OOM command not allowed" in text:
+            full = "Redis is full (maxmemory reached); free memory or raise the limit"
+            return Internal(full, details={"reason": "full"})
+        if code == "READONLY":
+            return BrokerAway(f"{self._where} is read-only: {text}", details={"reason": "refused"})
+        if any(sign in text for sign in _SIGNS):
+            return PermissionDenied(f"{self._where} refuses us: {text}", details={"reason": "refused"})
+        return Internal(f"{self._where} refused a command: {text}", details={"reason": "refused"})

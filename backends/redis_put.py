@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from kq.backends.redis_call import SCRIPTS, Caller
-from kq.backends.redis_line import LONG, Head, NoTransactions
+from kq.backends.redis_command import LONG, Head
+from kq.backends.redis_error import NoTransactions
 from kq.backends.store import Entry
 from kq.header import NORMAL
 
@@ -35,7 +36,7 @@ class Putter:
         """Store messages and return how many of them, from the first; None where there is no queue.
 
         Raises:
-            redis.RedisError: What the server answers to the first call, or if it cannot be reached.
+            RedisError: What the server answers to the first call, or if it cannot be reached.
         """
         if max_length is None and len(entries) == 1 and _is_plain(entries[0]):
             return self._put_one(prefix, entries[0])

@@ -17,7 +17,7 @@ from kq import clock
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role, unknown_options
 from kq.backends.store import AGAIN, BrokerAway, Entry, Store
 from kq.backends.stored_feed import StoredFeed
-from kq.backends.tls import separate
+from kq.backends.tls_parameters import separate
 from kq.config import hide_password
 from kq.envelope import Envelope, identify, pack, unpack_or_wrap
 from kq.errors import Conflict, Error, Internal, NotFound

@@ -11,13 +11,13 @@ from typing import Any
 
 import amqp
 import pytest
-from redis.exceptions import OutOfMemoryError
 
 from kq import errors
 from kq.backend import Delivery, QueueSpec, Settlement
 from kq.backends.rabbitmq import RabbitBackend
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.redis import RedisStore
+from kq.backends.redis_error import Refusal
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import BrokerAway
 from kq.backends.stored import StoredBackend
@@ -706,9 +706,9 @@ def test_a_full_server_fails_no_wait(bench: Bench, monkeypatch: pytest.MonkeyPat
     store.wait([bench.queue.id, other.id], 0.0)
 
     def refuse(*_: Any) -> int:
-        raise OutOfMemoryError("command not allowed")
+        raise Refusal("OOM command not allowed")
 
-    monkeypatch.setattr(store._client, "rpush", refuse)
+    monkeypatch.setattr(store, "_answer", refuse)
     bench.publish(bench.message(queue=other))
 
     assert store.wait([bench.queue.id], 10.0) == []

@@ -60,7 +60,7 @@ def remembered(store: Store, queue_id: str) -> int:
         with closing(sqlite3.connect(store._path)) as db:
             return int(db.execute("SELECT count(*) FROM completed WHERE queue = ?", (queue_id,)).fetchone()[0])
     assert isinstance(store, RedisStore)
-    count: Any = store._client.zcard(prefix(queue_id) + "k")
+    count: Any = store._say("ZCARD", prefix(queue_id) + "k")
     return int(count)
 
 

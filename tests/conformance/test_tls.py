@@ -19,7 +19,7 @@ from kq import errors
 from kq.backend import Backend, BackendOptions, Delivery, Publication, QueueSpec, Settlement
 from kq.backends.rabbitmq import RabbitBackend
 from kq.backends.stored import StoredBackend
-from kq.backends.tls import NOT_VERIFIED
+from kq.backends.tls_parameters import NOT_VERIFIED
 from kq.driver import Tls
 from kq.envelope import Envelope
 from kq.outcome import DONE

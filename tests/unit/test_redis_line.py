@@ -9,12 +9,13 @@ import pytest
 import redis
 from hypothesis import given
 from hypothesis import strategies as st
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
-from redis.retry import Retry
 
+from kq.backends.redis_address import address_of
 from kq.backends.redis_answer import Answers
-from kq.backends.redis_line import Head, Lines
+from kq.backends.redis_command import Head
+from kq.backends.redis_connection import Connector
+from kq.backends.redis_error import Broken, Refusal
+from kq.backends.redis_line import Lines
 
 VALUES = st.recursive(
     st.none() | st.integers() | st.binary(max_size=100), lambda inner: st.lists(inner, max_size=5), max_leaves=20
@@ -57,19 +58,21 @@ def test_answers_come_out_as_they_went_in(values: list[Any], sizes: list[int]) -
 
 
 def test_errors_are_values() -> None:
-    """Each kind that matters as redis-py's own, also within others."""
+    """Each with its code, also within others; those that will pass are as a connection that broke."""
     source = answers(
-        b"-NOSCRIPT No matching script\r\n-OOM too much\r\n-READONLY x\r\n-ERR what\r\n*1\r\n-ERR in it\r\n+OK\r\n"
+        b"-NOSCRIPT No matching script\r\n-OOM\r\n-ERR what\r\n*1\r\n-ERR in it\r\n"
+        b"-LOADING x\r\n-MASTERDOWN x\r\n-ERR max number of clients reached\r\n+OK\r\n"
     )
-    found = [source.read() for _ in range(4)]
-    assert [type(error) for error in found] == [NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError]
-    assert str(found[3]) == "ERR what"
+    found = [source.read() for _ in range(3)]
+    assert [error.code for error in found] == ["NOSCRIPT", "OOM", "ERR"]
+    assert str(found[2]) == "ERR what"
     (inner,) = source.read()
-    assert isinstance(inner, ResponseError)
+    assert isinstance(inner, Refusal)
+    assert [type(source.read()) for _ in range(3)] == [Broken] * 3
     assert source.read() == b"OK"
-    with pytest.raises(redis.ConnectionError, match="closed"):
+    with pytest.raises(Broken, match="closed"):
         source.read()
-    with pytest.raises(redis.ConnectionError, match="expected an answer"):
+    with pytest.raises(Broken, match="expected an answer"):
         answers(b"what\r\n").read()
 
 
@@ -103,7 +106,7 @@ class Server:
                         self.pings += 1
                         left -= 1
                     if left >= 0:
-                        # What redis-py says of itself first is answered as well.
+                        # What is said first, of ourselves, is answered as well.
                         connection.sendall(b"+OK\r\n" * (1 + data.count(b"\r\n*")))
                     if left <= 0 and b"PING" in data:
                         break
@@ -119,8 +122,9 @@ def lines() -> Iterator[Any]:
 
     def make(*lives: int) -> tuple[Lines, Server]:
         server = Server(*lives)
-        pool = redis.ConnectionPool(port=server.port, socket_timeout=5.0, retry=Retry(NoBackoff(), 0), protocol=2)
-        made.append((Lines(pool), server))
+        address = address_of(f"redis://127.0.0.1:{server.port}")
+        connector = Connector(address, timeout=5.0, connect_timeout=5.0, heartbeat=30.0, name="test")
+        made.append((Lines(connector.connect), server))
         return made[-1]
 
     yield make
@@ -137,5 +141,5 @@ def test_a_connection_that_broke_while_idle_is_replaced_once(lines: Any) -> None
     assert line.ask([ping]) == [b"OK"]
     assert server.pings == 2
     # The second connection is closed by now, and the third one answers nothing.
-    with pytest.raises(redis.ConnectionError):
+    with pytest.raises(Broken):
         line.ask([ping])

@@ -14,7 +14,8 @@ from kq import errors
 from kq.backend import BackendOptions
 from kq.backends.rabbitmq import RabbitBackend
 from kq.backends.stored import StoredBackend
-from kq.backends.tls import NOT_VERIFIED, PARAMETERS, context, separate, warnings
+from kq.backends.tls import context
+from kq.backends.tls_parameters import NOT_VERIFIED, PARAMETERS, separate, warnings
 from kq.driver import Tls
 
 

@@ -1,0 +1,156 @@
+"""Connects to a Redis server: TCP, encryption where wanted, and signing in, in one round trip."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from kq.backends.redis_address import Address
+from kq.backends.redis_answer import Answers
+from kq.backends.redis_command import Head
+from kq.backends.redis_error import Broken, Late, Refusal, Unsafe
+from kq.version import __version__
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+_AUTH: Final = Head("AUTH")
+_SELECT: Final = Head("SELECT")
+_SETNAME: Final = Head("CLIENT", "SETNAME")
+#: For whoever lists the server's clients. Redis 7.2 and newer know it, and not every account may.
+_INTRODUCTION: Final = (
+    Head("CLIENT", "SETINFO").pack(("LIB-NAME", "kq")),
+    Head("CLIENT", "SETINFO").pack(("LIB-VER", __version__)),
+)
+
+
+class Connection:
+    """A connection that is signed in. What is said on it is up to whoever has it.
+
+    Args:
+        connected: Its socket.
+
+    Attributes:
+        socket: Its socket.
+    """
+
+    __slots__ = ("_pid", "socket")
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        self._pid = os.getpid()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it, also where a forked process has it too. Idempotent."""
+        if os.getpid() == self._pid:
+            # Closed, or broken.
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+class Connector:
+    """Makes connections. Thread-safe.
+
+    Args:
+        address: Where to, and as whom.
+        timeout: Seconds that a single write or read may take on them.
+        connect_timeout: Seconds that connecting may take, for each address of the host, and the handshake of TLS.
+        heartbeat: Seconds after which a silent connection is known to be dead.
+        name: What the server's list of clients shows.
+        tls: What they are encrypted with; None for not at all.
+        server_name: The name that the server's certificate must bear; None for the host's.
+    """
+
+    def __init__(
+        self, address: Address, *, timeout: float, connect_timeout: float, heartbeat: float, name: str,
+        tls: SSLContext | None = None, server_name: str | None = None,
+    ) -> None:  # fmt: skip
+        self._address = address
+        self._timeout = timeout
+        self._connect_timeout = connect_timeout
+        self._options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *_keepalive(heartbeat)]
+        self._tls = tls
+        self._server_name = server_name
+        required: list[bytes] = []
+        if address.password is not None:
+            required.append(_AUTH.pack([part for part in (address.username, address.password) if part is not None]))
+        shown = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)
+        if shown:
+            required.append(_SETNAME.pack((shown,)))
+        if address.database:
+            required.append(_SELECT.pack((address.database,)))
+        self._required = len(required)
+        self._greeting = b"".join((*required, *_INTRODUCTION))
+
+    def connect(self) -> Connection:
+        """Return a new connection.
+
+        Raises:
+            RedisError: If there is no way to the server, or it does not let us in.
+        """
+        try:
+            connection = Connection(self._connected())
+        except TimeoutError:
+            raise Late("no connection in time") from None
+        except OSError as error:
+            raise Broken(str(error)) from None
+        try:
+            self._sign_in(connection.socket)
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, TimeoutError):
+                raise Late("no answer in time") from None
+            if isinstance(error, OSError):
+                raise Broken(str(error)) from None
+            raise
+        return connection
+
+    def _connected(self) -> socket.socket:
+        address = self._address
+        plain = socket.create_connection((address.host, address.port), self._connect_timeout)
+        try:
+            for option in self._options:
+                plain.setsockopt(*option)
+            # The handshake is a part of connecting.
+            made = plain if self._tls is None else self._encrypted(plain, self._tls)
+            made.settimeout(self._timeout)
+        except BaseException:
+            plain.close()
+            raise
+        return made
+
+    def _encrypted(self, plain: socket.socket, context: SSLContext) -> socket.socket:
+        from ssl import SSLError
+
+        from kq.backends.tls import explain
+
+        try:
+            return context.wrap_socket(plain, server_hostname=self._server_name or self._address.host)
+        except TimeoutError:
+            raise
+        except SSLError as error:
+            raise Unsafe(explain(error)) from None
+
+    def _sign_in(self, connected: socket.socket) -> None:
+        connected.sendall(self._greeting)
+        source = Answers(connected)
+        for number in range(self._required + len(_INTRODUCTION)):
+            answer = source.read()
+            if isinstance(answer, Broken) or (number < self._required and isinstance(answer, Refusal)):
+                raise answer
+
+
+def _keepalive(heartbeat: float) -> list[tuple[int, int, int]]:
+    """Have the kernel probe a silent connection every third of ``heartbeat`` seconds."""
+    interval = max(1, int(heartbeat / 3))
+    wanted = {"TCP_KEEPIDLE": interval, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": 3}
+    found = [
+        (socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in wanted.items() if hasattr(socket, name)
+    ]
+    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *found]
