@@ -50,6 +50,8 @@ def address_of(url: str) -> Address:
         path = _DATABASE.fullmatch(unquote(parts.path))
         database = _DATABASE.fullmatch(given.get("db", ""))
         if path is not None and database is not None and given.keys() <= set(_PARAMETERS):
+            if path[1] and database[1] and path[1] != database[1]:
+                raise Invalid(f"broker: the database is given twice, as /{path[1]} and db={database[1]}; leave one out")
             return Address(
                 host=unquote(parts.hostname or "") or "localhost",
                 port=_PORT if parts.port is None else parts.port,

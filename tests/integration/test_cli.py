@@ -296,6 +296,21 @@ def test_publishing_to_memory_is_warned_of(local_shop: Shop) -> None:
     assert "gone when this command ends" in done.stderr
 
 
+def test_a_publisher_loads_no_more_than_it_needs(shop: Shop) -> None:
+    """Its first message is there soon: no event loop is loaded, and no client that loads one."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, os, kq; kq.App('shop').publish(os.environ['KQ_TEST_QUEUE'], 1); "
+        "print([m for m in ('asyncio', 'redis', 'sqlite3', 'kq.worker', 'kq.cli') if m in sys.modules])"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=shop.environment, cwd=shop.folder
+    )
+    assert loaded.stdout.strip() == ("['sqlite3']" if shop.broker.name == "sqlite" else "[]")
+
+
 def test_help_is_quick_and_complete(local_shop: Shop) -> None:
     """Kq --help names every command, and imports no broker's client."""
     import subprocess

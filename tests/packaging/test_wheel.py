@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import venv
@@ -9,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.broker import SHARED, find
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,16 +37,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
-    """In a clean environment the command runs, and a message goes through a worker process."""
+def test_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a clean environment the command runs, and a message goes through a worker process, on each broker."""
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", str(wheel)], check=True, capture_output=True, timeout=240)
     (tmp_path / "shop.py").write_text(
-        "import kq\n"
+        "import os, kq\n"
         "app = kq.App('shop')\n"
-        "@app.consumer('shop:emails')\n"
+        "@app.consumer(os.environ['QUEUE'])\n"
         "def handle(payload):\n"
         "    open('handled', 'a').write(payload['to'] + '\\n')\n"
     )
@@ -54,7 +58,14 @@ def test_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
         return done.stdout
 
     assert kq("--version").startswith("kq, version ")
-    assert len(kq("publish", "shop:emails", '{"to": "a"}', "-A", "shop:app").strip()) == 32
-    kq("worker", "shop:app", "--burst", "-p", "1")
+    for name in SHARED:
+        broker = find(name, tmp_path)
+        monkeypatch.setenv("KQ_BROKER_URL", broker.url)
+        monkeypatch.setenv("QUEUE", broker.queue_id())
+        try:
+            assert len(kq("publish", os.environ["QUEUE"], json.dumps({"to": name}), "-A", "shop:app").strip()) == 32
+            kq("worker", "shop:app", "--burst", "-p", "1")
+        finally:
+            broker.forget()
 
-    assert (tmp_path / "handled").read_text() == "a\n"
+    assert (tmp_path / "handled").read_text().split() == list(SHARED)

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kq.backends.redis_address import Address, address_of
+from kq.driver import Driver
+from kq.driver import address as driver_address
 from kq.errors import Invalid
 
 
@@ -26,7 +28,7 @@ def address(host: str = "localhost", port: int = 6379, database: int = 0, userna
         ("redis://[::1]:7/2/", address("::1", 7, 2)),
         ("redis://h/%32", address("h", database=2)),
         ("redis://h?db=3", address("h", database=3)),
-        ("redis://h/1?db=3", address("h", database=3)),
+        ("redis://h/3?db=3", address("h", database=3)),
         ("redis://:p%40s@h", address("h", password="p@s")),
         ("redis://u:p@h", address("h", username="u", password="p")),
         ("redis://u@h", address("h", username="u")),
@@ -66,6 +68,14 @@ def test_what_a_url_must_not_say(url: str) -> None:
         address_of(url)
     assert "s3cret" not in caught.value.message.replace("redis://h?s3cret", "")
     assert caught.value.__cause__ is None
+
+
+def test_two_databases_are_one_too_many() -> None:
+    """Also where one of them is the driver's own."""
+    with pytest.raises(Invalid, match="the database is given twice, as /1 and db=3; leave one out"):
+        address_of("redis://h/1?db=3")
+    with pytest.raises(Invalid, match="the database is given twice"):
+        address_of(driver_address(Driver("redis://h?db=3", virtual_host="1")))
 
 
 def test_an_address_does_not_show_its_password() -> None:
