@@ -42,6 +42,7 @@ from kq.backends.machine import BOOT_ID
 from kq.backends.machine import now as _since_start
 from kq.backends.sqlite_file import check_place, reserve
 from kq.backends.sqlite_listener import Listener
+from kq.backends.sqlite_turn import begin
 from kq.backends.store import (
     TAKE_BYTES,
     Ahead,
@@ -417,6 +418,7 @@ class SQLiteStore(TakesNothingAhead):
                         "use a newer kq or another file"
                     )
                 _end_leases_of_earlier_starts(db)
+                _wait_by_itself(db, 0.0)
             except BaseException:
                 db.close()
                 raise
@@ -431,7 +433,7 @@ class SQLiteStore(TakesNothingAhead):
             db = self._connect()
             try:
                 _roll_back(db)
-                db.execute("BEGIN IMMEDIATE")
+                begin(db, self._timeout)
                 yield db
                 self._see_that_it_is_there()
                 db.execute("COMMIT")
@@ -463,10 +465,13 @@ class SQLiteStore(TakesNothingAhead):
             db = self._connect()
             try:
                 _roll_back(db)
+                # Hardly ever: while somebody opens the file after a crash, or closes it as the last one.
+                _wait_by_itself(db, self._timeout)
                 db.execute("BEGIN")
                 yield db
             finally:
                 _roll_back(db)
+                _wait_by_itself(db, 0.0)
 
     # Waking each other.
 
@@ -512,6 +517,11 @@ def _mapped(path: str) -> Iterator[None]:
         raise BrokerAway(f"{path}: {text}", details={"reason": "unavailable"}) from None
     except sqlite3.DatabaseError as error:
         raise BrokerAway(f"{path} is not a database kq can use: {error}", details={"reason": "refused"}) from None
+
+
+def _wait_by_itself(db: sqlite3.Connection, seconds: float) -> None:
+    """Have SQLite wait for others, in its own way, or not at all."""
+    db.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
 
 
 def _roll_back(db: sqlite3.Connection) -> None:
