@@ -210,7 +210,10 @@ def test_every_option_has_its_variable() -> None:
 def walk(command: click.Command) -> Iterator[click.Command]:
     """Yield every command in a group of commands."""
     if isinstance(command, click.Group):
-        for inner in command.commands.values():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
             yield from walk(inner)
     else:
         yield command
