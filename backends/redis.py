@@ -89,7 +89,7 @@ class RedisStore:
         self._lines = Lines(self._connector.connect)
         self._caller = Caller(self._lines)
         self._putter = Putter(self._caller)
-        self._errors = RedisErrors(self._shown, timeout)
+        self._errors = RedisErrors(self._shown)
         #: Queues whose bodies are large.
         self._large: set[str] = set()
         self._bell: Bell | None = None

@@ -97,7 +97,7 @@ class Connector:
         try:
             connection = Connection(self._connected())
         except TimeoutError:
-            raise Late("no connection in time") from None
+            raise Late(f"no connection within {self._connect_timeout:g} s") from None
         except OSError as error:
             raise Broken(str(error)) from None
         try:
@@ -105,7 +105,7 @@ class Connector:
         except BaseException as error:
             connection.close()
             if isinstance(error, TimeoutError):
-                raise Late("no answer in time") from None
+                raise Late(f"no answer within {self._timeout:g} s") from None
             if isinstance(error, OSError):
                 raise Broken(str(error)) from None
             raise

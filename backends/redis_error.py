@@ -57,20 +57,17 @@ class RedisErrors(Mapped):
 
     Args:
         shown: The server's URL, without its password.
-        timeout: Seconds that a call may take.
     """
 
-    def __init__(self, shown: str, timeout: float) -> None:
+    def __init__(self, shown: str) -> None:
         self._where = f"Redis at {shown}"
-        self._timeout = timeout
 
     def ours(self, error: BaseException) -> Error | None:
         """See `Mapped.ours`."""
         if isinstance(error, Refusal):
             return self._refused(error.code, str(error))
         if isinstance(error, Late):
-            text = f"{self._where} did not answer within {self._timeout:g} s"
-            return BrokerAway(text, details={"reason": "timeout"})
+            return BrokerAway(f"{self._where}: {error}", details={"reason": "timeout"})
         if isinstance(error, Unsafe):
             return BrokerAway(f"{self._where}: {error}", details={"reason": "refused"})
         if isinstance(error, (Broken, OSError)):

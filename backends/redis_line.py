@@ -116,7 +116,7 @@ class Lines:
             # Whatever is answered now would be taken for the next call's.
             line.close()
             if isinstance(error, TimeoutError):
-                raise Late("no answer in time") from None
+                raise Late(f"no answer within {connected.gettimeout():g} s") from None
             if isinstance(error, OSError):
                 raise Broken(str(error)) from None
             raise

@@ -121,7 +121,7 @@ def test_who_is_not_let_in_is_told_why(serve: Any, answer: bytes, expected: type
 
 def test_a_server_that_says_nothing_is_late(serve: Any) -> None:
     server = serve()
-    with pytest.raises(Late):
+    with pytest.raises(Late, match=r"no answer within 0\.05 s"):
         server.connector(timeout=0.05).connect()
 
 
@@ -158,6 +158,6 @@ def test_where_nobody_listens_there_is_no_connection() -> None:
     ],
 )
 def test_refusals_become_errors_of_ours(text: str, is_denied: bool, reason: str) -> None:
-    error = RedisErrors("redis://h", 1.0).ours(Refusal(text))
+    error = RedisErrors("redis://h").ours(Refusal(text))
     assert isinstance(error, PermissionDenied if is_denied else Internal)
     assert error.details["reason"] == reason
