@@ -133,7 +133,8 @@ class Connector:
         try:
             return context.wrap_socket(plain, server_hostname=self._server_name or self._address.host)
         except TimeoutError:
-            raise
+            text = f"no TLS connection within {self._connect_timeout:g} s: does the server speak TLS on this port?"
+            raise Late(text) from None
         except SSLError as error:
             raise Unsafe(explain(error)) from None
 
