@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from kq.backends.redis_address import Address
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_command import Head
-from kq.backends.redis_error import Broken, Late, Refusal, Unsafe
+from kq.backends.redis_error import Broken, Late, Refusal, Unsafe, as_met
 from kq.version import __version__
 
 if TYPE_CHECKING:
@@ -96,19 +96,13 @@ class Connector:
         """
         try:
             connection = Connection(self._connected())
-        except TimeoutError:
-            raise Late(f"no connection within {self._connect_timeout:g} s") from None
         except OSError as error:
-            raise Broken(str(error)) from None
+            raise as_met(error, f"no connection within {self._connect_timeout:g} s") from None
         try:
             self._sign_in(connection.socket)
         except BaseException as error:
             connection.close()
-            if isinstance(error, TimeoutError):
-                raise Late(f"no answer within {self._timeout:g} s") from None
-            if isinstance(error, OSError):
-                raise Broken(str(error)) from None
-            raise
+            raise as_met(error, f"no answer within {self._timeout:g} s") from None
         return connection
 
     def _connected(self) -> socket.socket:

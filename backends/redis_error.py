@@ -52,6 +52,18 @@ class Refusal(RedisError):
         self.code = text.partition(" ")[0]
 
 
+def as_met(error: BaseException, late: str) -> BaseException:
+    """Return what an error of a socket's is here, and any other as it is.
+
+    Args:
+        error: What was raised.
+        late: What it is called where time was up.
+    """
+    if isinstance(error, TimeoutError):
+        return Late(late)
+    return Broken(str(error)) if isinstance(error, OSError) else error
+
+
 class RedisErrors(Mapped):
     """What happened, as one of kq's errors.
 

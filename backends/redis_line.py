@@ -8,7 +8,7 @@ from typing import Any, Final
 from kq.backends.redis_answer import Answers, error_of
 from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connection
-from kq.backends.redis_error import Broken, Late, NoTransactions, Refusal
+from kq.backends.redis_error import Broken, NoTransactions, Refusal, as_met
 
 
 class Lines:
@@ -115,11 +115,7 @@ class Lines:
         except BaseException as error:
             # Whatever is answered now would be taken for the next call's.
             line.close()
-            if isinstance(error, TimeoutError):
-                raise Late(f"no answer within {connected.gettimeout():g} s") from None
-            if isinstance(error, OSError):
-                raise Broken(str(error)) from None
-            raise
+            raise as_met(error, f"no answer within {connected.gettimeout():g} s") from None
         return answers
 
 

@@ -113,7 +113,12 @@ def _parts(url: str) -> SplitResult | None:
         _ = parts.port
     except ValueError:
         return None
-    return parts
+    return parts if _may_be_a_host(unquote(parts.hostname or "localhost")) else None
+
+
+def _may_be_a_host(name: str) -> bool:
+    """Tell what Python cannot even look up: parts of a name have 1 to 63 characters (RFC 1035, section 2.3.4)."""
+    return all(0 < len(label) < 64 for label in name.removesuffix(".").split("."))
 
 
 def warnings(url: str, tls: Tls | None) -> list[str]:

@@ -167,6 +167,8 @@ def test_a_url_adds_to_what_is_said_elsewhere() -> None:
         ("amqp://u:s3cret@h?tls_ca=x", "tls_ca: amqp://u:**@h is not encrypted"),
         ("amqps://a;amqp://u:s3cret@b", "expected amqps:// in each of several URLs"),
         ("rediss://u:s3cret@[h", "expected a URL"),
+        ("redis://u:s3cret@a..b", "expected a URL"),
+        ("amqp://u:s3cret@a;amqp://" + 64 * "b", "expected a URL"),
     ],
 )
 def test_what_a_url_must_not_say(url: str, expected: str) -> None:
