@@ -25,7 +25,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
         port: Its port.
         database: The number of the database.
         username: The account; None for the default one.
-        password: Its password, never shown; None to sign in nowhere.
+        password: Its password, never shown; None where it has none.
     """
 
     host: str
@@ -45,6 +45,8 @@ def address_of(url: str) -> Address:
         Invalid: If it is ill-formed, or has a parameter that is none of ours.
     """
     try:
+        # What is no text cannot be sent.
+        url.encode()
         parts = urlsplit(url)
         given = dict(parse_qsl(parts.query, keep_blank_values=True))
         path = _DATABASE.fullmatch(unquote(parts.path))

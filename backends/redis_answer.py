@@ -30,14 +30,20 @@ class Answers:
             TimeoutError: If nothing comes in time.
             OSError: If the connection breaks.
         """
+        try:
+            return self._read()
+        except (ValueError, RecursionError):
+            raise Broken("expected an answer of Redis, got something like one") from None
+
+    def _read(self) -> Any:
         line = self._line()
         kind, rest = line[:1], line[1:]
         if kind == b":":
             return int(rest)
         if kind == b"$":
-            return None if rest == b"-1" else self._exactly(int(rest))
+            return None if rest == b"-1" else self._exactly(_size(rest))
         if kind == b"*":
-            return None if rest == b"-1" else [self.read() for _ in range(int(rest))]
+            return None if rest == b"-1" else [self._read() for _ in range(_size(rest))]
         if kind == b"+":
             return rest
         if kind == b"-":
@@ -85,6 +91,13 @@ class Answers:
         if not data:
             raise Broken("the server closed the connection")
         return data
+
+
+def _size(text: bytes) -> int:
+    size = int(text)
+    if size < 0:
+        raise ValueError(text)
+    return size
 
 
 def error_of(text: bytes) -> RedisError:

@@ -78,8 +78,10 @@ class Connector:
         self._tls = tls
         self._server_name = server_name
         required: list[bytes] = []
-        if address.password is not None:
-            required.append(_AUTH.pack([part for part in (address.username, address.password) if part is not None]))
+        if address.username is not None:
+            required.append(_AUTH.pack((address.username, address.password or "")))
+        elif address.password is not None:
+            required.append(_AUTH.pack((address.password,)))
         shown = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)
         if shown:
             required.append(_SETNAME.pack((shown,)))
@@ -96,6 +98,8 @@ class Connector:
         """
         try:
             connection = Connection(self._connected())
+        except UnicodeError:
+            raise Broken(f"{self._address.host!r} is no name of a host") from None
         except OSError as error:
             raise as_met(error, f"no connection within {self._connect_timeout:g} s") from None
         try:
@@ -120,7 +124,7 @@ class Connector:
         return made
 
     def _encrypted(self, plain: socket.socket, context: SSLContext) -> socket.socket:
-        from ssl import SSLError
+        from ssl import SSLEOFError, SSLError
 
         from kq.backends.tls import explain
 
@@ -129,6 +133,8 @@ class Connector:
         except TimeoutError:
             text = f"no TLS connection within {self._connect_timeout:g} s: does the server speak TLS on this port?"
             raise Late(text) from None
+        except SSLEOFError:
+            raise Broken("the server closed the connection while it was being encrypted") from None
         except SSLError as error:
             raise Unsafe(explain(error)) from None
 

@@ -25,6 +25,8 @@ from kq.errors import Conflict, Error, Internal, NotFound
 #: How much of a lease a single call may take, but seconds that it is given in any case.
 _LEASE_PART: Final = 0.5
 _LEAST_TIMEOUT: Final = 2.0
+#: How much of a caller's time a single call may take: what it failed of is to be said before that is over.
+_CALL_PART: Final = 0.9
 #: Messages that one look into a queue of dead letters reads.
 _PAGE: Final = 200
 
@@ -58,7 +60,7 @@ class StoredBackend:
             transport_options={
                 "lease": options.lease,
                 "heartbeat": options.heartbeat,
-                "timeout": options.timeout if timeout is None else timeout,
+                "timeout": options.timeout * _CALL_PART if timeout is None else timeout,
                 "name": options.name,
                 "connect_timeout": options.connect_timeout,
                 "tls": options.tls,
@@ -78,7 +80,7 @@ class StoredBackend:
             max_retries=1,
             interval_start=self._options.reconnect_wait,
             reraise_as_library_errors=False,
-            timeout=self._options.connect_timeout / 2,
+            timeout=min(self._options.connect_timeout, self._options.timeout) / 2,
         )
 
     def declare(self, queue: QueueSpec, *, create: bool, exact: bool) -> None:

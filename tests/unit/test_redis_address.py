@@ -60,6 +60,7 @@ def test_whatever_is_quoted_comes_out(user: str, password: str, database: int) -
         "redis://h?s3cret",
         "redis://:s3cret?x@h",
         "redis://:s3cret@h/x",
+        "redis://u:s3cret\ud800@h",
     ],
 )
 def test_what_a_url_must_not_say(url: str) -> None:

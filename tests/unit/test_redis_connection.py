@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kq.backends.redis_address import address_of
+from kq.backends.redis_address import Address, address_of
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_connection import Connector
 from kq.backends.redis_error import Broken, Late, RedisErrors, Refusal
@@ -98,6 +98,13 @@ def test_a_password_alone_is_the_default_accounts(serve: Any) -> None:
     assert server.said[0] == [b"AUTH", b"pass"]
 
 
+def test_an_account_without_a_password_is_signed_in_to(serve: Any) -> None:
+    """Else its owner would be somebody else: the default account."""
+    server = serve(*[b"+OK"] * 3)
+    server.connector("us@{}").connect().close()
+    assert server.said[0] == [b"AUTH", b"us", b""]
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -132,6 +139,14 @@ def test_where_nobody_listens_there_is_no_connection() -> None:
         address_of(f"redis://127.0.0.1:{port}"), timeout=5.0, connect_timeout=5.0, heartbeat=30.0, name=""
     )
     with pytest.raises(Broken, match="refused"):
+        connector.connect()
+
+
+def test_what_is_no_host_is_no_host() -> None:
+    """Python cannot even ask for it."""
+    address = Address(host="\u0430" * 70, port=1, database=0, username=None, password=None)
+    connector = Connector(address, timeout=5.0, connect_timeout=5.0, heartbeat=30.0, name="")
+    with pytest.raises(Broken, match="is no name of a host"):
         connector.connect()
 
 

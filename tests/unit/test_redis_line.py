@@ -72,8 +72,9 @@ def test_errors_are_values() -> None:
     assert source.read() == b"OK"
     with pytest.raises(Broken, match="closed"):
         source.read()
-    with pytest.raises(Broken, match="expected an answer"):
-        answers(b"what\r\n").read()
+    for nonsense in (b"what\r\n", b":abc\r\n", b"$abc\r\n", b"$-5\r\n", b"*x\r\n", b"*-2\r\n", b"*1\r\n" * 3000):
+        with pytest.raises(Broken, match="expected an answer"):
+            answers(nonsense).read()
 
 
 @given(st.lists(st.text() | st.binary() | st.integers(), max_size=10))

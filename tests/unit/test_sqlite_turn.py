@@ -9,7 +9,9 @@ from time import monotonic, sleep
 
 import pytest
 
+import kq
 from kq.backends.sqlite_turn import begin
+from kq.errors import Internal
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -57,3 +59,15 @@ def test_whose_turn_does_not_come_is_told_so(tmp_path: Path) -> None:
         with pytest.raises(sqlite3.OperationalError, match="within a transaction"):
             begin(other, 10.0)
         assert monotonic() - started < 5.0
+
+
+def test_a_publisher_is_told_what_it_has_waited_for(tmp_path: Path) -> None:
+    """Before its own time is over, after which all that could be said is that nobody has confirmed."""
+    url = f"sqlite:///{tmp_path / 'x.db'}"
+    kq.App("shop", broker=url).publish("shop:emails", 1)
+    with closing(connect(tmp_path / "x.db")) as other:
+        begin(other, 1.0)
+        with closing(kq.App("shop", broker=url, publish_timeout=1.0)) as app, pytest.raises(Internal) as caught:
+            app.publish("shop:emails", 2)
+    assert "locked by another process" in caught.value.message
+    assert caught.value.details["reason"] == "timeout"
