@@ -64,10 +64,11 @@ def test_whose_turn_does_not_come_is_told_so(tmp_path: Path) -> None:
 def test_a_publisher_is_told_what_it_has_waited_for(tmp_path: Path) -> None:
     """Before its own time is over, after which all that could be said is that nobody has confirmed."""
     url = f"sqlite:///{tmp_path / 'x.db'}"
-    kq.App("shop", broker=url).publish("shop:emails", 1)
+    with closing(kq.App("shop", broker=url)) as app:
+        app.publish("shop:emails", 1)
     with closing(connect(tmp_path / "x.db")) as other:
         begin(other, 1.0)
-        with closing(kq.App("shop", broker=url, publish_timeout=1.0)) as app, pytest.raises(Internal) as caught:
-            app.publish("shop:emails", 2)
+        with closing(kq.App("shop", broker=url, publish_timeout=1.0)) as late, pytest.raises(Internal) as caught:
+            late.publish("shop:emails", 2)
     assert "locked by another process" in caught.value.message
     assert caught.value.details["reason"] == "timeout"
