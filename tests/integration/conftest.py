@@ -125,6 +125,14 @@ def children_of(pid: int) -> list[int]:
         return []
 
 
+def command_line(pid: int) -> str:
+    """Return what the system shows as a process's command line; nothing where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def is_alive(pid: int) -> bool:
     """Tell whether a process runs; one that is dead but not yet reaped does not."""
     try:

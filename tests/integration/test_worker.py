@@ -11,7 +11,7 @@ from time import monotonic
 
 import pytest
 
-from tests.integration.conftest import LEASE, PATIENCE, Shop, children_of, is_alive, wait_for
+from tests.integration.conftest import LEASE, PATIENCE, Shop, children_of, command_line, is_alive, wait_for
 
 
 def test_runs_retries_and_dead_letters(shop: Shop) -> None:
@@ -108,7 +108,7 @@ def test_first_children_are_forks_and_the_next_ones_are_fresh(local_shop: Shop) 
 
     def kinds() -> list[str]:
         """Return what the system shows of each: nobody is to take a child for a worker."""
-        lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in shop.children(worker)]
+        lines = [command_line(pid) for pid in shop.children(worker)]
         return sorted("other" if "kq.worker.child" not in x else "fork" if "forked" in x else "fresh" for x in lines)
 
     wait_for(lambda: kinds() == ["fork", "fork"], "the first children")
