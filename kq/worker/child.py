@@ -109,11 +109,12 @@ class Child:
         elif isinstance(message, frame.Hello):
             return self._load(message)
         elif isinstance(message, frame.Recall):
-            self._final = self._final or message.final
             tags = self._runner.recall() if self._runner is not None else []
+            self._send(frame.Returned(tags))
+            # Not before: whoever reports the last result then would end the child, and this were never sent.
             with self._counting:
                 self._held -= len(tags)
-            self._send(frame.Returned(tags))
+                self._final = self._final or message.final
         elif isinstance(message, frame.Dump) and self._runner is not None:
             logger.warning("%s", self._runner.dump(), extra={"action": "dump"})
         return True
