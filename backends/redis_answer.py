@@ -33,7 +33,8 @@ class Answers:
         try:
             return self._read()
         except (ValueError, RecursionError):
-            raise Broken("expected an answer of Redis, got something like one") from None
+            # The line that was read last.
+            raise _no_answer(self._data[: self._at - 2].rpartition(b"\r\n")[2]) from None
 
     def _read(self) -> Any:
         line = self._line()
@@ -48,7 +49,7 @@ class Answers:
             return rest
         if kind == b"-":
             return error_of(rest)
-        raise Broken(f"expected an answer of Redis, got {line[:20]!r}")
+        raise _no_answer(line)
 
     def _line(self) -> bytes:
         start = self._at
@@ -91,6 +92,10 @@ class Answers:
         if not data:
             raise Broken("the server closed the connection")
         return data
+
+
+def _no_answer(line: bytes) -> Broken:
+    return Broken(f"expected an answer of Redis, got {line[:20]!r}")
 
 
 def _size(text: bytes) -> int:

@@ -8,12 +8,11 @@ from kq.backends.mapped import Mapped
 from kq.backends.store import BrokerAway
 from kq.errors import Error, Internal, PermissionDenied
 
-#: First words of errors, where the account may not, or nobody may from where we are.
+#: Codes of errors, where the account may not, or nobody may from where we are.
 _REFUSALS: Final = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")
-#: What is in such errors else: by command, and, by the server's version, from within a script.
+#: What such errors say whose code says nothing: by command, and, by the server's version, from within a script.
 _SIGNS: Final = (
-    *_REFUSALS, "invalid password", "without any password configured", "user executing the script can't",
-    "ACL failure in script",
+    "invalid password", "without any password configured", "user executing the script can't", "ACL failure in script",
 )  # fmt: skip
 
 
@@ -95,6 +94,6 @@ class RedisErrors(Mapped):
             return Internal(full, details={"reason": "full"})
         if code == "READONLY":
             return BrokerAway(f"{self._where} is read-only: {text}", details={"reason": "refused"})
-        if any(sign in text for sign in _SIGNS):
+        if code in _REFUSALS or any(sign in text for sign in _SIGNS):
             return PermissionDenied(f"{self._where} refuses us: {text}", details={"reason": "refused"})
         return Internal(f"{self._where} refused a command: {text}", details={"reason": "refused"})

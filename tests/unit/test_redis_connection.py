@@ -13,6 +13,8 @@ from kq.backends.redis_address import Address, address_of
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_connection import Connector
 from kq.backends.redis_error import Broken, Late, RedisErrors, Refusal
+from kq.backends.tls import context
+from kq.driver import Tls
 from kq.errors import Internal, PermissionDenied
 from kq.version import __version__
 
@@ -126,6 +128,27 @@ def test_who_is_not_let_in_is_told_why(serve: Any, answer: bytes, expected: type
     assert server.ended
 
 
+def test_a_server_that_hangs_up_on_encryption_is_gone() -> None:
+    """It is not taken for one whose certificate is not to be trusted: later it may go well."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                # What has not been read would make it a reset.
+                connection.recv(1 << 16)
+
+        address = address_of(f"rediss://127.0.0.1:{listener.getsockname()[1]}")
+        connector = Connector(
+            address, timeout=5.0, connect_timeout=5.0, heartbeat=30.0, name="", tls=context(Tls(verify=False))
+        )
+        server = Thread(target=hang_up, daemon=True)
+        server.start()
+        with pytest.raises(Broken, match="closed the connection while it was being encrypted"):
+            connector.connect()
+        server.join(10.0)
+
+
 def test_a_server_that_says_nothing_is_late(serve: Any) -> None:
     server = serve()
     with pytest.raises(Late, match=r"no answer within 0\.05 s"):
@@ -156,20 +179,21 @@ def test_what_is_no_host_is_no_host() -> None:
         ("WRONGPASS invalid username-password pair", True, "refused"),
         (
             "ERR AUTH <password> called without any password configured for the default user",
-            PermissionDenied,
+            True,
             "refused",
         ),
         ("DENIED Redis is running in protected mode", True, "refused"),
         ("NOPERM User u has no permissions to access the '{kq:app:ROOM}:m' key", True, "refused"),
         (
             "ERR The user executing the script can't run this command or subcommand script: x",
-            PermissionDenied,
+            True,
             "refused",
         ),
         ("OOM command not allowed when used memory > 'maxmemory'.", False, "full"),
         ("ERR Error running script (call to f_1): @user_script:3: OOM command not allowed when", False, "full"),
         ("READONLY You can't write against a read only replica.", False, "refused"),
         ("WRONGTYPE Operation against a key holding the wrong kind of value", False, "refused"),
+        ("ERR the key {kq:app:DENIED}:m holds what is not ours; NOPERM", False, "refused"),
     ],
 )
 def test_refusals_become_errors_of_ours(text: str, is_denied: bool, reason: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from threading import Thread
@@ -72,9 +73,20 @@ def test_errors_are_values() -> None:
     assert source.read() == b"OK"
     with pytest.raises(Broken, match="closed"):
         source.read()
-    for nonsense in (b"what\r\n", b":abc\r\n", b"$abc\r\n", b"$-5\r\n", b"*x\r\n", b"*-2\r\n", b"*1\r\n" * 3000):
-        with pytest.raises(Broken, match="expected an answer"):
-            answers(nonsense).read()
+
+
+@pytest.mark.parametrize("line", [b"what", b":abc", b"$abc", b"$-5", b"*x", b"*-2"])
+def test_what_is_no_answer_is_shown(line: bytes) -> None:
+    """What is before and behind it is not."""
+    source = answers(b"+OK\r\n*2\r\n:1\r\n" + line + b"\r\n+OK\r\n")
+    assert source.read() == b"OK"
+    with pytest.raises(Broken, match=re.escape(f"expected an answer of Redis, got {line!r}") + "$"):
+        source.read()
+
+
+def test_lists_in_lists_without_end_are_no_answer() -> None:
+    with pytest.raises(Broken, match="expected an answer of Redis"):
+        answers(b"*1\r\n" * 3000).read()
 
 
 @given(st.lists(st.text() | st.binary() | st.integers(), max_size=10))

@@ -222,6 +222,6 @@ def test_tls_where_there_is_none_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["redis://h/x", "redis://h/1x", "redis://h:port", "redis://h?socket_timeout=x"])
 def test_a_database_that_is_no_number_is_refused(url: str) -> None:
-    """redis-py would take database 0 for it."""
+    """It is not taken for database 0."""
     with pytest.raises(errors.Invalid, match=r"expected (a URL such as )?redis://"):
         StoredBackend(url, BackendOptions(30, 30, 10, "test"))
