@@ -6,15 +6,19 @@ queue is measured here.
 
 from __future__ import annotations
 
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import amqp
 import redis
+
+from benchmarks.work import file_beside
 
 #: Messages that it has under way at once.
 LOT: Final = 500
@@ -76,6 +80,52 @@ class Confirmed:
         self._confirmed = delivery_tag if multiple else self._confirmed + 1
 
 
+class Inserted:
+    """Python's sqlite3 on a table in a file, which is written to the disk at each commit.
+
+    Args:
+        url: A SQLite URL; the file is another one beside it.
+        queue: The table, which it makes.
+    """
+
+    def __init__(self, url: str, queue: str) -> None:
+        self.path = Path(file_beside(url, f"{queue}.bare"))
+        self._table = f'"{queue}"'
+        # Transactions begin and end where that is said.
+        self._db = sqlite3.connect(self.path, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute(
+            f"CREATE TABLE IF NOT EXISTS {self._table} (place INTEGER PRIMARY KEY, held INTEGER, body BLOB)"
+        )
+        self._db.execute(f'CREATE INDEX IF NOT EXISTS "{queue}-held" ON {self._table} (held, place)')
+
+    def publish(self, bodies: Sequence[bytes]) -> None:
+        """Insert in one transaction."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany(f"INSERT INTO {self._table} (held, body) VALUES (0, ?)", [(data,) for data in bodies])
+        self._db.execute("COMMIT")
+
+    def take(self, limit: int) -> list[int]:
+        """Read up to so many and mark them as taken, as a lease does; return where they are."""
+        self._db.execute("BEGIN IMMEDIATE")
+        rows = self._db.execute(f"SELECT place, body FROM {self._table} WHERE held = 0 LIMIT ?", (limit,)).fetchall()
+        places = [place for place, _ in rows]
+        self._db.executemany(f"UPDATE {self._table} SET held = 1 WHERE place = ?", [(place,) for place in places])
+        self._db.execute("COMMIT")
+        return places
+
+    def delete(self, places: Sequence[int]) -> None:
+        """Delete in one transaction."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany(f"DELETE FROM {self._table} WHERE place = ?", [(place,) for place in places])
+        self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
 def _per_second(count: int, work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
@@ -133,7 +183,22 @@ def drain_rabbitmq(url: str, messages: int, pad: int) -> float:
         confirmed.close()
 
 
+def drain_sqlite(url: str, messages: int, pad: int) -> float:
+    """Return how many messages a second sqlite3 takes, 500 in a transaction, and deletes."""
+    inserted = Inserted(url, f"bench-{uuid4().hex}")
+
+    def drain() -> None:
+        while places := inserted.take(LOT):
+            inserted.delete(places)
+
+    with closing(inserted):
+        text = body({"pad": "x" * pad})
+        for start in range(0, messages, LOT):
+            inserted.publish([text] * min(LOT, messages - start))
+        return _per_second(messages, drain)
+
+
 #: By broker, what draining is compared with.
 DRAINS: Final[dict[str, Callable[[str, int, int], float]]] = {
-    "redis": drain_redis, "rabbitmq": drain_rabbitmq,
+    "redis": drain_redis, "rabbitmq": drain_rabbitmq, "sqlite": drain_sqlite,
 }  # fmt: skip

@@ -114,5 +114,5 @@ BARE: Final = Contender("bare client", "bare_app", ("redis", "amqp"), (), "none"
 CONTENDERS: Final[Mapping[str, tuple[Contender, ...]]] = {
     "redis": (_KQ, _CELERY, _DRAMATIQ, _TASKIQ, _FASTSTREAM, _HUEY, _RQ),
     "rabbitmq": (_KQ, _CELERY, _DRAMATIQ, _TASKIQ, _FASTSTREAM, _KQ_CLASSIC, _DRAMATIQ_CLASSIC),
-    "sqlite": (_KQ,),
+    "sqlite": (_KQ, _HUEY),
 }

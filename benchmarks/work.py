@@ -40,6 +40,11 @@ _ROUNDS: Final = 1500
 _tally = Tally(os.environ["BENCH_TALLY"]) if "BENCH_TALLY" in os.environ else None
 
 
+def file_beside(url: str, name: str) -> str:
+    """Return the path of somebody's file in the folder of a SQLite URL's: each has a schema of its own."""
+    return f"{url.removeprefix('sqlite:///')}.{name}"
+
+
 def names(queue: str, number: int) -> list[str]:
     """Return the names of the queues that messages are spread over."""
     return [queue] if number == 1 else [f"{queue}-{n}" for n in range(number)]

@@ -1,4 +1,4 @@
-"""A bare client that publishes as many bytes and does nothing else: redis-py, or py-amqp on a quorum queue."""
+"""A bare client that publishes as many bytes and does nothing else: redis-py, py-amqp on a quorum queue, or sqlite3."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 
 from benchmarks import work
 from benchmarks.apps.publishing import Publisher
-from benchmarks.bare import LOT, Confirmed, body
+from benchmarks.bare import LOT, Confirmed, Inserted, body
 
 Payload = dict[str, Any]
 
 
 def publisher() -> Publisher:
     """Return how it publishes."""
-    return _on_redis() if work.URL.startswith("redis") else _on_rabbitmq()
+    if work.URL.startswith("redis"):
+        return _on_redis()
+    return _in_lots(Confirmed(work.URL, work.QUEUE) if work.URL.startswith("amqp") else Inserted(work.URL, work.QUEUE))
 
 
 def _on_redis() -> Publisher:
@@ -35,11 +37,9 @@ def _on_redis() -> Publisher:
     return Publisher(one, many)
 
 
-def _on_rabbitmq() -> Publisher:
-    confirmed = Confirmed(work.URL, work.QUEUE)
-
+def _in_lots(client: Confirmed | Inserted) -> Publisher:
     def many(payloads: Sequence[Payload]) -> None:
         for start in range(0, len(payloads), LOT):
-            confirmed.publish([body(payload) for payload in payloads[start : start + LOT]])
+            client.publish([body(payload) for payload in payloads[start : start + LOT]])
 
-    return Publisher(lambda payload: confirmed.publish([body(payload)]), many)
+    return Publisher(lambda payload: client.publish([body(payload)]), many)

@@ -25,6 +25,7 @@ TRIES = 3
 LEAST = {
     "redis": {"publish": 0.25, "bulk": 0.1, "drain": 0.03},
     "rabbitmq": {"publish": 0.25, "bulk": 0.2, "drain": 0.15},
+    "sqlite": {"publish": 0.2, "bulk": 0.1, "drain": 0.05},
 }
 
 
