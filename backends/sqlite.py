@@ -3,22 +3,12 @@
 Theory of operation
 ===================
 
-One table holds every message of every queue; each primitive is one ``BEGIN IMMEDIATE`` transaction,
-so that writers queue up instead of failing. ``state`` says where a message stands:
-
-====  =========  ==========================================================
-0     ready      taken in the order of ``priority`` (down) and ``place`` (up)
-1     delayed    becomes ready at ``moment``
-2     leased     under ``token``; ready again at ``moment`` unless renewed
-====  =========  ==========================================================
+`sqlite_schema` has the tables. Each primitive is one ``BEGIN IMMEDIATE`` transaction, so that writers queue up instead
+of failing.
 
 ``journal_mode=WAL`` with ``synchronous=FULL``: a commit that returned is on disk
 (https://www.sqlite.org/pragma.html#pragma_synchronous). WAL needs shared memory, so network file
 systems are refused.
-
-The time of day may jump, and must not end anybody's lease or delay: ``moment`` is read from a clock that counts
-since the machine's start; ``boot`` says of which start. After the next one no lease is left, and what is delayed
-waits for the time of day in ``due``.
 
 Waking other processes: a consumer binds a datagram socket and registers its path in ``listener``.
 Whoever commits something that makes a message ready sends one byte to each listener of the queue.
@@ -40,8 +30,10 @@ from kq import clock
 from kq.backend import Capabilities, Role
 from kq.backends.machine import BOOT_ID
 from kq.backends.machine import now as _since_start
-from kq.backends.sqlite_file import check_place, reserve
+from kq.backends.sqlite_error import SQLiteErrors
+from kq.backends.sqlite_file import Disk, check_place
 from kq.backends.sqlite_listener import Listener
+from kq.backends.sqlite_schema import DELAYED, LEASED, READY, prepare
 from kq.backends.sqlite_turn import begin
 from kq.backends.store import (
     TAKE_BYTES,
@@ -54,57 +46,14 @@ from kq.backends.store import (
     Taken,
     TakesNothingAhead,
 )
-from kq.errors import Error, Internal, Invalid
+from kq.errors import Error
 from kq.waker import Lookout, Waker
 
-_READY: Final = 0
-_DELAYED: Final = 1
-_LEASED: Final = 2
-
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS queue (name TEXT PRIMARY KEY, arguments TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS message (
-    place INTEGER PRIMARY KEY,
-    queue TEXT NOT NULL,
-    id TEXT NOT NULL,
-    priority INTEGER NOT NULL,
-    state INTEGER NOT NULL,
-    moment INTEGER NOT NULL DEFAULT 0,
-    due INTEGER NOT NULL DEFAULT 0,
-    token INTEGER NOT NULL DEFAULT 0,
-    expires INTEGER NOT NULL DEFAULT 0,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    crashes INTEGER NOT NULL DEFAULT 0,
-    deliveries INTEGER NOT NULL DEFAULT 0,
-    raw BLOB NOT NULL,
-    UNIQUE (queue, id)
-);
-CREATE INDEX IF NOT EXISTS message_ready ON message (queue, priority DESC, place) WHERE state = 0;
-CREATE INDEX IF NOT EXISTS message_delayed ON message (queue, moment) WHERE state = 1;
-CREATE INDEX IF NOT EXISTS message_leased ON message (queue, moment) WHERE state = 2;
-CREATE TABLE IF NOT EXISTS sequence (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT OR IGNORE INTO sequence VALUES ('place', 0), ('token', 0);
-CREATE TABLE IF NOT EXISTS listener (queue TEXT, path TEXT, PRIMARY KEY (queue, path)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS consumer (queue TEXT, name TEXT, until INTEGER, PRIMARY KEY (queue, name)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS completed (
-    queue TEXT, id TEXT, until INTEGER NOT NULL, PRIMARY KEY (queue, id)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS completed_until ON completed (until);
-CREATE TABLE IF NOT EXISTS topology (one INTEGER PRIMARY KEY, version INTEGER NOT NULL, document TEXT NOT NULL);
-INSERT OR IGNORE INTO topology VALUES (1, 0, '{}');
-CREATE TABLE IF NOT EXISTS boot (one INTEGER PRIMARY KEY, id TEXT NOT NULL);
-INSERT OR IGNORE INTO boot VALUES (1, '');
-"""
-
-#: The version of the schema. 2 has `boot`, and leases by another clock.
-_VERSION: Final = 2
-#: What a file of version 1 lacks that ``CREATE ... IF NOT EXISTS`` does not add.
-_FROM_1: Final = """
-ALTER TABLE message ADD COLUMN due INTEGER NOT NULL DEFAULT 0;
-UPDATE message SET due = moment WHERE state = 1;
-"""
 #: Rows that one statement names at most; SQLite's own limit on parameters is far above.
 _CHUNK: Final = 500
+#: A message, where it is under a lease of ours.
+_MINE: Final = "WHERE queue = ? AND id = ? AND state = 2 AND token = ?"
+_ACK: Final = f"DELETE FROM message {_MINE}"
 
 
 class SQLiteStore(TakesNothingAhead):
@@ -123,6 +72,8 @@ class SQLiteStore(TakesNothingAhead):
 
     def __init__(self, path: str, timeout: float) -> None:
         self._path = path
+        self._disk = Disk(path)
+        self._errors = SQLiteErrors(path)
         self._timeout = timeout
         self._lock = Lock()
         self._connection: sqlite3.Connection | None = None
@@ -136,7 +87,7 @@ class SQLiteStore(TakesNothingAhead):
 
     def ping(self) -> None:
         """See `Store.ping`."""
-        with self._lock, _mapped(self._path):
+        with self._lock, self._errors:
             self._connect()
 
     def warnings(self) -> list[str]:
@@ -174,15 +125,15 @@ class SQLiteStore(TakesNothingAhead):
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
         """See `Store.put`."""
-        reserve(self._path)
+        self._disk.reserve([len(entry.raw) for entry in entries])
         with self._transaction() as db:
-            if _arguments(db, queue) is None:
+            listeners = _listeners_if_there(db, queue)
+            if listeners is None:
                 return None
             accepted = len(entries)
             room = None
             if max_length is not None:
                 room = max_length - _count(db, queue, "state <> 2")
-            place = _advance(db, "place", len(entries))
             now = _now()
             for index, entry in enumerate(entries):
                 if room is not None and room <= 0:
@@ -190,10 +141,9 @@ class SQLiteStore(TakesNothingAhead):
                     if known.fetchone() is None:
                         accepted = index
                         break
-                added = _insert(db, queue, entry, place + index, now)
+                added = _insert(db, queue, entry, now)
                 if room is not None:
                     room -= added
-            listeners = _listeners(db, queue)
         self._notify(listeners)
         return accepted
 
@@ -219,7 +169,7 @@ class SQLiteStore(TakesNothingAhead):
                 size += len(row[2])
                 if size >= TAKE_BYTES:
                     break
-            token = _advance(db, "token", len(rows)) if rows else 0
+            token = _new_tokens(db, len(rows)) if rows else 0
             db.executemany(
                 "UPDATE message SET state = 2, token = ?, moment = ? WHERE place = ?",
                 [(token + index, since_start + lease, row[0]) for index, row in enumerate(rows)],
@@ -228,7 +178,7 @@ class SQLiteStore(TakesNothingAhead):
                 db.execute(f"SELECT min(moment) FROM message WHERE queue = ? AND state = {state}", (queue,)).fetchone()[
                     0
                 ]
-                for state in (_DELAYED, _LEASED)
+                for state in (DELAYED, LEASED)
             ]
         leases = [
             Lease(id, raw, token + index, attempts, crashes, deliveries, 0 < expires <= now)
@@ -242,7 +192,7 @@ class SQLiteStore(TakesNothingAhead):
         listeners: list[str] = []
         with self._transaction() as db:
             now = _now()
-            settled = [_end(db, queue, ending, now) for ending in endings]
+            settled = _end_all(db, queue, endings, now)
             if any(ending.keep for ending in endings):
                 _remember(db, queue, [ending for ending, done in zip(endings, settled, strict=True) if done], now)
             if any(ending.action != "ack" for ending in endings):
@@ -274,7 +224,7 @@ class SQLiteStore(TakesNothingAhead):
             if not gone.rowcount:
                 return False
             db.execute("INSERT OR IGNORE INTO queue VALUES (?, '{}')", (target,))
-            _insert(db, target, entry, _advance(db, "place", 1), _now())
+            _insert(db, target, entry, _now())
             listeners = _listeners(db, target)
         self._notify(listeners)
         return True
@@ -408,15 +358,7 @@ class SQLiteStore(TakesNothingAhead):
                 if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                     db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version < _VERSION:
-                    older = _FROM_1 if version == 1 else ""
-                    db.executescript(f"BEGIN IMMEDIATE; {older} {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
-                elif version != _VERSION:
-                    raise Invalid(
-                        f"broker: {self._path} has schema {version}, this kq knows {_VERSION}; "
-                        "use a newer kq or another file"
-                    )
+                prepare(db, self._path)
                 _end_leases_of_earlier_starts(db)
                 _wait_by_itself(db, 0.0)
             except BaseException:
@@ -428,8 +370,7 @@ class SQLiteStore(TakesNothingAhead):
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _mapped(self._path):
-            self._see_that_it_is_there()
+        with self._lock, self._errors:
             db = self._connect()
             try:
                 _roll_back(db)
@@ -440,14 +381,14 @@ class SQLiteStore(TakesNothingAhead):
             except BaseException as error:
                 # A commit that fails (a full disk) leaves the transaction open, too.
                 _roll_back(db)
-                if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+                broken = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+                if broken or isinstance(error, BrokerAway):
                     self._disconnect()
                 raise
 
     def _see_that_it_is_there(self) -> None:
-        """Refuse to go on with a file that somebody has deleted or replaced: nobody else would see what we store."""
-        if self._connection is not None and _identity(self._path) != self._identity:
-            self._disconnect()
+        """Refuse a file that somebody has deleted or replaced: nobody else would see what we store."""
+        if _identity(self._path) != self._identity:
             raise BrokerAway(
                 f"{self._path} has been deleted or replaced under us; connecting anew",
                 details={"reason": "unavailable"},
@@ -461,7 +402,7 @@ class SQLiteStore(TakesNothingAhead):
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _mapped(self._path):
+        with self._lock, self._errors:
             db = self._connect()
             try:
                 _roll_back(db)
@@ -501,22 +442,6 @@ class SQLiteStore(TakesNothingAhead):
             # What was to be made known is committed: whether the dead can be struck off changes nothing.
             with suppress(Error), self._transaction() as db:
                 db.executemany("DELETE FROM listener WHERE path = ?", [(path,) for path in gone])
-
-
-@contextmanager
-def _mapped(path: str) -> Iterator[None]:
-    """Turn sqlite3's errors into ours."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        text = str(error)
-        if "full" in text:
-            raise Internal(f"{path}: no space left: {text}", details={"reason": "full"}) from None
-        if "locked" in text or "busy" in text:
-            raise BrokerAway(f"{path}: locked by another process for too long", details={"reason": "timeout"}) from None
-        raise BrokerAway(f"{path}: {text}", details={"reason": "unavailable"}) from None
-    except sqlite3.DatabaseError as error:
-        raise BrokerAway(f"{path} is not a database kq can use: {error}", details={"reason": "refused"}) from None
 
 
 def _wait_by_itself(db: sqlite3.Connection, seconds: float) -> None:
@@ -564,23 +489,24 @@ def _count(db: sqlite3.Connection, queue: str, where: str) -> int:
     return int(db.execute(f"SELECT count(*) FROM message WHERE queue = ? AND {where}", (queue,)).fetchone()[0])
 
 
-def _advance(db: sqlite3.Connection, name: str, by: int) -> int:
-    """Reserve ``by`` numbers of a sequence and return the first."""
-    db.execute("UPDATE sequence SET value = value + ? WHERE name = ?", (by, name))
-    last = int(db.execute("SELECT value FROM sequence WHERE name = ?", (name,)).fetchone()[0])
-    return last - by + 1
+def _new_tokens(db: sqlite3.Connection, count: int) -> int:
+    """Return the first of so many tokens in a row, which nobody has ever had."""
+    db.execute("UPDATE sequence SET value = value + ? WHERE name = 'token'", (count,))
+    last = int(db.execute("SELECT value FROM sequence WHERE name = 'token'").fetchone()[0])
+    return last - count + 1
 
 
-def _insert(db: sqlite3.Connection, queue: str, entry: Entry, place: int, now: int) -> int:
+def _insert(db: sqlite3.Connection, queue: str, entry: Entry, now: int) -> int:
+    """Store a message behind all others, unless its id is there; return 1, or 0."""
+    # SQLite gives it a place: one more than the last (https://www.sqlite.org/autoinc.html).
     return db.execute(
-        "INSERT INTO message (place, queue, id, priority, state, moment, due, expires, raw) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (queue, id) DO NOTHING",
+        "INSERT INTO message (queue, id, priority, state, moment, due, expires, raw) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (queue, id) DO NOTHING",
         (
-            place,
             queue,
             entry.id,
             entry.priority,
-            _DELAYED if entry.delay else _READY,
+            DELAYED if entry.delay else READY,
             _since_start() + entry.delay,
             now + entry.delay,
             now + entry.ttl if entry.ttl else 0,
@@ -589,25 +515,35 @@ def _insert(db: sqlite3.Connection, queue: str, entry: Entry, place: int, now: i
     ).rowcount
 
 
+def _end_all(db: sqlite3.Connection, queue: str, endings: Sequence[Ending], now: int) -> list[bool]:
+    """End leases, and tell of each whether it was there to be ended."""
+    if len(endings) > 1 and all(ending.action == "ack" for ending in endings):
+        db.execute("SAVEPOINT acks")
+        keys = [(queue, ending.id, ending.token) for ending in endings]
+        if db.executemany(_ACK, keys).rowcount == len(endings):
+            return [True] * len(endings)
+        # Some were not: once more, to learn which.
+        db.execute("ROLLBACK TO acks")
+    return [_end(db, queue, ending, now) for ending in endings]
+
+
 def _end(db: sqlite3.Connection, queue: str, ending: Ending, now: int) -> bool:
     key = (queue, ending.id, ending.token)
-    mine = "WHERE queue = ? AND id = ? AND state = 2 AND token = ?"
     if ending.action == "ack":
-        return db.execute(f"DELETE FROM message {mine}", key).rowcount == 1
+        return db.execute(_ACK, key).rowcount == 1
     if ending.action == "release":
         kept = "UPDATE message SET state = 0, token = 0, deliveries = ?"
-        return db.execute(f"{kept} {mine}", (ending.deliveries, *key)).rowcount == 1
+        return db.execute(f"{kept} {_MINE}", (ending.deliveries, *key)).rowcount == 1
     return (
         db.execute(
             "UPDATE message SET state = ?, moment = ?, due = ?, token = 0, deliveries = 0, "
-            f"attempts = ?, crashes = ?, place = ? {mine}",
+            f"attempts = ?, crashes = ?, place = (SELECT max(place) + 1 FROM message) {_MINE}",
             (
-                _DELAYED if ending.delay else _READY,
+                DELAYED if ending.delay else READY,
                 _since_start() + ending.delay,
                 now + ending.delay,
                 ending.attempts,
                 ending.crashes,
-                _advance(db, "place", 1),
                 *key,
             ),
         ).rowcount
@@ -624,6 +560,15 @@ def _remember(db: sqlite3.Connection, queue: str, endings: Sequence[Ending], now
         "(SELECT queue, id FROM completed WHERE until <= ? ORDER BY until LIMIT ?)",
         (now, _CHUNK + len(rows)),
     )
+
+
+def _listeners_if_there(db: sqlite3.Connection, queue: str) -> list[str] | None:
+    """Return whom to wake for a queue; None if there is no such queue."""
+    rows = db.execute(
+        "SELECT listener.path FROM queue LEFT JOIN listener ON listener.queue = queue.name WHERE queue.name = ?",
+        (queue,),
+    ).fetchall()
+    return [path for (path,) in rows if path is not None] if rows else None
 
 
 def _listeners(db: sqlite3.Connection, queue: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from time import monotonic
 from typing import Final
 from urllib.parse import unquote
 
@@ -15,6 +17,11 @@ _NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs"
 
 #: Bytes of a disk that are kept free for taking and settling; of a small one, a quarter.
 _RESERVE: Final = 16 * 2**20
+#: Bytes that are stored, and seconds, before the disk is looked at again.
+_LOOK_AFTER: Final = 2**20
+_LOOK_EVERY: Final = 1.0
+#: Bytes that a message of none takes on the disk until SQLite has tidied up: a page of the table and of two indexes.
+_OVERHEAD: Final = 3 * 4096
 
 
 def path_of(url: str) -> str:
@@ -85,19 +92,44 @@ def _file_system(folder: str) -> str:
     return kind
 
 
-def reserve(path: str) -> None:
-    """Refuse to store more where the disk is nearly full: what is stored must still be taken, and that takes room.
+class Disk:
+    """The disk that a file is on. Several threads may ask at once.
 
-    Raises:
-        Internal: With reason ``full``.
+    Args:
+        path: The file.
     """
-    try:
-        found = os.statvfs(os.path.dirname(path) or ".")
-    except OSError:
-        return
-    free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
-    if free < min(_RESERVE, size // 4):
-        raise Internal(
-            f"{path}: only {free:,} bytes are free; the rest is kept for handling what is stored",
-            details={"reason": "full"},
-        )
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._folder = os.path.dirname(path) or "."
+        #: Bytes that have been stored since the last look, and when to look again anyway.
+        self._stored = 0
+        self._look_at = 0.0
+
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """Refuse to store more where it is nearly full: what is stored must still be taken, and that takes room.
+
+        It is looked at after each megabyte, or second.
+
+        Args:
+            sizes: How many bytes each of the messages has that are to be stored.
+
+        Raises:
+            Internal: With reason ``full``.
+        """
+        self._stored += sum(sizes) + _OVERHEAD * len(sizes)
+        now = monotonic()
+        if self._stored < _LOOK_AFTER and now < self._look_at:
+            return
+        self._look_at = 0.0
+        try:
+            found = os.statvfs(self._folder)
+        except OSError:
+            return
+        free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+        if free < min(_RESERVE, size // 4):
+            raise Internal(
+                f"{self._path}: only {free:,} bytes are free; the rest is kept for handling what is stored",
+                details={"reason": "full"},
+            )
+        self._stored, self._look_at = 0, now + _LOOK_EVERY

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from kq.backends.sqlite_file import path_of
-from kq.errors import Invalid
+from kq.backends import sqlite_file
+from kq.backends.sqlite_file import Disk, path_of
+from kq.errors import Internal, Invalid
 
 
 @pytest.mark.parametrize(
@@ -28,3 +33,52 @@ def test_what_names_no_file_is_refused(url: str, words: str) -> None:
     """A host is no file, and a database in memory would be another one for each connection."""
     with pytest.raises(Invalid, match=words):
         path_of(url)
+
+
+class Looks:
+    """Stands in for what the system says of a disk, and counts how often it is asked."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+        self.count = 0
+
+    def __call__(self, path: str) -> SimpleNamespace:
+        self.count += 1
+        return SimpleNamespace(f_bavail=self.free, f_frsize=1, f_blocks=2**30)
+
+
+def test_a_disk_is_looked_at_after_each_megabyte(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And not for each message."""
+    looks = Looks(2**29)
+    monkeypatch.setattr(os, "statvfs", looks)
+    monkeypatch.setattr(sqlite_file, "monotonic", lambda: 5.0)
+    disk = Disk(str(tmp_path / "kq.db"))
+    for _ in range(1000):
+        disk.reserve([100])
+    # Each takes a few pages.
+    assert 8 <= looks.count <= 16
+    before = looks.count
+    for _ in range(5):
+        disk.reserve([2**20])
+    assert looks.count == before + 5
+
+
+def test_a_disk_is_looked_at_after_each_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Others fill it as well; and where it is nearly full it is looked at each time, until there is room again."""
+    looks, now = Looks(2**29), [0.0]
+    monkeypatch.setattr(os, "statvfs", looks)
+    monkeypatch.setattr(sqlite_file, "monotonic", lambda: now[0])
+    disk = Disk(str(tmp_path / "kq.db"))
+    disk.reserve([100])
+    looks.free = 2**20
+    disk.reserve([100])
+    now[0] = 1.0
+    for _ in range(3):
+        with pytest.raises(Internal, match="only 1,048,576 bytes are free") as caught:
+            disk.reserve([100])
+        assert caught.value.details == {"reason": "full"}
+    assert looks.count == 4
+    looks.free = 2**29
+    disk.reserve([100])
+    disk.reserve([100])
+    assert looks.count == 5

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pytest
+
+from kq.backends.sqlite import SQLiteStore
+from kq.backends.sqlite_schema import prepare
+from kq.backends.store import Ending, Entry
+from kq.errors import Invalid
+
+#: What undoes a version's step.
+UNDO = {
+    # Moments were times of day.
+    1: "DROP TABLE completed; DROP TABLE boot; UPDATE message SET moment = due; ALTER TABLE message DROP COLUMN due; "
+    "PRAGMA user_version = 1;",
+    2: "INSERT INTO sequence VALUES ('place', 1); PRAGMA user_version = 2;",
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "kq.db")
+
+
+@pytest.fixture
+def db(path: str) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        yield connection
+
+
+def tables(db: sqlite3.Connection) -> dict[str, str]:
+    """Return what makes the tables and indexes of a file, by name."""
+    return {name: str(sql).split("(", 1)[0] for name, sql in db.execute("SELECT name, sql FROM sqlite_master")}
+
+
+def test_a_file_is_completed_once(path: str, db: sqlite3.Connection) -> None:
+    """And not written to any more, also while somebody else writes to it."""
+    prepare(db, path)
+    assert {"message", "queue", "sequence", "completed", "boot"} <= tables(db).keys()
+    assert not db.in_transaction
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        prepare(db, path)
+
+
+@pytest.mark.parametrize("version", UNDO)
+def test_an_older_file_keeps_its_messages(path: str, version: int) -> None:
+    """It gets what it lacks, and what is new stands behind what is there."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry("a", b"raw", 4), Entry("later", b"raw", 4, 3_600_000)], None)
+    with closing(sqlite3.connect(path)) as db:
+        complete = tables(db)
+        for step in range(2, version - 1, -1):
+            db.executescript(UNDO[step])
+        assert (tables(db) == complete) == (version == 2)
+
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.put("app:q", [Entry("b", b"raw", 4)], None)
+        leases = store.take("app:q", 10, 30_000).leases
+        assert [lease.id for lease in leases] == ["a", "b"]
+        assert store.counts("app:q").delayed == 1
+    with closing(sqlite3.connect(path)) as db:
+        assert tables(db) == complete
+        assert db.execute("SELECT name FROM sequence").fetchall() == [("token",)]
+
+
+def test_a_newer_file_is_left_alone(path: str, db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA user_version = 99")
+    with pytest.raises(Invalid, match=r"has schema 99, this kq knows \d+; use a newer kq"):
+        prepare(db, path)
+    assert tables(db) == {}
+
+
+def test_several_may_open_an_older_file_at_once(path: str) -> None:
+    """One of them completes it, and the others see that it is done."""
+    for _ in range(5):
+        with closing(SQLiteStore(path, 10.0)) as store:
+            store.ping()
+        with closing(sqlite3.connect(path)) as db:
+            db.executescript(UNDO[2] + UNDO[1])
+        ready = Barrier(4)
+        failed: list[BaseException] = []
+
+        def run(ready: Barrier = ready, failed: list[BaseException] = failed) -> None:
+            try:
+                with closing(sqlite3.connect(path, timeout=10.0, isolation_level=None)) as db:
+                    db.execute("SELECT count(*) FROM message").fetchone()
+                    ready.wait(10.0)
+                    prepare(db, path)
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20.0)
+        assert failed == []
+
+
+def test_of_many_acks_those_that_are_late_are_told(path: str) -> None:
+    """The others count, whether few or all are late, and whatever else is settled with them."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry(str(n), b"raw", 4) for n in range(8)], None)
+        leases = store.take("app:q", 8, 30_000).leases
+        acks = [Ending(lease.id, lease.token, "ack") for lease in leases]
+        late = acks[1]._replace(token=acks[1].token + 100)
+        assert store.settle("app:q", [acks[0], late, acks[2]]) == [True, False, True]
+        assert store.settle("app:q", [acks[0], acks[2]]) == [False, False]
+        assert store.settle("app:q", [acks[1], acks[3]]) == [True, True]
+        release = Ending(leases[4].id, leases[4].token, "release")
+        assert store.settle("app:q", [acks[0], release, acks[5]]) == [False, True, True]
+        counts = store.counts("app:q")
+        assert (counts.ready, counts.leased) == (1, 2)
+
+
+def test_a_retry_goes_behind_what_waits(path: str) -> None:
+    """Also where it had the last place itself."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry("a", b"raw", 4), Entry("b", b"raw", 4)], None)
+        for expected in ("a", "b", "a", "b"):
+            (lease,) = store.take("app:q", 1, 30_000).leases
+            assert lease.id == expected
+            assert store.settle("app:q", [Ending(lease.id, lease.token, "retry", attempts=1)]) == [True]
+        store.put("app:q", [Entry("c", b"raw", 4)], None)
+        assert [lease.id for lease in store.take("app:q", 3, 30_000).leases] == ["a", "b", "c"]
