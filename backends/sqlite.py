@@ -54,6 +54,10 @@ _CHUNK: Final = 500
 #: A message, where it is under a lease of ours.
 _MINE: Final = "WHERE queue = ? AND id = ? AND state = 2 AND token = ?"
 _ACK: Final = f"DELETE FROM message {_MINE}"
+#: What was stored, wherever it stands.
+_RAW: Final = "CASE WHEN apart THEN (SELECT apart.raw FROM apart WHERE number = message.apart) ELSE raw END"
+#: Bytes of a message that fit on a page of SQLite's with what else is in its row; what has more stands apart.
+_FITS: Final = 3_500
 
 
 class SQLiteStore(TakesNothingAhead):
@@ -161,7 +165,7 @@ class SQLiteStore(TakesNothingAhead):
             )
             rows, size = [], 0
             for row in db.execute(
-                "SELECT place, id, raw, attempts, crashes, deliveries, expires FROM message "
+                f"SELECT place, id, {_RAW}, attempts, crashes, deliveries, expires FROM message "
                 "WHERE queue = ? AND state = 0 ORDER BY priority DESC, place LIMIT ?",
                 (queue, limit),
             ):
@@ -266,7 +270,7 @@ class SQLiteStore(TakesNothingAhead):
                 row[0]
                 for level in range(10)
                 for row in db.execute(
-                    "SELECT raw FROM message WHERE queue = ? AND state = 0 AND priority = ? ORDER BY place LIMIT 1",
+                    f"SELECT {_RAW} FROM message WHERE queue = ? AND state = 0 AND priority = ? ORDER BY place LIMIT 1",
                     (queue, level),
                 )
             ]
@@ -276,7 +280,7 @@ class SQLiteStore(TakesNothingAhead):
         """See `Store.browse`."""
         with self._reading() as db:
             return db.execute(
-                "SELECT id, raw FROM message WHERE queue = ? AND state <> 2 "
+                f"SELECT id, {_RAW} FROM message WHERE queue = ? AND state <> 2 "
                 "ORDER BY state, priority DESC, place LIMIT ? OFFSET ?",
                 (queue, limit, offset),
             ).fetchall()
@@ -358,6 +362,8 @@ class SQLiteStore(TakesNothingAhead):
                 if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                     db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
+                # Some build SQLite so that it overwrites all that is deleted: as many bytes again for each message.
+                db.execute("PRAGMA secure_delete = FAST")
                 prepare(db, self._path)
                 _end_leases_of_earlier_starts(db)
                 _wait_by_itself(db, 0.0)
@@ -498,10 +504,16 @@ def _new_tokens(db: sqlite3.Connection, count: int) -> int:
 
 def _insert(db: sqlite3.Connection, queue: str, entry: Entry, now: int) -> int:
     """Store a message behind all others, unless its id is there; return 1, or 0."""
+    raw, apart = entry.raw, 0
+    if len(raw) > _FITS:
+        if db.execute("SELECT 1 FROM message WHERE queue = ? AND id = ?", (queue, entry.id)).fetchone():
+            return 0
+        apart = db.execute("INSERT INTO apart (raw) VALUES (?)", (raw,)).lastrowid or 0
+        raw = b""
     # SQLite gives it a place: one more than the last (https://www.sqlite.org/autoinc.html).
     return db.execute(
-        "INSERT INTO message (queue, id, priority, state, moment, due, expires, raw) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (queue, id) DO NOTHING",
+        "INSERT INTO message (queue, id, priority, state, moment, due, expires, raw, apart) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (queue, id) DO NOTHING",
         (
             queue,
             entry.id,
@@ -510,7 +522,8 @@ def _insert(db: sqlite3.Connection, queue: str, entry: Entry, now: int) -> int:
             _since_start() + entry.delay,
             now + entry.delay,
             now + entry.ttl if entry.ttl else 0,
-            entry.raw,
+            raw,
+            apart,
         ),
     ).rowcount
 

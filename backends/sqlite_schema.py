@@ -8,6 +8,9 @@ One table holds every message of every queue; ``state`` says where a message sta
 2     leased     under ``token``; ready again at ``moment`` unless renewed
 ====  =========  ==========================================================
 
+What is large stands in a table of its own, ``apart``, under a number that the message's row has: SQLite writes a row as
+a whole, however little of it is changed, and a lease changes it.
+
 A new message is placed behind all that there are. Tokens are never given twice: ``sequence`` counts them.
 
 The time of day may jump, and must not end anybody's lease or delay: ``moment`` is read from a clock that counts
@@ -43,8 +46,10 @@ CREATE TABLE IF NOT EXISTS message (
     crashes INTEGER NOT NULL DEFAULT 0,
     deliveries INTEGER NOT NULL DEFAULT 0,
     raw BLOB NOT NULL,
+    apart INTEGER NOT NULL DEFAULT 0,
     UNIQUE (queue, id)
 );
+CREATE TABLE IF NOT EXISTS apart (number INTEGER PRIMARY KEY, raw BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS message_ready ON message (queue, priority DESC, place) WHERE state = 0;
 CREATE INDEX IF NOT EXISTS message_delayed ON message (queue, moment) WHERE state = 1;
 CREATE INDEX IF NOT EXISTS message_leased ON message (queue, moment) WHERE state = 2;
@@ -61,6 +66,11 @@ INSERT OR IGNORE INTO topology VALUES (1, 0, '{}');
 CREATE TABLE IF NOT EXISTS boot (one INTEGER PRIMARY KEY, id TEXT NOT NULL);
 INSERT OR IGNORE INTO boot VALUES (1, '');
 """
+#: However a message goes, what stands apart of it goes with it.
+_TRIGGER: Final = """
+CREATE TRIGGER IF NOT EXISTS message_gone AFTER DELETE ON message WHEN old.apart
+BEGIN DELETE FROM apart WHERE number = old.apart; END
+"""
 #: What makes the tables of a version those of the next one, as far as creating what is not there does not.
 _STEPS: Final = {
     # Leases and delays by a clock that nobody sets.
@@ -68,8 +78,11 @@ _STEPS: Final = {
 ALTER TABLE message ADD COLUMN due INTEGER NOT NULL DEFAULT 0;
 UPDATE message SET due = moment WHERE state = 1;
 """,
-    # Places are not counted any more: that was one page more to write for each message.
-    2: "DELETE FROM sequence WHERE name = 'place';",
+    # Large messages stand apart; places are not counted any more: that was one page more to write for each message.
+    2: """
+ALTER TABLE message ADD COLUMN apart INTEGER NOT NULL DEFAULT 0;
+DELETE FROM sequence WHERE name = 'place';
+""",
 }
 _VERSION: Final = 3
 
@@ -96,6 +109,7 @@ def prepare(db: sqlite3.Connection, path: str) -> None:
     for script in (*steps, _TABLES):
         for statement in script.split(";"):
             db.execute(statement)
+    db.execute(_TRIGGER)
     db.execute(f"PRAGMA user_version = {_VERSION}")
     db.execute("COMMIT")
 

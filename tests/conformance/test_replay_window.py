@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -25,7 +24,7 @@ from kq.envelope import clean, pack
 from kq.outcome import DONE, RELEASE, Outcome
 from kq.scheme import open_backend
 from tests.broker import Broker
-from tests.conformance.conftest import ON_SQLITE, ON_STORES, Bench
+from tests.conformance.conftest import ON_STORES, Bench
 
 #: Longer than any test, in seconds and in milliseconds.
 HOUR = 3600.0
@@ -274,25 +273,6 @@ def test_nothing_is_delivered_unchecked(bench: Bench, monkeypatch: pytest.Monkey
 
     found = [(d.id, d.replayed, d.deliveries) for d in bench.take(feed, 2, within=0.5)]
     assert found == [("a", True, 0), ("b", False, 0)]
-
-
-@ON_SQLITE
-def test_an_older_file_learns_to_remember(broker: Broker, tmp_path: Path) -> None:
-    """A file that was made before kq remembered anything is completed when it is opened, and keeps its messages."""
-    path = str(tmp_path / "kq.db")
-    with closing(SQLiteStore(path, 10.0)) as store:
-        store.declare("app:q", {})
-        store.put("app:q", [Entry("a", b"raw", 4)], None)
-    with closing(sqlite3.connect(path)) as db:
-        db.executescript(
-            "DROP TABLE completed; DROP TABLE boot; ALTER TABLE message DROP COLUMN due; PRAGMA user_version = 1"
-        )
-
-    with closing(SQLiteStore(path, 10.0)) as store:
-        (lease,) = store.take("app:q", 1, 30_000).leases
-        assert lease.raw == b"raw"
-        assert store.settle("app:q", [Ending("a", lease.token, "ack", keep=HOUR_MS, completes="a")]) == [True]
-        assert store.completed("app:q", ["a"]) == {"a"}
 
 
 @pytest.mark.parametrize("auto_ack", [False, True])

@@ -18,7 +18,8 @@ UNDO = {
     # Moments were times of day.
     1: "DROP TABLE completed; DROP TABLE boot; UPDATE message SET moment = due; ALTER TABLE message DROP COLUMN due; "
     "PRAGMA user_version = 1;",
-    2: "INSERT INTO sequence VALUES ('place', 1); PRAGMA user_version = 2;",
+    2: "DROP TRIGGER message_gone; DROP TABLE apart; ALTER TABLE message DROP COLUMN apart; "
+    "INSERT INTO sequence VALUES ('place', 1); PRAGMA user_version = 2;",
 }
 
 
@@ -58,13 +59,16 @@ def test_an_older_file_keeps_its_messages(path: str, version: int) -> None:
         complete = tables(db)
         for step in range(2, version - 1, -1):
             db.executescript(UNDO[step])
-        assert (tables(db) == complete) == (version == 2)
+        assert "apart" not in tables(db)
 
     with closing(SQLiteStore(path, 10.0)) as store:
         store.put("app:q", [Entry("b", b"raw", 4)], None)
         leases = store.take("app:q", 10, 30_000).leases
         assert [lease.id for lease in leases] == ["a", "b"]
         assert store.counts("app:q").delayed == 1
+        acks = [Ending(lease.id, lease.token, "ack", keep=60_000, completes=lease.id) for lease in leases]
+        assert store.settle("app:q", acks) == [True, True]
+        assert store.completed("app:q", ["a", "b", "later"]) == {"a", "b"}
     with closing(sqlite3.connect(path)) as db:
         assert tables(db) == complete
         assert db.execute("SELECT name FROM sequence").fetchall() == [("token",)]
@@ -132,3 +136,61 @@ def test_a_retry_goes_behind_what_waits(path: str) -> None:
             assert store.settle("app:q", [Ending(lease.id, lease.token, "retry", attempts=1)]) == [True]
         store.put("app:q", [Entry("c", b"raw", 4)], None)
         assert [lease.id for lease in store.take("app:q", 3, 30_000).leases] == ["a", "b", "c"]
+
+
+def apart(path: str) -> int:
+    """Return how many messages stand apart in a file."""
+    with closing(sqlite3.connect(path)) as db:
+        return int(db.execute("SELECT count(*) FROM apart").fetchone()[0])
+
+
+@pytest.mark.parametrize("end", ["ack", "remove", "clear", "move", "delete"])
+def test_what_is_large_stands_apart_and_goes_with_its_message(path: str, end: str) -> None:
+    """Small and large ones come out as they went in, and nothing is left of any."""
+    raws = {"small": b"s" * 100, "large": b"l" * 10_000, "largest": b"x" * 500_000}
+    with closing(SQLiteStore(path, 10.0)) as store:
+        for queue in ("app:q", "app:q.dead"):
+            store.declare(queue, {})
+        store.put("app:q", [Entry(id, raw, 4) for id, raw in raws.items()], None)
+        # Again under the same ids: nothing happens.
+        assert store.put("app:q", [Entry(id, b"other" + raw, 4) for id, raw in raws.items()], None) == len(raws)
+        assert apart(path) == 2
+        assert dict(store.browse("app:q", 10, 0)) == raws
+        assert store.counts("app:q").heads == [raws["small"]]
+        if end == "ack":
+            leases = store.take("app:q", 10, 30_000).leases
+            assert {lease.id: lease.raw for lease in leases} == raws
+            assert (
+                store.settle("app:q", [Ending(one.id, one.token, "retry", attempts=1) for one in leases]) == [True] * 3
+            )
+            leases = store.take("app:q", 10, 30_000).leases
+            assert {lease.id: lease.raw for lease in leases} == raws
+            assert store.settle("app:q", [Ending(one.id, one.token, "ack") for one in leases]) == [True] * 3
+        elif end == "remove":
+            assert store.remove("app:q", list(raws)) == 3
+        elif end == "clear":
+            assert store.remove("app:q", None) == 3
+        elif end == "move":
+            for id, raw in raws.items():
+                assert store.move("app:q", "app:q.dead", id, None, Entry(id, raw, 4))
+            assert apart(path) == 2
+            assert dict(store.browse("app:q.dead", 10, 0)) == raws
+            store.delete("app:q.dead")
+        else:
+            store.delete("app:q")
+    assert apart(path) == 0
+
+
+def test_of_what_is_large_nothing_is_written_again(path: str) -> None:
+    """Neither when it is taken, nor when it is acknowledged, as a row that is changed or overwritten would be."""
+    with closing(SQLiteStore(path, 10.0)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry(str(n), b"x" * 400_000, 4) for n in range(10)], None)
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        log = Path(f"{path}-wal")
+        assert log.stat().st_size == 0
+        leases = store.take("app:q", 10, 30_000).leases
+        assert len(leases) == 10
+        assert 0 < log.stat().st_size < 100_000
+        assert all(store.settle("app:q", [Ending(lease.id, lease.token, "ack") for lease in leases]))
+        assert log.stat().st_size < 400_000
