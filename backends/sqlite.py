@@ -55,7 +55,7 @@ _CHUNK: Final = 500
 _MINE: Final = "WHERE queue = ? AND id = ? AND state = 2 AND token = ?"
 _ACK: Final = f"DELETE FROM message {_MINE}"
 #: What was stored, wherever it stands.
-_RAW: Final = "CASE WHEN apart THEN (SELECT apart.raw FROM apart WHERE number = message.apart) ELSE raw END"
+_RAW: Final = "CASE WHEN apart THEN (SELECT apart.raw FROM apart WHERE number = message.apart) ELSE here END"
 #: Bytes of a message that fit on a page of SQLite's with what else is in its row; what has more stands apart.
 _FITS: Final = 3_500
 
@@ -504,15 +504,15 @@ def _new_tokens(db: sqlite3.Connection, count: int) -> int:
 
 def _insert(db: sqlite3.Connection, queue: str, entry: Entry, now: int) -> int:
     """Store a message behind all others, unless its id is there; return 1, or 0."""
-    raw, apart = entry.raw, 0
-    if len(raw) > _FITS:
+    here, apart = entry.raw, 0
+    if len(here) > _FITS:
         if db.execute("SELECT 1 FROM message WHERE queue = ? AND id = ?", (queue, entry.id)).fetchone():
             return 0
-        apart = db.execute("INSERT INTO apart (raw) VALUES (?)", (raw,)).lastrowid or 0
-        raw = b""
+        apart = db.execute("INSERT INTO apart (raw) VALUES (?)", (here,)).lastrowid or 0
+        here = b""
     # SQLite gives it a place: one more than the last (https://www.sqlite.org/autoinc.html).
     return db.execute(
-        "INSERT INTO message (queue, id, priority, state, moment, due, expires, raw, apart) "
+        "INSERT INTO message (queue, id, priority, state, moment, due, expires, here, apart) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (queue, id) DO NOTHING",
         (
             queue,
@@ -522,7 +522,7 @@ def _insert(db: sqlite3.Connection, queue: str, entry: Entry, now: int) -> int:
             _since_start() + entry.delay,
             now + entry.delay,
             now + entry.ttl if entry.ttl else 0,
-            raw,
+            here,
             apart,
         ),
     ).rowcount

@@ -19,7 +19,7 @@ UNDO = {
     1: "DROP TABLE completed; DROP TABLE boot; UPDATE message SET moment = due; ALTER TABLE message DROP COLUMN due; "
     "PRAGMA user_version = 1;",
     2: "DROP TRIGGER message_gone; DROP TABLE apart; ALTER TABLE message DROP COLUMN apart; "
-    "INSERT INTO sequence VALUES ('place', 1); PRAGMA user_version = 2;",
+    "ALTER TABLE message RENAME COLUMN here TO raw; INSERT INTO sequence VALUES ('place', 1); PRAGMA user_version = 2;",
 }
 
 
@@ -72,6 +72,19 @@ def test_an_older_file_keeps_its_messages(path: str, version: int) -> None:
     with closing(sqlite3.connect(path)) as db:
         assert tables(db) == complete
         assert db.execute("SELECT name FROM sequence").fetchall() == [("token",)]
+
+
+def test_an_older_kq_that_has_the_file_open_takes_nothing(path: str, db: sqlite3.Connection) -> None:
+    """It would find large messages empty."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.ping()
+    db.executescript(UNDO[2])
+    take = "SELECT place, id, raw FROM message WHERE queue = ?"
+    assert db.execute(take, ("app:q",)).fetchall() == []
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.ping()
+    with pytest.raises(sqlite3.OperationalError, match="no such column: raw"):
+        db.execute(take, ("app:q",))
 
 
 def test_a_newer_file_is_left_alone(path: str, db: sqlite3.Connection) -> None:
