@@ -10,7 +10,6 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -89,10 +88,9 @@ class Inserted:
     """
 
     def __init__(self, url: str, queue: str) -> None:
-        self.path = Path(file_beside(url, f"{queue}.bare"))
         self._table = f'"{queue}"'
         # Transactions begin and end where that is said.
-        self._db = sqlite3.connect(self.path, isolation_level=None)
+        self._db = sqlite3.connect(file_beside(url, f"{queue}.bare"), isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute(
