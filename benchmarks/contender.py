@@ -30,6 +30,8 @@ class Contender:
         delays: Whether it has delayed messages, kept without a program of their own.
         bends: Whether its app heeds all that `benchmarks.work` says of queues, headers and priorities.
         environment: More of what `benchmarks.work` reads.
+        threads: Whether threads publish with it at the same time.
+        tasks: Whether tasks of an event loop do.
         pause: Another command where handlers wait, if more processes are needed for `THREADS` handlers each.
         loop: Another command where handlers are async, if it is by itself not `TASKS` of them that one process runs.
     """
@@ -44,6 +46,8 @@ class Contender:
     copies: int = 1
     delays: bool = False
     bends: bool = False
+    threads: bool = True
+    tasks: bool = False
     pause: tuple[str, ...] = ()
     loop: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -70,7 +74,7 @@ _KQ_WORKER: Final = ("-m", "kq", "worker", _APPS + "kq_app:app", "-p", str(PROCE
                      "-c")  # fmt: skip
 _KQ = Contender(
     "kq", "kq_app", ("kq-tasks",), (*_KQ_WORKER, str(THREADS)),
-    _ONCE, styles=_BOTH, delays=True, bends=True, loop=(*_KQ_WORKER, str(TASKS)),
+    _ONCE, styles=_BOTH, delays=True, bends=True, tasks=True, loop=(*_KQ_WORKER, str(TASKS)),
 )  # fmt: skip
 #: Classic queues are Dramatiq's own choice; one broker's death may cost what they hold.
 _CLASSIC: Final = {"BENCH_QUEUE_TYPE": "classic"}
@@ -91,11 +95,14 @@ _DRAMATIQ_CLASSIC = replace(_DRAMATIQ, name="dramatiq-classic", environment=_CLA
 _TASKIQ_WORKER: Final = ("-m", "taskiq", "worker", _APPS + "taskiq_app:broker", "--workers", str(PROCESSES),
                          "--max-threadpool-threads", str(THREADS), "--ack-type", "when_executed", "--log-level",
                          "ERROR")  # fmt: skip
-_TASKIQ = Contender("taskiq", "taskiq_app", ("taskiq", "taskiq-redis"), _TASKIQ_WORKER, _ONCE, "async", _BOTH)
+_TASKIQ = Contender(
+    "taskiq", "taskiq_app", ("taskiq", "taskiq-redis"), _TASKIQ_WORKER, _ONCE, "async", _BOTH, threads=False,
+    tasks=True,
+)  # fmt: skip
 _FASTSTREAM = Contender(
     "faststream", "faststream_app", ("faststream",),
     ("-m", "faststream", "run", _APPS + "faststream_app:app", "--workers", str(PROCESSES), "--log-level", "error"),
-    _ONCE, "async", _BOTH,
+    _ONCE, "async", _BOTH, threads=False, tasks=True,
 )  # fmt: skip
 _HUEY = Contender(
     "huey", "huey_app", ("huey",),

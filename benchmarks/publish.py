@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, Final
 
-from benchmarks.apps.publishing import Publisher
+from benchmarks.apps.publishing import THREADS, TOGETHER, Publisher
 
 #: Messages of one call of `Publisher.many`.
 LOT: Final = 1000
@@ -25,7 +25,8 @@ class Order:
 
     Attributes:
         messages: How many.
-        way: ``one``, one at a time, or ``many``.
+        way: ``one``, one at a time; ``many``; or from several ``threads`` or ``tasks``, or from a single ``task``,
+            each one at a time.
         pad: Bytes of each message's text.
         rate: Messages a second; 0 for as fast as possible. Those with a rate say when they were published.
         warm: Messages before the clock runs; they are left in the queue.
@@ -56,6 +57,14 @@ def carry_out(order: Order, publisher: Publisher) -> None:
                 publisher.later(payloads, order.delay)
             else:
                 publisher.many(payloads)
+        return
+    if order.way != "one":
+        payloads = [{"at": 0.0, "pad": pad}] * order.messages
+        if order.way == "threads":
+            publisher.threads(payloads, THREADS)
+        else:
+            assert publisher.tasks is not None, "this contender knows no event loops"
+            publisher.tasks(payloads, TOGETHER if order.way == "tasks" else 1)
         return
     began = time.monotonic()
     for n in range(order.messages):

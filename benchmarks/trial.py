@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from benchmarks import scale
+from benchmarks.apps.publishing import THREADS, TOGETHER
 from benchmarks.bare import DRAINS
 from benchmarks.contender import BARE, Contender
 from benchmarks.measure import Bench
@@ -58,6 +59,9 @@ class Figure:
 FIGURES: Final[Mapping[str, Figure]] = {
     "publish": Figure("publish, one at a time", "/s"),
     "bulk": Figure("publish in bulk", "/s"),
+    "threads": Figure(f"publish from {THREADS} threads", "/s"),
+    "task": Figure("await, one at a time", "/s"),
+    "tasks": Figure(f"await in {TOGETHER} tasks", "/s"),
     "drain": Figure("drain a backlog", "/s"),
     "cpu": Figure("CPU of the worker", "s per 1,000", more=False),
     "idle-p50": Figure("publish to start, idle, p50", "ms", more=False),
@@ -102,6 +106,15 @@ Found = dict[str, float]
 def _publish(contender: Contender, url: str, size: Size) -> Found:
     with Bench(contender, url) as bench:
         return {"publish": bench.publish(Order(size.messages, warm=_WARM))}
+
+
+def _together(contender: Contender, url: str, size: Size) -> Found:
+    ways = [*(["threads"] if contender.threads else []), *(["task", "tasks"] if contender.tasks else [])]
+    found = {}
+    for way in ways:
+        with Bench(contender, url) as bench:
+            found[way] = bench.publish(Order(size.messages, way, warm=_WARM))
+    return found
 
 
 def _drain(contender: Contender, url: str, size: Size) -> Found:
@@ -182,6 +195,7 @@ def _at_scale(measure: Callable[[Contender, str, int], Found]) -> Callable[[Cont
 #: What contenders are compared by, by name.
 TRIALS: Final[Mapping[str, Callable[[Contender, str, Size], Found]]] = {
     "publish": _publish,
+    "together": _together,
     "drain": _drain,
     "idle": _idle,
     "loaded": _loaded,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 from time import monotonic, time_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kq import clock, codec, config, header, limit
 from kq.backend import Publication, QueueSpec
@@ -22,6 +22,12 @@ from kq.signature import HEADER
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
+
+    from kq.async_commit import AsyncCommit
+
+
+#: Messages that are checked and encoded on the event loop at most; more of them would hold it up.
+_FEW: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,8 @@ class Producer:
         #: By driver: a broker that is slow or away keeps nobody from publishing to another.
         self._commits: dict[str, GroupCommit] = {}
         #: For async callers, by driver as well.
+        self._async_commits: dict[str, AsyncCommit] = {}
+        #: For those whose messages are many, or go through middleware, which may block.
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._threads_lock = Lock()
 
@@ -145,8 +153,7 @@ class Producer:
         message_id: str | None = None,
     ) -> str:
         """Publish one message without blocking the event loop; otherwise as `publish`."""
-        draft = Draft(queue_id, (data,), headers, delay, at, expires, message_id)
-        return (await self._send_in_thread(draft))[0]
+        return (await self._send_async(Draft(queue_id, (data,), headers, delay, at, expires, message_id)))[0]
 
     async def apublish_many(
         self,
@@ -159,13 +166,15 @@ class Producer:
         expires: Any = None,
     ) -> list[str]:
         """Publish messages without blocking the event loop; otherwise as `publish_many`."""
-        draft = Draft(queue_id, _several(payloads), headers, delay, at, expires)
-        return await self._send_in_thread(draft)
+        return await self._send_async(Draft(queue_id, _several(payloads), headers, delay, at, expires))
 
     def close(self) -> None:
         """Give up the connection if it is the producer's own. Idempotent."""
         with self._threads_lock:
+            commits, self._async_commits = self._async_commits, {}
             threads, self._threads = self._threads, {}
+        for async_commit in commits.values():
+            async_commit.close()
         for pool in threads.values():
             pool.shutdown(wait=True)
         if self._own:
@@ -195,16 +204,7 @@ class Producer:
             timeout = draft.deadline - monotonic()
             if timeout <= 0:
                 raise Internal("there was no thread to publish in all the time", details={"reason": "timeout"})
-        results = commit.publish(publications, timeout)
-        ids = [publication.envelope.id for publication in publications]
-        failed = [error for error in results if error is not None] if any(results) else []
-        if not failed:
-            return ids
-        first = failed[0]
-        safe = [id for id, error in zip(ids, results, strict=True) if error is None]
-        text = first.message if len(ids) == 1 else f"{len(failed)} of {len(ids)} messages: {first.message}"
-        # A new error each time: several threads may have been given the same one.
-        raise type(first)(text, retryable=first.retryable, details={**first.details, "published": safe})
+        return _confirmed(publications, commit.publish(publications, timeout))
 
     def _prepare(self, draft: Draft) -> list[Publication]:
         """Check a draft, in the order that the documentation promises, and return what to send."""
@@ -256,6 +256,17 @@ class Producer:
             commit = self._commits.setdefault(driver, GroupCommit(partial(self._declare_and_publish, driver)))
         return commit
 
+    def _async_commit(self, driver: str) -> AsyncCommit:
+        """Return what publishes to a driver's broker for all event loops."""
+        commit = self._async_commits.get(driver)
+        if commit is None:
+            # Imported here: who publishes without an event loop does without the largest of all modules.
+            from kq.async_commit import AsyncCommit
+
+            with self._threads_lock:
+                commit = self._async_commits.setdefault(driver, AsyncCommit(self._commit(driver)))
+        return commit
+
     def _declare_and_publish(self, driver: str, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         backend = self._registry.backend(driver)
         refused: dict[str, Error] = {}
@@ -278,8 +289,16 @@ class Producer:
                     self._registry.forget(publication.queue.id)
         return results
 
+    async def _send_async(self, draft: Draft) -> list[str]:
+        if self._middleware or len(draft.payloads) > _FEW:
+            return await self._send_in_thread(draft)
+        publications = self._prepare(draft)
+        if not publications:
+            return []
+        commit = self._async_commit(publications[0].queue.driver)
+        return _confirmed(publications, await commit.publish(publications, self._registry.settings.publish_timeout))
+
     async def _send_in_thread(self, draft: Draft) -> list[str]:
-        # Imported here: who publishes without an event loop does without the largest of all modules.
         from asyncio import get_running_loop
         from concurrent.futures import ThreadPoolExecutor
 
@@ -293,6 +312,19 @@ class Producer:
         # Waiting for one of the threads counts as well.
         draft = replace(draft, deadline=monotonic() + self._registry.settings.publish_timeout)
         return await get_running_loop().run_in_executor(threads, partial(context.run, self._send, draft))
+
+
+def _confirmed(publications: Sequence[Publication], results: Sequence[Error | None]) -> list[str]:
+    """Return the ids of what the broker has confirmed, all of it; raise what it has answered otherwise."""
+    ids = [publication.envelope.id for publication in publications]
+    failed = [error for error in results if error is not None] if any(results) else []
+    if not failed:
+        return ids
+    first = failed[0]
+    safe = [id for id, error in zip(ids, results, strict=True) if error is None]
+    text = first.message if len(ids) == 1 else f"{len(failed)} of {len(ids)} messages: {first.message}"
+    # A new error each time: several threads may have been given the same one.
+    raise type(first)(text, retryable=first.retryable, details={**first.details, "published": safe})
 
 
 def _several(payloads: Iterable[Any]) -> list[Any]:

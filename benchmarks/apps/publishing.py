@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 Payload = dict[str, Any]
 
-#: Publishes that one event loop has under way at most.
-_TOGETHER: Final = 50
+#: Publishes that one event loop has under way at most, and threads that publish at once.
+TOGETHER: Final = 50
+THREADS: Final = 16
 
 
 class Publisher(NamedTuple):
@@ -21,11 +22,23 @@ class Publisher(NamedTuple):
         one: Publishes one message, and returns when the contender says that it is published.
         many: Publishes several in the fastest way that the contender offers.
         later: Publishes several to be run after so many seconds, where the contender can.
+        tasks: Publishes several from so many tasks of an event loop, each one at a time, where the contender can.
     """
 
     one: Callable[[Payload], object]
     many: Callable[[Sequence[Payload]], object]
     later: Callable[[Sequence[Payload], float], object] | None = None
+    tasks: Callable[[Sequence[Payload], int], object] | None = None
+
+    def threads(self, payloads: Sequence[Payload], number: int) -> None:
+        """Publish several from so many threads, each one at a time."""
+        # Only here, as below.
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(number) as threads:
+            # Each takes the next one as soon as it is done with one.
+            for result in [threads.submit(self.one, payload) for payload in payloads]:
+                result.result()
 
 
 def one_by_one(one: Callable[[Payload], object], later: Callable[[Payload, float], object] | None = None) -> Publisher:
@@ -49,8 +62,8 @@ def concurrently(loop: AbstractEventLoop, publish: Callable[[Payload], Awaitable
     from asyncio import gather
 
     async def all_of(payloads: Sequence[Payload]) -> None:
-        for start in range(0, len(payloads), _TOGETHER):
-            await gather(*(publish(payload) for payload in payloads[start : start + _TOGETHER]))
+        for start in range(0, len(payloads), TOGETHER):
+            await gather(*(publish(payload) for payload in payloads[start : start + TOGETHER]))
 
     async def single(payload: Payload) -> None:
         await publish(payload)
@@ -58,4 +71,18 @@ def concurrently(loop: AbstractEventLoop, publish: Callable[[Payload], Awaitable
     return Publisher(
         lambda payload: loop.run_until_complete(single(payload)),
         lambda payloads: loop.run_until_complete(all_of(payloads)),
+        tasks=lambda payloads, number: loop.run_until_complete(from_tasks(publish, payloads, number)),
     )
+
+
+async def from_tasks(publish: Callable[[Payload], Awaitable[object]], payloads: Sequence[Payload], number: int) -> None:
+    """Publish from so many tasks, each of which takes the next one as soon as it is done with one."""
+    from asyncio import gather
+
+    left = iter(payloads)
+
+    async def some() -> None:
+        for payload in left:
+            await publish(payload)
+
+    await gather(*(some() for _ in range(number)))

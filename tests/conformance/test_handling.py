@@ -600,6 +600,43 @@ def test_middleware_wraps_both_sides(make_app: Callable[..., kq.App], queue_id: 
     assert seen == [20]
 
 
+def test_middleware_that_waits_holds_up_no_event_loop(make_app: Callable[..., kq.App], queue_id: str) -> None:
+    """Middleware around publishing may block, also where a task publishes: its event loop goes on."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait(draft: Any, call_next: Callable[[Any], list[str]]) -> list[str]:
+        entered.set()
+        assert go_on.wait(20)
+        return call_next(draft)
+
+    app = make_app(on_publish=[wait])
+
+    async def main() -> str:
+        publishing = asyncio.create_task(app.apublish(queue_id, 1))
+        await asyncio.to_thread(entered.wait, 20)
+        go_on.set()
+        return await publishing
+
+    assert asyncio.run(main())
+    assert app.info(queue_id).ready == 1
+
+
+def test_many_tasks_publish_together(app: kq.App, queue_id: str) -> None:
+    """Hundreds of tasks publish at once, each gets its own id or error, and each message is there once."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+
+    async def main() -> list[Any]:
+        tasks = [app.apublish(queue_id, {"n": n} if n % 10 else None) for n in range(500)]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    results = asyncio.run(main())
+    drain(app)
+    assert all(isinstance(result, str if n % 10 else errors.Invalid) for n, result in enumerate(results))
+    assert len({result for result in results if isinstance(result, str)}) == 450
+    assert sorted(payload["n"] for payload in seen) == [n for n in range(500) if n % 10]
+
+
 def test_pulling(broker: Broker, app: kq.App, queue_id: str) -> None:
     """A consumer pulls messages, settles them itself, and releases the rest when it closes."""
     app.publish_many(queue_id, [1, 2, 3])
