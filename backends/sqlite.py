@@ -279,9 +279,11 @@ class SQLiteStore(TakesNothingAhead):
     def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
         """See `Store.browse`."""
         with self._reading() as db:
+            # Which ones first: what is sorted and passed over is not to be read as a whole.
             return db.execute(
-                f"SELECT id, {_RAW} FROM message WHERE queue = ? AND state <> 2 "
-                "ORDER BY state, priority DESC, place LIMIT ? OFFSET ?",
+                f"SELECT id, {_RAW} FROM message WHERE place IN (SELECT place FROM message WHERE queue = ? "
+                "AND state <> 2 ORDER BY state, priority DESC, place LIMIT ? OFFSET ?) "
+                "ORDER BY state, priority DESC, place",
                 (queue, limit, offset),
             ).fetchall()
 
