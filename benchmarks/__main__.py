@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from compileall import compile_dir
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from benchmarks.contender import BARE, CONTENDERS
 from benchmarks.measure import ROOT, GivenUp
 from benchmarks.report import Results, chart, scale_table, table
 from benchmarks.trial import FIGURES, LIMITS, SCALE, TRIALS, Size
+from tests.proxy import Proxy
 
 _URLS = {"redis": "redis://127.0.0.1", "rabbitmq": "amqp://guest:guest@127.0.0.1"}
 _NAMES = sorted({contender.name for contenders in CONTENDERS.values() for contender in contenders})
@@ -39,13 +41,18 @@ _NAMES = sorted({contender.name for contenders in CONTENDERS.values() for conten
 @click.option(
     "--rabbitmq", "rabbitmq_url", envvar="KQ_TEST_AMQP_URL", default=_URLS["rabbitmq"], show_default=True, metavar="URL"
 )
+@click.option(
+    "--distance", type=click.FloatRange(0, 1000), default=0.0, metavar="MS",
+    help="Have Redis and RabbitMQ as far away as a network whose round trip takes so many milliseconds.",
+)  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures.")
 @click.option("--chart", "chart_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw: an SVG or a PNG.")
 @click.option("--from", "earlier", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Measure nothing: take what --json wrote.")  # fmt: skip
 def main(
     brokers: Sequence[str], names: Sequence[str], trials: Sequence[str], scale: bool, messages: int, repeats: int,
-    redis_url: str, rabbitmq_url: str, json_path: Path | None, chart_path: Path | None, earlier: Path | None,
+    redis_url: str, rabbitmq_url: str, distance: float, json_path: Path | None, chart_path: Path | None,
+    earlier: Path | None,
 ) -> None:  # fmt: skip
     """Measure kq and other task queues on the same work, in turn, on brokers that run.
 
@@ -55,8 +62,12 @@ def main(
     if earlier is not None:
         results = Results(**json.loads(earlier.read_text()))
     else:
-        with tempfile.TemporaryDirectory(prefix="kq-bench-") as folder:
-            urls = {"redis": redis_url, "rabbitmq": rabbitmq_url, "sqlite": f"sqlite:///{folder}/bench.db"}
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kq-bench-"))
+            servers = {"redis": redis_url, "rabbitmq": rabbitmq_url}
+            if distance:
+                servers = {name: stack.enter_context(_far(url, distance)) for name, url in servers.items()}
+            urls = {**servers, "sqlite": f"sqlite:///{folder}/bench.db"}
             chosen = trials or list(SCALE if scale else TRIALS)
             results = Results()
             for _ in measure(results, urls, brokers or list(CONTENDERS), names, chosen, messages, repeats):
@@ -72,6 +83,14 @@ def main(
         click.echo(f"\nkq at scale\n\n{text}")
     for text in results.failed:
         click.echo(f"\nnot measured: {text}")
+
+
+@contextmanager
+def _far(url: str, distance: float) -> Iterator[str]:
+    """Pass a broker's connections on, each piece half of so many milliseconds later, and yield its URL then."""
+    with closing(Proxy(url)) as proxy:
+        proxy.delay_up = proxy.delay_down = distance / 2000
+        yield proxy.url
 
 
 def _write(results: Results, path: Path | None) -> None:

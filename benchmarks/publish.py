@@ -30,6 +30,7 @@ class Order:
         pad: Bytes of each message's text.
         rate: Messages a second; 0 for as fast as possible. Those with a rate say when they were published.
         warm: Messages before the clock runs; they are left in the queue.
+        chain: With a way of ``many``: how many messages each is the first of, beside itself.
         delay: Seconds after which they are to run. With a way of ``many`` they say when they were published.
     """
 
@@ -38,6 +39,7 @@ class Order:
     pad: int = 100
     rate: float = 0.0
     warm: int = 0
+    chain: int = 0
     delay: float = 0.0
 
     def text(self) -> str:
@@ -51,7 +53,8 @@ def carry_out(order: Order, publisher: Publisher) -> None:
     if order.way == "many":
         for start in range(0, order.messages, LOT):
             at = time.monotonic() if order.delay else 0.0
-            payloads = [{"at": at, "pad": pad} for _ in range(min(LOT, order.messages - start))]
+            more = {"chain": order.chain} if order.chain else {}
+            payloads = [{"at": at, "pad": pad, **more} for _ in range(min(LOT, order.messages - start))]
             if order.delay:
                 assert publisher.later is not None, "this contender has no delays"
                 publisher.later(payloads, order.delay)

@@ -19,6 +19,8 @@ _WARM: Final = 20
 _SLOW_PART: Final = 5
 #: ...or where they are large; not a smaller one, or what a worker has fetched before its first handler runs decides.
 _LARGE_PART: Final = 10
+#: Messages that follow on each that is published, where handlers publish.
+_CHAIN: Final = 4
 #: Messages a second of a load that is the same for everybody: about half of what the slowest of those can drain that
 #: are not meant to be slow.
 _LOAD: Final = 500.0
@@ -73,6 +75,8 @@ FIGURES: Final[Mapping[str, Figure]] = {
     "start": Figure("start of a worker to its first handler", "s", more=False),
     "first": Figure("start of a publisher to its first message", "s", more=False),
     "memory": Figure("memory of an idle worker", "MiB", more=False),
+    "chain": Figure("drain, each publishes the next, sync", "/s"),
+    "achain": Figure("drain, each publishes the next, async", "/s"),
     "compute": Figure("drain, 1 ms of CPU each", "/s"),
     "sleep": Figure("drain, sleep 10 ms, sync", "/s"),
     "asleep": Figure("drain, sleep 10 ms, async", "/s"),
@@ -168,6 +172,18 @@ def _working(figure: str, work: str, style: str) -> Callable[[Contender, str, Si
     return measure
 
 
+def _chain(contender: Contender, url: str, size: Size) -> Found:
+    ways = {"chain": ("sync", contender.threads), "achain": ("async", contender.tasks)}
+    found = {}
+    for figure, (style, can) in ways.items():
+        if can and style in contender.styles:
+            first = size.messages // (1 + _CHAIN)
+            with Bench(contender, url, "chain", style) as bench:
+                bench.publish(Order(first, "many", chain=_CHAIN))
+                found[figure] = bench.drain(first * (1 + _CHAIN))["drain"]
+    return found
+
+
 def _payload(name: str, pad: int, part: int) -> Callable[[Contender, str, Size], Found]:
     def measure(contender: Contender, url: str, size: Size) -> Found:
         messages = max(20, size.messages // part)
@@ -202,6 +218,7 @@ TRIALS: Final[Mapping[str, Callable[[Contender, str, Size], Found]]] = {
     "late": _late,
     "start": _start,
     "memory": _memory,
+    "chain": _chain,
     "compute": _working("compute", "cpu", ""),
     "sleep": _working("sleep", "sleep", "sync"),
     "asleep": _working("asleep", "sleep", "async"),

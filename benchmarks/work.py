@@ -4,7 +4,8 @@
 ``BENCH_URL``         the broker
 ``BENCH_QUEUE``       the queue, a name without a colon
 ``BENCH_TALLY``       the file of `benchmarks.tally`
-``BENCH_WORK``        ``noop``, ``cpu`` (about a millisecond of it) or ``sleep`` (10 ms)
+``BENCH_WORK``        ``noop``, ``cpu`` (about a millisecond of it), ``sleep`` (10 ms), or ``chain`` (publishes the
+                      next message of its chain)
 ``BENCH_STYLE``       ``sync`` or ``async``: which kind of handler, where there is a choice
 ``BENCH_QUEUES``      over how many queues messages are spread
 ``BENCH_DECLARED``    how many queues are declared besides
@@ -19,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from benchmarks.tally import Tally
@@ -56,18 +58,24 @@ def _compute() -> None:
         digest = hashlib.sha256(digest).digest()
 
 
-def run(payload: dict[str, Any]) -> None:
-    """Handle a message."""
+def _next(payload: dict[str, Any]) -> dict[str, Any]:
+    return {**payload, "chain": payload["chain"] - 1}
+
+
+def run(payload: dict[str, Any], publish: Callable[[dict[str, Any]], object]) -> None:
+    """Handle a message; ``publish`` is how another one is published."""
     if _tally is not None:
         _tally.count(payload["at"])
     if WORK == "cpu":
         _compute()
     elif WORK == "sleep":
         time.sleep(_SLEEP)
+    elif WORK == "chain" and payload["chain"]:
+        publish(_next(payload))
 
 
-async def arun(payload: dict[str, Any]) -> None:
-    """Handle a message on an event loop."""
+async def arun(payload: dict[str, Any], publish: Callable[[dict[str, Any]], Awaitable[object]] | None = None) -> None:
+    """Handle a message on an event loop; ``publish`` is how another one is published, if it can be awaited."""
     if _tally is not None:
         _tally.count(payload["at"])
     if WORK == "cpu":
@@ -77,3 +85,6 @@ async def arun(payload: dict[str, Any]) -> None:
         import asyncio
 
         await asyncio.sleep(_SLEEP)
+    elif WORK == "chain" and payload["chain"]:
+        assert publish is not None, "this contender has no way to publish on an event loop"
+        await publish(_next(payload))

@@ -31,7 +31,7 @@ if work.URL.startswith("amqp"):
 @app.task(name="handle")
 def handle(payload: dict[str, Any]) -> None:
     """Handle a message."""
-    work.run(payload)
+    work.run(payload, handle.delay)
 
 
 def publisher() -> Publisher:

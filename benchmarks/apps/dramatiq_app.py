@@ -42,7 +42,7 @@ else:
     @dramatiq.actor(queue_name=work.QUEUE, actor_name="handle")
     def handle(payload: dict[str, Any]) -> None:
         """Handle a message."""
-        work.run(payload)
+        work.run(payload, handle.send)
 
 
 def publisher() -> Publisher:

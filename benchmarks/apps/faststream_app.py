@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable
 from typing import Any
 
 import anyio.to_thread
@@ -34,6 +35,12 @@ else:
 app = FastStream(broker, logger=None)
 
 
+def publish(payload: dict[str, Any]) -> Awaitable[object]:
+    """Publish a message."""
+    published: Awaitable[object] = broker.publish(payload, **where)
+    return published
+
+
 @app.on_startup
 async def limit_threads() -> None:
     """Run as many sync handlers at once as the others do; forty are the default."""
@@ -45,14 +52,14 @@ if work.STYLE == "sync":
     @subscriber
     def handle(payload: dict[str, Any]) -> None:
         """Handle a message."""
-        work.run(payload)
+        work.run(payload, publish)
 
 else:
 
     @subscriber
     async def ahandle(payload: dict[str, Any]) -> None:
         """Handle a message."""
-        await work.arun(payload)
+        await work.arun(payload, publish)
 
 
 def publisher() -> Publisher:
@@ -62,4 +69,4 @@ def publisher() -> Publisher:
     loop.run_until_complete(broker.connect())
     if work.URL.startswith("amqp"):
         loop.run_until_complete(broker.declare_queue(queue))
-    return concurrently(loop, lambda payload: broker.publish(payload, **where))
+    return concurrently(loop, publish)

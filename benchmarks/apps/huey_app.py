@@ -25,7 +25,7 @@ else:
 @huey.task(name="handle")
 def handle(payload: dict[str, Any]) -> None:
     """Handle a message."""
-    work.run(payload)
+    work.run(payload, handle)
 
 
 def publisher() -> Publisher:

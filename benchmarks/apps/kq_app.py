@@ -16,6 +16,17 @@ for _name in work.names(f"{work.QUEUE}-more", work.DECLARED):
 _HEADERS = {f"header-{n}": "x" * 20 for n in range(work.HEADERS)}
 _PRIORITIES = ("normal", "high", "low")[: work.PRIORITIES]
 
+
+def publish(payload: dict[str, Any]) -> str:
+    """Publish a message."""
+    return app.publish(QUEUES[0], payload)
+
+
+async def apublish(payload: dict[str, Any]) -> str:
+    """Publish a message on an event loop."""
+    return await app.apublish(QUEUES[0], payload)
+
+
 for _queue in QUEUES:
     if work.PRIORITIES > 1 and work.URL.startswith("amqp"):
         app.queue(_queue, max_priority=9)
@@ -26,14 +37,14 @@ for _queue in QUEUES:
         @app.consumer(_queue)
         async def ahandle(payload: dict[str, Any]) -> None:
             """Handle a message."""
-            await work.arun(payload)
+            await work.arun(payload, apublish)
 
     else:
 
         @app.consumer(_queue)
         def handle(payload: dict[str, Any]) -> None:
             """Handle a message."""
-            work.run(payload)
+            work.run(payload, publish)
 
 
 def publisher() -> Publisher:
@@ -58,6 +69,6 @@ def publisher() -> Publisher:
         # Only here: who publishes otherwise is not to pay for it.
         import asyncio
 
-        asyncio.run(from_tasks(lambda payload: app.apublish(QUEUES[0], payload), payloads, number))
+        asyncio.run(from_tasks(apublish, payloads, number))
 
-    return Publisher(lambda payload: app.publish(QUEUES[0], payload), many, later, tasks)
+    return Publisher(publish, many, later, tasks)

@@ -11,18 +11,24 @@ from rq import Queue
 from benchmarks import work
 from benchmarks.apps.publishing import Publisher
 
+queue = Queue(work.QUEUE, connection=Redis.from_url(work.URL))
+_PATH = "benchmarks.apps.rq_app.handle"
+
+
+def publish(payload: dict[str, Any]) -> object:
+    """Publish a message."""
+    return queue.enqueue(_PATH, payload, result_ttl=0)
+
 
 def handle(payload: dict[str, Any]) -> None:
     """Handle a message."""
-    work.run(payload)
+    work.run(payload, publish)
 
 
 def publisher() -> Publisher:
     """Return how RQ publishes."""
-    queue = Queue(work.QUEUE, connection=Redis.from_url(work.URL))
-    path = "benchmarks.apps.rq_app.handle"
 
     def many(payloads: Sequence[dict[str, Any]]) -> None:
-        queue.enqueue_many([Queue.prepare_data(path, (payload,), result_ttl=0) for payload in payloads])
+        queue.enqueue_many([Queue.prepare_data(_PATH, (payload,), result_ttl=0) for payload in payloads])
 
-    return Publisher(lambda payload: queue.enqueue(path, payload, result_ttl=0), many)
+    return Publisher(publish, many)

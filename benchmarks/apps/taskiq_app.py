@@ -25,14 +25,14 @@ if work.STYLE == "sync":
     @broker.task(task_name="handle")
     def handle(payload: dict[str, Any]) -> None:
         """Handle a message."""
-        work.run(payload)
+        work.run(payload, handle.kiq)
 
 else:
 
     @broker.task(task_name="handle")
     async def handle(payload: dict[str, Any]) -> None:
         """Handle a message."""
-        await work.arun(payload)
+        await work.arun(payload, handle.kiq)
 
 
 def publisher() -> Publisher:
