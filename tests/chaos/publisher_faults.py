@@ -170,6 +170,43 @@ def event_loop(stage: Stage) -> None:
     stage.stop_workers()
 
 
+@publisher_fault(wired=True, on=SERVERS, quick=("redis",))
+def fifty_tasks(stage: Stage) -> None:
+    """Fifty tasks of a loop publish while connections are cut again and again: what was confirmed is stored."""
+    count = {"brief": 40, "standard": 200, "full": 1000}[stage.size.name]
+    tasks, cuts = 50, 10
+    begun = 0
+
+    async def publish(app: kq.App, number: int) -> None:
+        nonlocal begun
+        for n in range(count):
+            id = f"t{number}-{n}"
+            begun += 1
+            if begun % (tasks * count // cuts) == 0:
+                stage.wire.reset_all()
+            stage.note.write("attempted", id)
+            try:
+                await app.apublish(stage.queue, {"id": id, "ms": 0}, message_id=id)
+            except errors.Internal as error:
+                stage.note.write("rejected", id, 1, str(error.details.get("reason")))
+            else:
+                stage.note.write("acked", id)
+
+    async def main() -> None:
+        with kq.App("tasks", broker=stage.url) as app:
+            await asyncio.gather(*(publish(app, number) for number in range(tasks)))
+
+    asyncio.run(main())
+    rejected = stage.history.count("rejected")
+    stage.figures["rejected"] = rejected
+    stage.expect(rejected <= tasks * cuts, f"{rejected} were not confirmed")
+    stage.worker("-p", "2", url=stage.site.url)
+    stage.drain()
+    # RabbitMQ knows nothing of ids: what is published once more, because its confirmation got lost, is there twice.
+    stage.balance(duplicates=tasks * cuts if stage.site.kind == "rabbitmq" else 0)
+    stage.stop_workers()
+
+
 @publisher_fault(quick=("sqlite", "rabbitmq"))
 def clocks_differ(stage: Stage) -> None:
     """One publisher's clock is an hour ahead, another's behind: nothing is early, late or given out twice for it."""
