@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import msgspec
 
 from kq.backend import Capabilities, Role
-from kq.backends.store import Ahead, BrokerAway, Counts, Ending, Entry, Lease, Taken, TakesNothingAhead
+from kq.backends.store import Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken, TakesNothingAhead
+from kq.errors import Error
 
 
 class _Message(msgspec.Struct):
@@ -203,22 +204,26 @@ class MemoryStore(TakesNothingAhead):
             now = monotonic()
             return set() if found is None else {id for id in ids if found.completed.get(id, now) > now}
 
-    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry) -> bool:
+    def move(self, source: str, target: str, moves: Sequence[Move]) -> list[bool | Error]:
         """See `Store.move`."""
         with self._world.changed:
-            found = self._world.queues.get(source)
-            message = found.messages.get(id) if found is not None else None
-            if found is None or message is None:
-                return False
-            if (token is None and id in found.held) or (token is not None and message.token != token):
-                return False
-            into = self._world.queues.setdefault(target, _Queue({}))
-            if entry.id in into.messages:
-                return False
-            self._drop(found, id)
-            self._add(into, entry)
+            moved: list[bool | Error] = [self._move(source, target, move) for move in moves]
             self._world.changed.notify_all()
-            return True
+            return moved
+
+    def _move(self, source: str, target: str, move: Move) -> bool:
+        found = self._world.queues.get(source)
+        message = found.messages.get(move.id) if found is not None else None
+        if found is None or message is None:
+            return False
+        if (move.token is None and move.id in found.held) or (move.token is not None and message.token != move.token):
+            return False
+        into = self._world.queues.setdefault(target, _Queue({}))
+        if move.entry.id in into.messages:
+            return False
+        self._drop(found, move.id)
+        self._add(into, move.entry)
+        return True
 
     def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
         """See `Store.renew`."""

@@ -20,15 +20,16 @@ from kq.backend import Capabilities, Danger, Role
 from kq.backends import redis_acl, tls_parameters
 from kq.backends.redis_address import address_of
 from kq.backends.redis_bell import Bell, Ring, unblock
-from kq.backends.redis_call import SCRIPTS, Caller
+from kq.backends.redis_call import SCRIPTS, Call, Caller
 from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connector
 from kq.backends.redis_error import Late, RedisErrors, Refusal
 from kq.backends.redis_line import Lines
 from kq.backends.redis_put import CHUNK, Putter
-from kq.backends.store import TAKE_BYTES, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Taken
+from kq.backends.store import TAKE_BYTES, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken
 from kq.config import hide_password
 from kq.driver import Tls
+from kq.errors import Error
 from kq.waker import Lookout, Waker
 
 #: Seconds after which a blocked call that has not ended is told so again.
@@ -211,17 +212,16 @@ class RedisStore:
         numbers = [self._run("COMPLETED", [prefix(queue)], part) for part in parts]
         return {part[n - 1] for part, found in zip(parts, numbers, strict=True) for n in found}
 
-    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry) -> bool:
+    def move(self, source: str, target: str, moves: Sequence[Move]) -> list[bool | Error]:
         """See `Store.move`."""
-        arguments = [
-            _to_key(id),
-            "" if token is None else token,
-            _to_key(entry.id),
-            entry.raw,
-            entry.priority,
-            entry.delay,
-        ]
-        return bool(self._run("MOVE", [prefix(source), prefix(target)], arguments))
+        keys = [prefix(source), prefix(target)]
+        calls: list[Call] = []
+        for id, token, entry in moves:
+            lease = "" if token is None else token
+            calls.append((keys, (_to_key(id), lease, _to_key(entry.id), entry.raw, entry.priority, entry.delay)))
+        with self._mapped():
+            answers = self._caller.run_all("MOVE", calls)
+        return [self._errors.of(answer) if isinstance(answer, Refusal) else bool(answer) for answer in answers]
 
     def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
         """See `Store.renew`."""

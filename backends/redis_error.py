@@ -73,10 +73,14 @@ class RedisErrors(Mapped):
     def __init__(self, shown: str) -> None:
         self._where = f"Redis at {shown}"
 
+    def of(self, refusal: Refusal) -> Error:
+        """Return kq's error for what the server has answered."""
+        return self._refused(refusal.code, str(refusal))
+
     def ours(self, error: BaseException) -> Error | None:
         """See `Mapped.ours`."""
         if isinstance(error, Refusal):
-            return self._refused(error.code, str(error))
+            return self.of(error)
         if isinstance(error, Late):
             return BrokerAway(f"{self._where}: {error}", details={"reason": "timeout"})
         if isinstance(error, Unsafe):

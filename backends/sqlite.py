@@ -43,6 +43,7 @@ from kq.backends.store import (
     Ending,
     Entry,
     Lease,
+    Move,
     Taken,
     TakesNothingAhead,
 )
@@ -218,20 +219,16 @@ class SQLiteStore(TakesNothingAhead):
                 found.update(row[0] for row in rows)
         return found
 
-    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry) -> bool:
+    def move(self, source: str, target: str, moves: Sequence[Move]) -> list[bool | Error]:
         """See `Store.move`."""
         with self._transaction() as db:
-            if db.execute("SELECT 1 FROM message WHERE queue = ? AND id = ?", (target, entry.id)).fetchone():
-                return False
-            held = "state <> 2" if token is None else f"state = 2 AND token = {token:d}"
-            gone = db.execute(f"DELETE FROM message WHERE queue = ? AND id = ? AND {held}", (source, id))
-            if not gone.rowcount:
-                return False
-            db.execute("INSERT OR IGNORE INTO queue VALUES (?, '{}')", (target,))
-            _insert(db, target, entry, _now())
-            listeners = _listeners(db, target)
+            now = _now()
+            moved: list[bool | Error] = [_move(db, source, target, move, now) for move in moves]
+            if any(moved):
+                db.execute("INSERT OR IGNORE INTO queue VALUES (?, '{}')", (target,))
+            listeners = _listeners(db, target) if any(moved) else []
         self._notify(listeners)
-        return True
+        return moved
 
     def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
         """See `Store.renew`."""
@@ -502,6 +499,17 @@ def _new_tokens(db: sqlite3.Connection, count: int) -> int:
     db.execute("UPDATE sequence SET value = value + ? WHERE name = 'token'", (count,))
     last = int(db.execute("SELECT value FROM sequence WHERE name = 'token'").fetchone()[0])
     return last - count + 1
+
+
+def _move(db: sqlite3.Connection, source: str, target: str, move: Move, now: int) -> bool:
+    if db.execute("SELECT 1 FROM message WHERE queue = ? AND id = ?", (target, move.entry.id)).fetchone():
+        return False
+    held = "state <> 2" if move.token is None else f"state = 2 AND token = {move.token:d}"
+    gone = db.execute(f"DELETE FROM message WHERE queue = ? AND id = ? AND {held}", (source, move.id))
+    if not gone.rowcount:
+        return False
+    _insert(db, target, move.entry, now)
+    return True
 
 
 def _insert(db: sqlite3.Connection, queue: str, entry: Entry, now: int) -> int:

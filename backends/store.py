@@ -11,11 +11,11 @@ unsettled delivery on its account.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from kq.backend import Capabilities, Role
-from kq.errors import Internal
+from kq.errors import Error, Internal
 
 #: Bytes of messages after which one `Store.take` takes no more, so that large ones fill nobody's memory.
 TAKE_BYTES: Final = 8 * 2**20
@@ -23,6 +23,11 @@ TAKE_BYTES: Final = 8 * 2**20
 
 #: Stands in the keys of dead letters whose id another one has already, behind the id. No publisher's id has it.
 AGAIN: Final = "\x02"
+
+
+#: Messages, and bytes of them, that one `Store.move` carries at most, but for a single one.
+_LOT: Final = 64
+_LOT_BYTES: Final = 4 * 2**20
 
 
 class BrokerAway(Internal):
@@ -45,6 +50,32 @@ class Entry(NamedTuple):
     priority: int
     delay: int = 0
     ttl: int = 0
+
+
+class Move(NamedTuple):
+    """A message that goes to another queue, rewritten.
+
+    Attributes:
+        id: The message's id.
+        token: The lease it is held under, or None for one that waits.
+        entry: What to store there.
+    """
+
+    id: str
+    token: int | None
+    entry: Entry
+
+
+def in_lots(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
+    """Divide moves, in their order, into as many as one call carries."""
+    start = size = 0
+    for n, move in enumerate(moves):
+        if n > start and (n - start == _LOT or size + len(move.entry.raw) > _LOT_BYTES):
+            yield moves[start:n]
+            start, size = n, 0
+        size += len(move.entry.raw)
+    if moves:
+        yield moves[start:]
 
 
 class Lease(NamedTuple):
@@ -191,19 +222,20 @@ class Store(Protocol):
         """Return those of the ids that were completed here, by `Ending.completes`, and are still remembered."""
         ...
 
-    def move(self, source: str, target: str, id: str, token: int | None, entry: Entry) -> bool:
-        """Move a message to another queue, rewritten.
+    def move(self, source: str, target: str, moves: Sequence[Move]) -> list[bool | Error]:
+        """Move messages to another queue, each in one step.
 
         Args:
-            source: Where it is.
-            target: Where it goes; made if it does not exist.
-            id: The message's id.
-            token: The lease it is held under, or None for one that waits.
-            entry: What to store.
+            source: Where they are.
+            target: Where they go; made if it does not exist.
+            moves: Not more than fit into one call; see `in_lots`.
 
         Returns:
-            False, with nothing changed, if it is not there or under another lease, or ``target`` has one of the
-            entry's id.
+            For each of them whether it was moved: False, with nothing changed, if it is not there or under another
+            lease, or ``target`` has one of the entry's id; or the error that it met.
+
+        Raises:
+            Error: If none of them was moved for it.
         """
         ...
 

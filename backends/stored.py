@@ -15,7 +15,7 @@ import kombu
 
 from kq import clock
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role, unknown_options
-from kq.backends.store import AGAIN, BrokerAway, Entry, Store
+from kq.backends.store import AGAIN, BrokerAway, Entry, Move, Store, in_lots
 from kq.backends.stored_feed import StoredFeed
 from kq.backends.tls_parameters import separate
 from kq.config import hide_password
@@ -211,10 +211,14 @@ class StoredBackend:
             origin = envelope.headers.get("x_original_queue", target.id)
             if origin == target.id and (wanted is None or envelope.id in wanted):
                 chosen.append((id, revive(envelope)))
+        moves = [Move(id, None, Entry(e.id, pack(e), e.priority)) for id, e in chosen]
         moved = 0
-        for id, envelope in chosen:
-            entry = Entry(envelope.id, pack(envelope), envelope.priority)
-            moved += store.move(dead.id, target.id, id, None, entry)
+        for lot in in_lots(moves):
+            answers = store.move(dead.id, target.id, lot)
+            failed = next((answer for answer in answers if isinstance(answer, Error)), None)
+            if failed is not None:
+                raise failed
+            moved += sum(answer is True for answer in answers)
         return moved
 
     def check(self, handler_timeout: float | None = None) -> list[str]:

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from kq import clock
 from kq.backend import Delivery, QueueSpec, Settlement, Settling
-from kq.backends.store import AGAIN, TAKE_BYTES, Ahead, BrokerAway, Ending, Entry, Lease, Store, Taken
+from kq.backends.store import AGAIN, TAKE_BYTES, Ahead, BrokerAway, Ending, Entry, Lease, Move, Store, Taken, in_lots
 from kq.envelope import bury, identify, pack, unpack_or_wrap
 from kq.errors import Error
 from kq.header import NORMAL
@@ -188,17 +188,40 @@ class StoredFeed:
     def _settle_dead(
         self, queue: str, group: list[Settlement], late: list[Settlement], failed: list[tuple[Settlement, Error]]
     ) -> None:
-        for settlement in group:
-            if _ending(self._specs[queue], settlement) is not None:
-                continue
-            try:
-                in_time = self._bury(settlement)
-            except BrokerAway:
-                raise
-            except Error as error:
-                failed.append((settlement, error))
-            else:
-                self._let_go(settlement, in_time, late)
+        burials = [(s, _burial(self._specs[queue], s)) for s in group if _ending(self._specs[queue], s) is None]
+        # Late, or a letter of this id is there already: of another queue, or of an earlier life.
+        again = [(settlement, _renamed(move)) for settlement, move in self._bury(queue, burials, failed)]
+        for settlement, _ in self._bury(queue, again, failed):
+            self._let_go(settlement, False, late)
+
+    def _bury(self, queue: str, burials: Sequence[_Burial], failed: list[tuple[Settlement, Error]]) -> list[_Burial]:
+        """Move dead letters to where they belong, and return those that were not moved."""
+        target = self._specs[queue].dead_letter
+        left: list[_Burial] = []
+        start = 0
+        for lot in in_lots([move for _, move in burials]):
+            part = burials[start : start + len(lot)]
+            start += len(lot)
+            assert target is not None
+            for burial, answer in zip(part, self._moved(queue, target, lot), strict=True):
+                if isinstance(answer, BrokerAway):
+                    raise answer
+                if isinstance(answer, Error):
+                    failed.append((burial[0], answer))
+                elif answer:
+                    self._let_go(burial[0], True, [])
+                else:
+                    left.append(burial)
+        return left
+
+    def _moved(self, queue: str, target: str, lot: Sequence[Move]) -> list[bool | Error]:
+        try:
+            return self._store.move(queue, target, lot)
+        except BrokerAway:
+            raise
+        except Error as error:
+            # What there is no room for all of, there may be for one.
+            return [error] if len(lot) == 1 else [self._moved(queue, target, [move])[0] for move in lot]
 
     def _let_go(self, settlement: Settlement, in_time: bool, late: list[Settlement]) -> None:
         key = _key(settlement.delivery)
@@ -207,19 +230,6 @@ class StoredFeed:
             self._settled.add(key)
         else:
             late.append(settlement)
-
-    def _bury(self, settlement: Settlement) -> bool:
-        delivery, outcome = settlement.delivery, settlement.outcome
-        target = self._specs[delivery.queue].dead_letter
-        assert target is not None
-        letter = bury(unpack_or_wrap(delivery.raw, delivery.id), delivery.queue, outcome, clock.now())
-        # One priority for all: dead letters are kept in the order of their deaths.
-        entry = Entry(letter.id, pack(letter), NORMAL)
-        if self._store.move(delivery.queue, target, delivery.id, delivery.receipt, entry):
-            return True
-        # It is late, or a letter of this id is there already: of another queue, or of an earlier life.
-        entry = entry._replace(id=f"{letter.id}{AGAIN}{uuid4().hex}")
-        return self._store.move(delivery.queue, target, delivery.id, delivery.receipt, entry)
 
     def put_back(self) -> None:
         """See `Feed.put_back`."""
@@ -315,6 +325,21 @@ class StoredFeed:
 
 def _key(delivery: Delivery) -> tuple[str, str, int]:
     return delivery.queue, delivery.id, delivery.receipt
+
+
+#: A settlement, and how it is carried out.
+_Burial = tuple[Settlement, Move]
+
+
+def _burial(queue: QueueSpec, settlement: Settlement) -> Move:
+    delivery = settlement.delivery
+    letter = bury(unpack_or_wrap(delivery.raw, delivery.id), queue.id, settlement.outcome, clock.now())
+    # One priority for all: dead letters are kept in the order of their deaths.
+    return Move(delivery.id, delivery.receipt, Entry(letter.id, pack(letter), NORMAL))
+
+
+def _renamed(move: Move) -> Move:
+    return move._replace(entry=move.entry._replace(id=f"{move.entry.id}{AGAIN}{uuid4().hex}"))
 
 
 def _ending(queue: QueueSpec, settlement: Settlement) -> Ending | None:

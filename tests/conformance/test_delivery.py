@@ -423,6 +423,24 @@ def test_a_deleted_dead_letter_queue_holds_up_nobody(bench: Bench) -> None:
     assert bench.take(bench.feed(), 1, within=0.3) == []
 
 
+def test_many_die_at_once(bench: Bench) -> None:
+    """Hundreds of messages that die together are a letter each, in their order, also under an id that one has."""
+    ids = [f"m{n:03}" for n in range(200)]
+    bench.publish(bench.message("m007", queue=bench.dead))
+    bench.publish(*[bench.message(id) for id in ids])
+    feed = bench.feed(prefetch=500)
+    deliveries = bench.take(feed, len(ids))
+
+    dead = [Settlement(delivery, Outcome("dead", 0.0, 1, 0, "not_retryable")) for delivery in deliveries]
+    assert feed.settle(dead) == ([], [])
+
+    letters = [letter.id for letter in bench.backend.browse(bench.dead, 1000, 0)]
+    assert sorted(letters) == sorted(["m007", *ids])
+    assert [id for id in letters if id != "m007"] == [id for id in ids if id != "m007"]
+    feed.close()
+    assert bench.backend.info(bench.queue).message_count == 0
+
+
 def test_what_cannot_be_settled_is_told_and_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where dead letters find no room, theirs fail one by one, stay ours, and can be settled later."""
     full = errors.Internal("no room", details={"reason": "full"})

@@ -71,6 +71,31 @@ def test_letters_of_one_id_are_dropped_by_it(app: kq.App, broker: Broker) -> Non
     assert [letter.id for letter in app.dead(one).list()] == ["order-2"]
 
 
+def test_hundreds_of_letters_are_replayed_once_each(app: kq.App, queue_id: str) -> None:
+    """Replaying moves every letter once, however many there are; those of other ids stay."""
+    handled: list[int] = []
+    failing = True
+
+    @app.consumer(queue_id)
+    def handle(payload: int) -> None:
+        if failing:
+            raise errors.Invalid("no")
+        handled.append(payload)
+
+    ids = app.publish_many(queue_id, list(range(1, 251)))
+    app.drain(30.0)
+    failing = False
+
+    assert app.dead(queue_id).replay(ids[:230]) == 230
+    app.drain(30.0)
+    assert sorted(handled) == list(range(1, 231))
+    assert [letter.id for letter in app.dead(queue_id).list()] == ids[230:]
+    assert app.dead(queue_id).replay() == 20
+    app.drain(30.0)
+    assert sorted(handled) == list(range(1, 251))
+    assert app.info(queue_id).dead == 0
+
+
 @pytest.mark.parametrize("values", [{}, {"max_priority": 9}])
 def test_dead_workers_are_counted_on_every_queue(bench: Bench, values: dict[str, Any]) -> None:
     """Deliveries that nobody settled add up, also where the broker itself does not count them."""

@@ -10,7 +10,7 @@ import pytest
 
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.sqlite_schema import prepare
-from kq.backends.store import Ending, Entry
+from kq.backends.store import Ending, Entry, Move
 from kq.errors import Invalid
 
 #: What undoes a version's step.
@@ -185,7 +185,7 @@ def test_what_is_large_stands_apart_and_goes_with_its_message(path: str, end: st
             assert store.remove("app:q", None) == 3
         elif end == "move":
             for id, raw in raws.items():
-                assert store.move("app:q", "app:q.dead", id, None, Entry(id, raw, 4))
+                assert store.move("app:q", "app:q.dead", [Move(id, None, Entry(id, raw, 4))]) == [True]
             assert apart(path) == 2
             assert dict(store.browse("app:q.dead", 10, 0)) == raws
             store.delete("app:q.dead")
