@@ -205,13 +205,13 @@ class StoredBackend:
         """See `Backend.replay`."""
         store = self._store()
         wanted = None if ids is None else set(ids)
-        chosen = []
+        moves = []
         for id, raw in _pages(store, dead.id):
             envelope = unpack_or_wrap(raw, id)
             origin = envelope.headers.get("x_original_queue", target.id)
             if origin == target.id and (wanted is None or envelope.id in wanted):
-                chosen.append((id, revive(envelope)))
-        moves = [Move(id, None, Entry(e.id, pack(e), e.priority)) for id, e in chosen]
+                envelope = revive(envelope)
+                moves.append(Move(id, None, Entry(envelope.id, pack(envelope), envelope.priority)))
         moved = 0
         for lot in in_lots(moves):
             answers = store.move(dead.id, target.id, lot)

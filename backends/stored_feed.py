@@ -198,6 +198,7 @@ class StoredFeed:
         """Move dead letters to where they belong, and return those that were not moved."""
         target = self._specs[queue].dead_letter
         left: list[_Burial] = []
+        away: BrokerAway | None = None
         start = 0
         for lot in in_lots([move for _, move in burials]):
             part = burials[start : start + len(lot)]
@@ -205,13 +206,16 @@ class StoredFeed:
             assert target is not None
             for burial, answer in zip(part, self._moved(queue, target, lot), strict=True):
                 if isinstance(answer, BrokerAway):
-                    raise answer
-                if isinstance(answer, Error):
+                    away = answer
+                elif isinstance(answer, Error):
                     failed.append((burial[0], answer))
                 elif answer:
                     self._let_go(burial[0], True, [])
                 else:
                     left.append(burial)
+            if away is not None:
+                # What the others of its lot have come to is noted.
+                raise away
         return left
 
     def _moved(self, queue: str, target: str, lot: Sequence[Move]) -> list[bool | Error]:

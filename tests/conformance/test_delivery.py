@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from threading import Thread
@@ -19,7 +19,7 @@ from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.redis import RedisStore
 from kq.backends.redis_error import Refusal
 from kq.backends.sqlite import SQLiteStore
-from kq.backends.store import BrokerAway
+from kq.backends.store import BrokerAway, Move
 from kq.backends.stored import StoredBackend
 from kq.backends.stored_feed import StoredFeed
 from kq.config import Settings
@@ -479,6 +479,36 @@ def test_what_cannot_be_settled_is_told_and_stays(bench: Bench, monkeypatch: pyt
     assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == ["a"]
     feed.close()
     assert bench.backend.info(bench.queue).message_count == 0
+
+
+@ON_STORES
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_letter_without_room_holds_up_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    """Of letters that are stored together those are that find room; another one stays ours until it does."""
+    feed = bench.feed()
+    assert isinstance(feed, StoredFeed)
+    move = feed._store.move
+    full = errors.Internal("no room", details={"reason": "full"})
+
+    def narrow(source: str, target: str, moves: Sequence[Move]) -> list[bool | errors.Error]:
+        # As a transaction fails, or one of several calls.
+        if alone and any(move.id == "b" for move in moves):
+            raise full
+        good = iter(move(source, target, [move for move in moves if move.id != "b"]))
+        return [full if move.id == "b" else next(good) for move in moves]
+
+    bench.publish(*[bench.message(id) for id in "abc"])
+    dead = [Settlement(delivery, Outcome("dead", 0.0, 1, 0, "not_retryable")) for delivery in bench.take(feed, 3)]
+    with monkeypatch.context() as patched:
+        patched.setattr(feed._store, "move", narrow)
+        late, failed = feed.settle(dead)
+    assert (late, failed) == ([], [(dead[1], full)])
+    assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == ["a", "c"]
+    feed.renew()
+    assert not dead[1].delivery.lost
+
+    assert feed.settle([dead[1]]) == ([], [])
+    assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == ["a", "c", "b"]
 
 
 def test_a_full_queue_takes_back_what_came_from_it(bench: Bench) -> None:
