@@ -124,6 +124,17 @@ def sixteen_threads(stage: Stage) -> None:
     stage.stop_workers()
 
 
+async def _publish(stage: Stage, app: kq.App, id: str) -> None:
+    """Publish from a task, and note what it is told."""
+    stage.note.write("attempted", id)
+    try:
+        await app.apublish(stage.queue, {"id": id, "ms": 0}, message_id=id)
+    except errors.Internal as error:
+        stage.note.write("rejected", id, 1, str(error.details.get("reason")))
+    else:
+        stage.note.write("acked", id)
+
+
 @publisher_fault(wired=True, on=SERVERS, quick=("rabbitmq",))
 def event_loop(stage: Stage) -> None:
     """Coroutines publish while the broker goes silent: the loop never waits, everybody is told in time."""
@@ -131,15 +142,8 @@ def event_loop(stage: Stage) -> None:
     ended: list[float] = []
 
     async def publish(app: kq.App, n: int) -> None:
-        id = f"a{n}"
         began = monotonic()
-        stage.note.write("attempted", id)
-        try:
-            await app.apublish(stage.queue, {"id": id, "ms": 0}, message_id=id)
-        except errors.Internal as error:
-            stage.note.write("rejected", id, 1, str(error.details.get("reason")))
-        else:
-            stage.note.write("acked", id)
+        await _publish(stage, app, f"a{n}")
         ended.append(monotonic() - began)
 
     async def tick() -> None:
@@ -180,17 +184,10 @@ def fifty_tasks(stage: Stage) -> None:
     async def publish(app: kq.App, number: int) -> None:
         nonlocal begun
         for n in range(count):
-            id = f"t{number}-{n}"
             begun += 1
             if begun % (tasks * count // cuts) == 0:
                 stage.wire.reset_all()
-            stage.note.write("attempted", id)
-            try:
-                await app.apublish(stage.queue, {"id": id, "ms": 0}, message_id=id)
-            except errors.Internal as error:
-                stage.note.write("rejected", id, 1, str(error.details.get("reason")))
-            else:
-                stage.note.write("acked", id)
+            await _publish(stage, app, f"t{number}-{n}")
 
     async def main() -> None:
         with kq.App("tasks", broker=stage.url) as app:
