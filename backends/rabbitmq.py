@@ -48,9 +48,6 @@ _T = TypeVar("_T")
 _CONSUMER_TIMEOUT: Final = 1800.0
 #: Seconds to wait for a queue to take back what was only looked at.
 _BACK_WITHIN: Final = 1.0
-#: Dead letters, and bytes of them, that are published together when they are replayed.
-_LOT: Final = 100
-_LOT_BYTES: Final = 4 * 2**20
 #: Seconds that a publish on a worker's behalf may take.
 _WORKER_TIMEOUT: Final = 10.0
 #: Seconds that a call of a consumer is given in any case.
@@ -287,32 +284,19 @@ class RabbitBackend:
         """See `Backend.replay`."""
         wanted = None if ids is None else set(ids)
 
-        def send(lot: list[tuple[Envelope, Callable[[], None]]]) -> int:
-            results = self.publish([Publication(target, envelope) for envelope, _ in lot], _WORKER_TIMEOUT)
-            for (_, ack), error in zip(lot, results, strict=True):
-                if error is None:
-                    ack()
-            failed = next((error for error in results if error is not None), None)
-            if failed is not None:
-                raise failed
-            return len(lot)
-
         def replay(link: Link) -> int:
-            replayed = size = 0
-            lot: list[tuple[Envelope, Callable[[], None]]] = []
+            replayed = 0
             with self._looking(link, dead.id, None) as found:
                 for envelope, ack in found:
                     letter = explain_rejection(envelope, target.id)
                     origin = letter.headers.get("x_original_queue")
                     if origin != target.id or (wanted is not None and envelope.id not in wanted):
                         continue
-                    lot.append((revive(letter), ack))
-                    size += len(letter.body)
-                    if len(lot) >= _LOT or size >= _LOT_BYTES:
-                        replayed += send(lot)
-                        lot, size = [], 0
-                if lot:
-                    replayed += send(lot)
+                    error = self.publish([Publication(target, revive(letter))], _WORKER_TIMEOUT)[0]
+                    if error is not None:
+                        raise error
+                    ack()
+                    replayed += 1
             return replayed
 
         return self._administer(replay)

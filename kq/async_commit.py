@@ -109,9 +109,9 @@ class AsyncCommit:
                 continue
             group, size = list[_Request](), 0
             while request is not None:
-                request.is_taken = True
-                # Else nobody waits for it any more.
-                if not request.is_over:
+                # Else nobody waits for it any more, or its loop has been held up and says so when it goes on.
+                if not request.is_over and monotonic() < request.deadline:
+                    request.is_taken = True
                     group.append(request)
                     size += len(request.batch)
                 if size >= MAX_GROUP or requests.empty():

@@ -162,6 +162,32 @@ def test_who_waits_too_long_is_late() -> None:
     assert broker.groups == [["first"], ["slow"], ["d"]]
 
 
+def test_a_loop_that_was_held_up_sends_nothing_late() -> None:
+    """A message whose time is over before anybody could begin with it is not sent, and its task is told just that."""
+    broker = Broker()
+
+    async def publish(commit: AsyncCommit) -> list[errors.Error | None]:
+        slow = asyncio.create_task(commit.publish(batch("slow"), 30.0))
+        await asyncio.to_thread(broker.began.wait, 30)
+        hasty = asyncio.create_task(commit.publish(batch("hasty"), 0.05))
+        await asyncio.sleep(0)
+        # From here on the loop stands still, so no timer tells anybody anything.
+        until = monotonic() + 0.05
+        while monotonic() <= until:
+            pass
+        broker.go_on.set()
+        # Ends when the thread has seen all that was handed in.
+        commit.close()
+        assert await slow == [None]
+        return await hasty
+
+    with committing(broker) as commit:
+        (error,) = asyncio.run(publish(commit))
+    assert error is not None
+    assert error.message == "what was handed in before has taken all the time; it was not sent"
+    assert broker.groups == [["first"], ["slow"]]
+
+
 def test_what_goes_wrong_reaches_every_task() -> None:
     """An exception that is not ours reaches all whose messages were in the group, and the next ones are published."""
     failures = [ZeroDivisionError("no")]
