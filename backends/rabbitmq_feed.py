@@ -58,6 +58,9 @@ class _Receipt(msgspec.Struct, eq=False):
     #: The message without its body, which is the last so many bytes of the delivery.
     envelope: Envelope
     size: int
+    #: Whether going back once more would look to the broker like yet another dead worker: it counts every return of a
+    #: quorum queue's message, and of a classic one's we do.
+    counted: bool
     #: Whether what takes its place is stored: it is never published twice.
     copied: bool = False
 
@@ -154,6 +157,7 @@ class RabbitFeed:
                     failed.append((settlement, error))
                     continue
                 settlement.delivery.receipt.copied = True
+                self._recollection.copied(settlement.delivery)
         if failed:
             stay = {id(settlement) for settlement, _ in failed}
             ours = [s for s in ours if id(s) not in stay]
@@ -293,7 +297,7 @@ class RabbitFeed:
         for delivery in self._outstanding.values():
             delivery.lost = True
             if not self._closed:
-                self._recollection.lost(delivery)
+                self._recollection.went_back(delivery)
         self.losses += len(self._outstanding)
         self._outstanding.clear()
         self._onward.clear()
@@ -391,14 +395,16 @@ class RabbitFeed:
             headers = envelope.headers
             envelope.headers = without_history(headers)
             attempts, crashes = counters(headers)
+            unsettled = _unsettled(headers, redelivered, uncounting) if counted else 0
             delivery = Delivery(
                 queue,
                 envelope.id,
                 _pack(envelope, body),
                 read_count(headers, attempts),
                 read_count(headers, crashes),
-                self._lost_deliveries(queue, envelope.id, headers, redelivered, uncounting) if counted else 0,
-                _Receipt(epoch, tag, envelope, sum(map(len, body))),
+                # But not those that were lost with a connection of ours, or given back.
+                max(0, unsettled - self._recollection.losses(queue, envelope.id)) if unsettled else 0,
+                _Receipt(epoch, tag, envelope, sum(map(len, body)), uncounting or unsettled > 0),
             )
             self._outstanding[tag] = delivery
             self._watch.arrived(queue)
@@ -412,17 +418,6 @@ class RabbitFeed:
 
         return receive
 
-    def _lost_deliveries(
-        self, queue: str, id: str, headers: Mapping[str, Any], redelivered: bool, uncounting: bool
-    ) -> int:
-        """Return how many deliveries nobody settled: those that a copy brought along, and the broker's since then.
-
-        But not those that were lost with a connection of ours.
-        """
-        # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
-        since = 0 if not redelivered else 1 if uncounting else read_count(headers, "x-delivery-count")
-        return max(0, read_count(headers, DELIVERIES) + since - self._recollection.losses(queue, id))
-
     # Settling.
 
     def _is_ours(self, delivery: Delivery) -> bool:
@@ -431,14 +426,8 @@ class RabbitFeed:
 
     def _goes_back(self, settlement: Settlement) -> bool:
         delivery = settlement.delivery
-        return settlement.outcome.action == "release" and not delivery.receipt.copied and not self._counted(delivery)
-
-    def _counted(self, delivery: Delivery) -> bool:
-        """Tell whether going back once more would look to the broker like yet another dead worker.
-
-        A quorum queue counts every return, and of a classic one's messages we do. A fresh copy says what is true.
-        """
-        return delivery.deliveries > 0 or is_classic(self._specs[delivery.queue])
+        # Else a fresh copy says what is true.
+        return settlement.outcome.action == "release" and not delivery.receipt.copied and not delivery.receipt.counted
 
     def _copy(self, settlement: Settlement) -> Publication | None:
         """Return the message that takes a delivery's place, or None where there is none."""
@@ -484,10 +473,12 @@ class RabbitFeed:
         Unsubscribed first: else the broker would push them right back, behind what it pushed before.
         """
         self._unsubscribe()
-        back = self._arrivals.remove(lambda delivery: not self._counted(delivery))
+        back = self._arrivals.remove(lambda delivery: not delivery.receipt.counted)
         tags.update(delivery.receipt.tag for delivery in back)
         for tag in tags:
-            self._outstanding.pop(tag, None)
+            delivery = self._outstanding.pop(tag, None)
+            if delivery is not None:
+                self._recollection.went_back(delivery)
         if tags:
             link.give_back(sorted(tags))
 
@@ -538,6 +529,13 @@ class _Guard(RabbitErrors):
         if isinstance(error, Exception):
             self._feed._drop_link()
         super().__exit__(kind, error, trace)
+
+
+def _unsettled(headers: Mapping[str, Any], redelivered: bool, uncounting: bool) -> int:
+    """Return how many deliveries nobody settled: those that a copy brought along, and the broker's since then."""
+    # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
+    since = 0 if not redelivered else 1 if uncounting else read_count(headers, "x-delivery-count")
+    return read_count(headers, DELIVERIES) + since
 
 
 def _pack(envelope: Envelope, body: Sequence[bytes]) -> bytes:

@@ -78,21 +78,22 @@ class Subscriptions:
         """Ask for everything, and then wait for the answers.
 
         A subscription ends once all that is on its way has come. Later it would be put back, by RabbitMQ or by
-        py-amqp, out of order and counted as one more delivery that nobody settled. What a queue has sent before comes
-        before its answer to a count, and that before the end.
+        py-amqp, out of order and counted as one more delivery that nobody settled. So the new one begins first: a
+        queue does that after it has answered to all acknowledgements with what there was room for, and from then on
+        the old one is full. And the end is said only when the channel, which does one thing at a time, has come to a
+        question behind the beginning: what a queue had sent by then is on its way before the end.
 
         The end itself, and a beginning, are not answered: where the queue answers that, and not the channel, an
         answer may be overtaken by later ones. Were anything refused, the channel would be closed.
         """
         channel = self._link.channel
         answers: list[Any] = []
+        over: list[str] = []
         ended: list[str] = []
         for queue, window in changes:
             tag = self._tags.pop(queue, None)
             if tag is not None:
-                answers.append(self._count(queue))
-                channel.basic_cancel(tag, nowait=True)
-                self._ended.append(tag)
+                over.append(tag)
                 if not window:
                     ended.append(queue)
             self.windows[queue] = window
@@ -102,12 +103,20 @@ class Subscriptions:
                 channel.send_method(spec.Basic.Qos, "lBb", (0, window, False))
                 answers.append(spec.Basic.QosOk)
                 channel.basic_consume(queue, consumer_tag=tag, nowait=True, callback=_refuse, on_cancel=self._on_cancel)
+        if over:
+            answers += [self._count(queue) for queue in ended or [changes[-1][0]]]
+        self._wait(answers)
+        for tag in over:
+            channel.basic_cancel(tag, nowait=True)
+            self._ended.append(tag)
         # Who unsubscribes wants to know that nothing more comes.
-        answers += [self._count(queue) for queue in ended]
-        for answer in answers:
-            channel.wait(answer)
+        self._wait([self._count(queue) for queue in ended])
         while len(self._ended) > _ENDED * len(self.windows):
             self._link.forget(self._ended.popleft())
+
+    def _wait(self, answers: Sequence[Any]) -> None:
+        for answer in answers:
+            self._link.channel.wait(answer)
 
     def _count(self, queue: str) -> Any:
         """Ask how many messages wait in a queue; return by what it is answered."""

@@ -318,6 +318,23 @@ def test_releasing_resets_the_count_of_dead_workers(bench: Bench) -> None:
     assert fresh.deliveries == 0
 
 
+def test_who_gives_back_again_and_again_counts_as_nobody_dead(bench: Bench) -> None:
+    """However often a worker gives a message back, neither it nor another one takes that for workers that died."""
+    bench.publish(bench.message("a"))
+    feed = bench.feed()
+    counts = []
+    for _ in range(5):
+        (delivery,) = bench.take(feed, 1)
+        counts.append(delivery.deliveries)
+        assert feed.settle([Settlement(delivery, RELEASE)]) == ([], [])
+    feed.close()
+    (other,) = bench.take(bench.feed(), 1)
+
+    assert counts == [0] * 5
+    # RabbitMQ counts each return; who has seen one gives a message back as a copy, of which nothing is counted.
+    assert other.deliveries <= 1
+
+
 def test_waiting_ends_when_something_arrives(bench: Bench) -> None:
     """A consumer that waits learns of a new message at once."""
     feed = bench.feed()

@@ -25,11 +25,20 @@ def test_this_very_message_is_done() -> None:
 def test_losses_add_up_until_the_message_is_done() -> None:
     """Each connection that broke with a message in hand counts, until it has been handled."""
     recollection = Recollection()
-    recollection.lost(delivery())
-    recollection.lost(delivery())
+    recollection.went_back(delivery())
+    recollection.went_back(delivery())
     assert recollection.losses("app:q", "a") == 2
 
     recollection.done(delivery())
+    assert recollection.losses("app:q", "a") == 0
+
+
+def test_a_copy_begins_at_nothing() -> None:
+    """Of what takes a message's place the broker has counted nothing that could be taken off."""
+    recollection = Recollection()
+    recollection.went_back(delivery())
+    recollection.copied(delivery())
+
     assert recollection.losses("app:q", "a") == 0
 
 
@@ -47,7 +56,7 @@ def test_memory_is_bounded() -> None:
     recollection = Recollection()
     for n in range(20_000):
         recollection.done(delivery(id=str(n)))
-        recollection.lost(delivery(id=f"lost {n}"))
+        recollection.went_back(delivery(id=f"lost {n}"))
 
     assert recollection.is_done(delivery(id="19999"))
     assert not recollection.is_done(delivery(id="0"))
