@@ -429,14 +429,17 @@ return lost
 """
 
 #: KEYS: source, target. ARGV: id, token or '', the new id, raw, priority, delay.
-#: Returns 1 if it was there, and the new id was not.
+#: Returns 1 if it was there, and the new id was not; or if a lease's move has been made, and its answer got lost.
 MOVE: Final = """
 local T = KEYS[2]
 local id, token = ARGV[1], ARGV[2]
 local new = ARGV[3]
 local wrong = unsound(P, {'m', 't', 's', 'p', 'x', 'l'}) or unsound(T, {'m', 'p', 'd', 'w', 'r:' .. ARGV[5]})
 if wrong then return wrong end
-if call('HEXISTS', T .. 'm', new) == 1 then return 0 end
+if call('HEXISTS', T .. 'm', new) == 1 then
+  local is_done = token ~= '' and call('HEXISTS', P .. 'm', id) == 0 and call('HGET', T .. 'm', new) == ARGV[4]
+  return is_done and 1 or 0
+end
 if token ~= '' then
   if call('HGET', P .. 't', id) ~= token then return 0 end
   call('ZREM', P .. 'l', id)

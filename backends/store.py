@@ -231,8 +231,9 @@ class Store(Protocol):
             moves: Not more than fit into one call; see `in_lots`.
 
         Returns:
-            For each of them whether it was moved: False, with nothing changed, if it is not there or under another
-            lease, or ``target`` has one of the entry's id; or the error that it met.
+            For each of them whether it was moved, by this call or by one with the same lease whose answer got lost:
+            False, with nothing changed, if it is not there or under another lease, or ``target`` has one of the
+            entry's id; or the error that it met.
 
         Raises:
             Error: If none of them was moved for it.
