@@ -1,7 +1,8 @@
 """``amqp://`` and ``amqps://``: RabbitMQ 3.10 or newer, over Kombu's pyamqp transport.
 
-Two kinds of links: one that publishes and administers, and one for each feed. `rabbitmq_topology` says what
-is declared, `rabbitmq_publisher` how a publish is confirmed, `rabbitmq_feed` how messages are consumed.
+Two kinds of links: those that publish and administer, one for each call at once, and one for each feed.
+`rabbitmq_topology` says what is declared, `rabbitmq_publisher` how a publish is confirmed, `rabbitmq_feed` how
+messages are consumed.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
-from math import inf
-from threading import RLock
 from time import monotonic
 from typing import Any, Final, TypeVar
 
@@ -24,8 +23,9 @@ from kq.backends import tls as encryption
 from kq.backends.rabbitmq_due import due
 from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_feed import RabbitFeed
+from kq.backends.rabbitmq_lane import Lane, Lanes
 from kq.backends.rabbitmq_link import Link
-from kq.backends.rabbitmq_publisher import Outgoing, Publisher
+from kq.backends.rabbitmq_publisher import Outgoing
 from kq.backends.rabbitmq_tls import secured
 from kq.backends.rabbitmq_topology import (
     DELAY_LEFT,
@@ -66,6 +66,7 @@ class RabbitBackend:
         counts_in_flight=False,
         tells_age=False,
         remembers_completed=False,
+        concurrent_publishes=4,
     )
 
     def __init__(self, url: str, options: BackendOptions) -> None:
@@ -75,10 +76,7 @@ class RabbitBackend:
         self._errors = RabbitErrors(self._url)
         self._secured = None if tls is None else secured(encryption.context(tls), tls.server_name, self._url)
         self._options = options
-        self._lock = RLock()
-        self._link: Link | None = None
-        self._publisher: Publisher | None = None
-        self._buckets: set[int] = set()
+        self._lanes = Lanes(self._connect)
 
     def __repr__(self) -> str:
         return f"<RabbitBackend {hide_password(self._url)}>"
@@ -138,71 +136,71 @@ class RabbitBackend:
         deadline = monotonic() + timeout
         results: list[Error | None] = [None] * len(batch)
         left = list(range(len(batch)))
-        if not self._lock.acquire(timeout=max(0.0, timeout)):
-            busy = away("the connection was busy with something else all the time; nothing was sent", "timeout")
-            return [busy] * len(batch)
-        try:
-            for last in (False, True):
-                outgoing: list[Outgoing] = []
-                try:
-                    with self._errors:
-                        link, publisher = self._connected(deadline - monotonic())
-                        link.drain_all()
-                        outgoing = [self._outgoing(link, batch[index]) for index in left]
-                        answers = publisher.send(outgoing, deadline)
-                except Error as error:
-                    # After any error the connection's state is unknown: never used again. What it has
-                    # answered stands; the rest may or may not be stored.
-                    answered = self._publisher.answered() if self._publisher is not None and outgoing else {}
-                    self._drop(wait=False)
-                    for place, result in answered.items():
-                        results[left[place]] = result
-                    unknown = [index for place, index in enumerate(left) if place not in answered]
-                    failed = _as_publish_error(error)
-                    for index in unknown:
-                        results[index] = failed
-                    left = unknown
-                    hopeless = isinstance(error, PermissionDenied) or failed.details["reason"] == "unroutable"
-                    if last or hopeless or not left or monotonic() >= deadline:
-                        return results
-                    continue
-                except BaseException:
-                    # Interrupted, perhaps in the middle of a frame.
-                    self._drop(wait=False)
-                    raise
-                for index, answer in zip(left, answers, strict=True):
-                    results[index] = answer
-                lost_buckets = [
-                    index for index in left
-                    if batch[index].delay > 0 and (told := results[index]) is not None
-                    and told.details["reason"] == "unroutable"
-                ]  # fmt: skip
-                if lost_buckets and not last:
-                    # Somebody has deleted the queue of a bucket: it is made again.
-                    self._buckets.clear()
-                    left = lost_buckets
-                    continue
-                if any(answer is not None and answer.details["reason"] == "timeout" for answer in answers):
-                    # Silence may mean that the connection is dead: the next publish is to have a new one.
-                    self._drop(wait=False)
-                return results
+        lane = self._lanes.idle()
+        for last in (False, True):
+            outgoing: list[Outgoing] = []
+            try:
+                with self._errors:
+                    if lane is None:
+                        lane = self._lanes.fresh(deadline - monotonic())
+                    lane.link.drain_all()
+                    outgoing = [self._outgoing(lane, batch[index]) for index in left]
+                    answers = lane.publisher.send(outgoing, deadline)
+            except Error as error:
+                # After any error the connection's state is unknown: never used again. What it has
+                # answered stands; the rest may or may not be stored.
+                answered = lane.publisher.answered() if lane is not None and outgoing else {}
+                if lane is not None:
+                    lane.drop()
+                    lane = None
+                for place, result in answered.items():
+                    results[left[place]] = result
+                left = [index for place, index in enumerate(left) if place not in answered]
+                failed = _as_publish_error(error)
+                for index in left:
+                    results[index] = failed
+                hopeless = isinstance(error, PermissionDenied) or failed.details["reason"] == "unroutable"
+                if last or hopeless or not left or monotonic() >= deadline:
+                    return results
+                continue
+            except BaseException:
+                # Interrupted, perhaps in the middle of a frame.
+                if lane is not None:
+                    lane.drop()
+                raise
+            for index, answer in zip(left, answers, strict=True):
+                results[index] = answer
+            lost_buckets = [
+                index for index in left
+                if batch[index].delay > 0 and (told := results[index]) is not None
+                and told.details["reason"] == "unroutable"
+            ]  # fmt: skip
+            if lost_buckets and not last:
+                # Somebody has deleted the queue of a bucket: it is made again.
+                lane.buckets.clear()
+                left = lost_buckets
+                continue
+            if any(answer is not None and answer.details["reason"] == "timeout" for answer in answers):
+                # Silence may mean that the connection is dead: the next publish is to have a new one.
+                lane.drop()
+            else:
+                self._lanes.put_back(lane)
             return results
-        finally:
-            self._lock.release()
+        return results
 
-    def _outgoing(self, link: Link, publication: Publication) -> Outgoing:
+    def _outgoing(self, lane: Lane, publication: Publication) -> Outgoing:
         envelope = publication.envelope
         if publication.delay <= 0:
             return Outgoing("", publication.queue.id, envelope)
         milliseconds = bucket_for(publication.delay)
         headers = {**envelope.headers, DELAY_LEFT: max(0.0, round(publication.delay - milliseconds / 1000, 3))}
-        if milliseconds not in self._buckets:
+        if milliseconds not in lane.buckets:
             name = bucket_name(milliseconds)
-            with link.brief_channel() as channel:
+            with lane.link.brief_channel() as channel:
                 channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
                 channel.queue_declare(name, durable=True, auto_delete=False, arguments=bucket_arguments(milliseconds))
                 channel.queue_bind(name, name)
-            self._buckets.add(milliseconds)
+            lane.buckets.add(milliseconds)
         delayed = Envelope(envelope.id, headers, envelope.properties, envelope.body)
         return Outgoing(bucket_name(milliseconds), publication.queue.id, delayed)
 
@@ -323,53 +321,43 @@ class RabbitBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        with self._lock:
-            self._drop()
+        self._lanes.close()
 
     @property
     def _worker_timeout(self) -> float:
         """Seconds that a publish on a worker's behalf may take: meanwhile it sends no heartbeats."""
         return max(1.0, min(_WORKER_TIMEOUT, self._options.heartbeat / 2))
 
-    # The shared link.
-
-    def _connected(self, patience: float = inf) -> tuple[Link, Publisher]:
-        if self._link is None or self._publisher is None:
-            # No heartbeat: a program that only publishes may do nothing for hours. The kernel probes the
-            # connection, and every publish has a deadline.
-            self._link = Link(
-                self._url, self._options, purpose="publisher", heartbeat=0, secured=self._secured, patience=patience
-            )
-            self._publisher = Publisher(self._link)
-            self._buckets.clear()
-        return self._link, self._publisher
-
-    def _drop(self, *, wait: bool = True) -> None:
-        link, self._link, self._publisher = self._link, None, None
-        if link is not None:
-            link.close(wait=wait)
+    def _connect(self, patience: float) -> Link:
+        # No heartbeat: a program that only publishes may do nothing for hours. The kernel probes the
+        # connection, and every publish has a deadline.
+        return Link(
+            self._url, self._options, purpose="publisher", heartbeat=0, secured=self._secured, patience=patience
+        )
 
     def _administer(self, call: Callable[[Link], _T]) -> _T:
-        """Run a call on the shared link; once more on a new one if the old one turned out dead."""
-        with self._lock:
-            fresh = self._link is None
+        """Run a call on a link; once more on a new one if one that had been idle turned out dead."""
+        lane = self._lanes.idle()
+        if lane is not None:
             try:
-                with self._errors:
-                    return call(self._connected()[0])
-            except Error as error:
-                self._drop()
-                if fresh or not isinstance(error, Internal) or error.details.get("reason") != "unavailable":
+                return self._call(lane, call)
+            except Internal as error:
+                if error.details.get("reason") != "unavailable":
                     raise
-            except BaseException:
-                # Interrupted, perhaps in the middle of a frame.
-                self._drop(wait=False)
-                raise
-            try:
-                with self._errors:
-                    return call(self._connected()[0])
-            except BaseException as error:
-                self._drop(wait=isinstance(error, Error))
-                raise
+        with self._errors:
+            lane = self._lanes.fresh()
+        return self._call(lane, call)
+
+    def _call(self, lane: Lane, call: Callable[[Link], _T]) -> _T:
+        try:
+            with self._errors:
+                answer = call(lane.link)
+        except BaseException as error:
+            # Interrupted, perhaps in the middle of a frame, unless it is one of ours.
+            lane.drop(wait=isinstance(error, Error))
+            raise
+        self._lanes.put_back(lane)
+        return answer
 
     @contextmanager
     def _looking(

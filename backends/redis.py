@@ -61,6 +61,7 @@ class RedisStore:
         counts_in_flight=True,
         tells_age=True,
         remembers_completed=True,
+        concurrent_publishes=4,
     )
 
     def __init__(

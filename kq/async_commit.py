@@ -1,9 +1,9 @@
-"""Publishing from event loops: what their tasks hand in, one thread publishes, all that waits at once.
+"""Publishing from event loops: what their tasks hand in, a thread publishes, all that waits at once.
 
 A task hands in its message and awaits. The thread takes whatever has been handed in by then, publishes it through
 the `GroupCommit`, which has it share a round trip with what threads publish, and wakes each loop up once, however
 many of its tasks have waited. So a loop is never blocked, a lone task pays for two changes of thread, and fifty of
-them cost little more than one.
+them cost little more than one. Where the broker takes its time, a second thread does not wait for the first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import groupby
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from threading import RLock, Thread, current_thread
 from time import monotonic
 from typing import Final
 
@@ -22,8 +22,11 @@ from kq.errors import Error, Internal
 from kq.group_commit import MAX_GROUP, GroupCommit
 from kq.shield import shielded
 
-#: Seconds without anything to publish after which the thread ends; the next task starts another one.
+#: Seconds without anything to publish after which a thread ends; the next task starts another one.
 _QUIET: Final = 10.0
+#: Seconds after which a group, and each message in it, has taken long: then one more thread pays.
+_LONG: Final = 0.004
+_LONG_EACH: Final = 0.0001
 
 Results = list[Error | None]
 
@@ -38,7 +41,7 @@ class _Request:
         self.deadline = deadline
         self.loop = loop
         self.future: Future[Results] = loop.create_future()
-        #: Whether the thread has it; then it may be published.
+        #: Whether a thread has it; then it may be published.
         self.is_taken = False
         #: Whether nobody waits for it any more.
         self.is_over = False
@@ -49,10 +52,14 @@ class AsyncCommit:
 
     def __init__(self, commit: GroupCommit) -> None:
         self._commit = commit
-        self._lock = Lock()
-        #: What waits for the thread; None ends it. A thread has one of its own, which nothing more comes to then.
+        # A signal's handler may close it, in a thread that holds it.
+        self._lock = RLock()
+        #: What waits for a thread; each None ends one. Nothing more comes to it then.
         self._requests: SimpleQueue[_Request | None] = SimpleQueue()
-        self._thread: Thread | None = None
+        self._threads: list[Thread] = []
+        #: How many of them publish, and since when the last of these does.
+        self._busy = 0
+        self._busy_since = 0.0
 
     async def publish(self, batch: Sequence[Publication], timeout: float) -> Results:
         """Publish ``batch`` and return one result for each, ``timeout`` seconds from now at the latest.
@@ -75,26 +82,37 @@ class AsyncCommit:
             timer.cancel()
 
     def close(self) -> None:
-        """Publish what has been handed in, and end the thread; what is handed in later starts another. Idempotent."""
+        """Publish what has been handed in, and end the threads; what is handed in later starts another. Idempotent."""
         with self._lock:
-            thread, self._thread = self._thread, None
-            if thread is None:
-                return
+            threads, self._threads, self._busy = self._threads, [], 0
             requests, self._requests = self._requests, SimpleQueue()
-            requests.put(None)
-        thread.join()
+            for _ in threads:
+                requests.put(None)
+        for thread in threads:
+            thread.join()
 
     def _hand_in(self, request: _Request) -> None:
-        # In one step with the thread's decision to end.
+        # In one step with a thread's decision to end.
         with self._lock:
-            if self._thread is None:
-                thread = Thread(target=self._run, args=(self._requests,), name="kq-publish", daemon=True)
+            if not self._threads:
                 try:
-                    thread.start()
+                    self._start()
                 except (RuntimeError, MemoryError) as error:
                     raise Internal(f"no thread to publish with: {error}", details={"reason": "unavailable"}) from None
-                self._thread = thread
+            elif self._busy == len(self._threads) and monotonic() - self._busy_since > _LONG:
+                self._start_another()
             self._requests.put(request)
+
+    def _start(self) -> None:
+        thread = Thread(target=self._run, args=(self._requests,), name="kq-publish", daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _start_another(self) -> None:
+        if len(self._threads) < self._commit.width:
+            # Without room for it, things go on as before.
+            with suppress(RuntimeError, MemoryError):
+                self._start()
 
     def _run(self, requests: SimpleQueue[_Request | None]) -> None:
         request: _Request | None
@@ -103,8 +121,9 @@ class AsyncCommit:
                 request = requests.get(timeout=_QUIET)
             except Empty:
                 with self._lock:
-                    if requests.empty():
-                        self._thread = None
+                    # Else it has just been handed something, or a None that ends it.
+                    if requests is self._requests and requests.empty():
+                        self._threads.remove(current_thread())
                         return
                 continue
             group, size = list[_Request](), 0
@@ -116,11 +135,33 @@ class AsyncCommit:
                     size += len(request.batch)
                 if size >= MAX_GROUP or requests.empty():
                     break
-                request = requests.get()
-            if group:
-                self._lead(group)
+                try:
+                    request = requests.get_nowait()
+                except Empty:
+                    break
+            if group and not self._publish(group, size, requests):
+                return
             if request is None:
                 return
+
+    def _publish(self, group: list[_Request], size: int, requests: SimpleQueue[_Request | None]) -> bool:
+        """Publish a group, and tell whether this thread is needed any more."""
+        began = monotonic()
+        with self._lock:
+            if requests is self._requests:
+                self._busy += 1
+                self._busy_since = began
+        self._lead(group)
+        is_long = monotonic() - began > _LONG + _LONG_EACH * size
+        with self._lock:
+            if requests is self._requests:
+                if is_long and not requests.empty() and self._busy == len(self._threads):
+                    self._start_another()
+                self._busy -= 1
+                if not is_long and len(self._threads) - self._busy > 1:
+                    self._threads.remove(current_thread())
+                    return False
+        return True
 
     def _lead(self, group: list[_Request]) -> None:
         batch = [publication for request in group for publication in request.batch]

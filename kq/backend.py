@@ -3,9 +3,9 @@
 A backend moves envelopes. It does not decode payloads, route, run handlers or decide about
 retries; what a broker can and cannot do is data (`Capabilities`), not a special case above it.
 
-A `Backend` is shared by the threads of a process, but every call but `close` is made by one thread
-at a time (`kq.group_commit` sees to that for publishing). A `Feed` belongs to the one thread that
-fetches and settles, except for `Feed.wake`.
+A `Backend` is shared by the threads of a process. It publishes for as many of them at once as its
+`Capabilities` say (`kq.group_commit` sees to that), beside whatever else it is asked. A `Feed` belongs
+to the one thread that fetches and settles, except for `Feed.wake`.
 """
 
 from __future__ import annotations
@@ -184,6 +184,7 @@ class Capabilities(msgspec.Struct, frozen=True):
         counts_in_flight: Whether ``info`` can count messages that workers hold.
         tells_age: Whether ``info`` knows how old the oldest message is.
         remembers_completed: Whether the ids of completed messages are kept for `QueueSpec.replay_window`.
+        concurrent_publishes: Calls of `Backend.publish` that may be under way at once, each in a thread of its own.
     """
 
     survives: str
@@ -194,6 +195,7 @@ class Capabilities(msgspec.Struct, frozen=True):
     counts_in_flight: bool
     tells_age: bool
     remembers_completed: bool
+    concurrent_publishes: int = 1
 
 
 class Feed(Protocol):

@@ -3,6 +3,9 @@
 The first thread to arrive becomes the leader and publishes everything that waits, its own and the
 others'; those that arrive meanwhile form the next group. A lone publisher pays nothing for it, and
 sixteen threads cost the broker about as much as one. The term and the idea are the databases'.
+
+Where a group takes long, because the broker is far away or somebody publishes very much, the next one does not wait
+for its end, if the backend can publish from several threads at once.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ Commit = Callable[[Sequence[Publication], float], list[Error | None]]
 #: Publications that one group carries at most, so that no thread waits on a crowd's behalf.
 MAX_GROUP = 5000
 
+#: Seconds that a group waits for the one before it, while there is another way to go.
+_PATIENCE = 0.001
+
 #: How much of its time a caller must have left to commit in its own thread.
 _ENOUGH = 0.5
 
@@ -27,27 +33,42 @@ _ENOUGH = 0.5
 class _Ticket:
     """One caller's publications, and what became of them."""
 
-    __slots__ = ("batch", "deadline", "results")
+    __slots__ = ("batch", "deadline", "is_taken", "results")
 
     def __init__(self, batch: Sequence[Publication], deadline: float) -> None:
         self.batch = batch
         self.deadline = deadline
+        #: Whether a leader has it.
+        self.is_taken = False
         self.results: list[Error | None] | None = None
 
 
 class GroupCommit:
-    """Runs ``commit`` in one thread at a time, for everybody who waits. Thread-safe."""
+    """Runs ``commit`` for everybody who waits. Thread-safe.
 
-    def __init__(self, commit: Commit) -> None:
+    Args:
+        commit: Publishes; called in as many threads at once as ``most`` says, at most.
+        most: Returns how many groups may be under way at once; asked only after something has been published.
+    """
+
+    def __init__(self, commit: Commit, most: Callable[[], int] = lambda: 1) -> None:
         self._commit = commit
+        self._most = most
         # Entered with each message, so not through the condition, whose way in is Python. A signal's handler may
         # publish as well, in a thread that holds it.
         self._lock = RLock()
         self._turn = Condition(self._lock)
         self._waiting: list[_Ticket] = []
-        self._busy = False
+        #: Groups that are being published.
+        self._under_way = 0
         #: Whether the last commit found the broker as it should be.
         self._proven = False
+
+    @property
+    def width(self) -> int:
+        """Groups that may be under way at once, as far as one can tell."""
+        # A broker that is away is tried by one.
+        return self._most() if self._proven else 1
 
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """Publish ``batch`` and return one result for each; blocks at most ``timeout`` seconds."""
@@ -66,14 +87,12 @@ class GroupCommit:
         try:
             with self._lock:
                 self._waiting.append(ticket)
-                while self._busy and ticket.results is None:
-                    left = ticket.deadline - monotonic()
-                    if (left <= 0 or not self._turn.wait(left)) and self._gives_up(ticket):
-                        return _late(ticket)
+                if not self._wait_for_turn(ticket):
+                    return _late(ticket)
                 if ticket.results is not None:
                     return ticket.results
                 group = self._take(ticket)
-                self._busy = True
+                self._under_way += 1
                 plain = self._proven and ticket.deadline - monotonic() > timeout * _ENOUGH
             if plain:
                 self._lead(group, min(ticket.deadline for ticket in group))
@@ -86,14 +105,36 @@ class GroupCommit:
             raise
         return _late(ticket) if ticket.results is None else ticket.results
 
+    def _wait_for_turn(self, ticket: _Ticket) -> bool:
+        """Wait until a caller has its results or is to lead the next group; False if its time is over before."""
+        # The first of those who wait looks after the others as well.
+        is_first = len(self._waiting) == 1
+        ahead_at = monotonic() + _PATIENCE
+        while ticket.results is None:
+            if not ticket.is_taken and not self._under_way:
+                return True
+            now = monotonic()
+            until = ticket.deadline
+            if is_first and not ticket.is_taken and self._under_way < self.width:
+                if now >= ahead_at:
+                    return True
+                until = min(until, ahead_at)
+            if ticket.deadline <= now:
+                if not ticket.is_taken:
+                    self._waiting.remove(ticket)
+                return False
+            self._turn.wait(until - now)
+        return True
+
     def _publish_alone(self, batch: Sequence[Publication], timeout: float) -> list[Error | None] | None:
         """Publish where nobody else does; None, with nothing done, where somebody does."""
         mine = proven = False
         try:
             with self._lock:
-                if self._busy or self._waiting or not self._proven:
+                if self._under_way or self._waiting or not self._proven:
                     return None
-                self._busy = mine = True
+                self._under_way = 1
+                mine = True
             results = self._commit(batch, timeout)
             proven = not any(results) or not any(error is not None and error.retryable for error in results)
         except Error as error:
@@ -102,17 +143,11 @@ class GroupCommit:
         finally:
             if mine:
                 with self._lock:
-                    self._busy, self._proven = False, proven
+                    self._under_way -= 1
+                    self._proven = proven
                     if self._waiting:
                         self._turn.notify_all()
         return results
-
-    def _gives_up(self, ticket: _Ticket) -> bool:
-        """Tell whether a caller whose time is over has to go without an answer."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
-            return True
-        return ticket.results is None and ticket.deadline <= monotonic()
 
     def _lead_aside(self, group: list[_Ticket], mine: _Ticket) -> None:
         """Commit in a thread of its own, and wait for it no longer than the caller can.
@@ -147,7 +182,7 @@ class GroupCommit:
             if group and any(ticket.results is None for ticket in group):
                 failed = Internal("publishing was interrupted", details={"reason": "unavailable"})
                 self._deal(group, [failed for ticket in group for _ in ticket.batch])
-                self._busy = False
+                self._under_way -= 1
             self._turn.notify_all()
 
     def _take(self, mine: _Ticket) -> list[_Ticket]:
@@ -158,6 +193,8 @@ class GroupCommit:
             ticket = self._waiting.pop(0)
             group.append(ticket)
             size += len(ticket.batch)
+        for ticket in group:
+            ticket.is_taken = True
         return group
 
     def _lead(self, group: list[_Ticket], deadline: float) -> None:
@@ -169,7 +206,7 @@ class GroupCommit:
         with self._lock:
             self._proven = not any(result is not None and result.retryable for result in results)
             self._deal(group, results)
-            self._busy = False
+            self._under_way -= 1
             self._turn.notify_all()
 
     @staticmethod

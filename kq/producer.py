@@ -253,7 +253,11 @@ class Producer:
         """Return what publishes to a driver's broker, for all threads the same."""
         commit = self._commits.get(driver)
         if commit is None:
-            commit = self._commits.setdefault(driver, GroupCommit(partial(self._declare_and_publish, driver)))
+            made = GroupCommit(
+                partial(self._declare_and_publish, driver),
+                lambda: self._registry.backend(driver).capabilities.concurrent_publishes,
+            )
+            commit = self._commits.setdefault(driver, made)
         return commit
 
     def _async_commit(self, driver: str) -> AsyncCommit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -23,10 +24,10 @@ from kq.backends.store import BrokerAway, Move
 from kq.backends.stored import StoredBackend
 from kq.backends.stored_feed import StoredFeed
 from kq.config import Settings
-from kq.envelope import clean, unpack
+from kq.envelope import Envelope, clean, unpack
 from kq.outcome import DONE, RELEASE, Failure, Outcome
 from kq.scheme import open_backend
-from tests.broker import AMQP_URL, amqp_channel
+from tests.broker import AMQP_URL, REDIS_URL, amqp_channel
 from tests.conformance.conftest import LEASE, ON_RABBITMQ, ON_REDIS, ON_SQLITE, ON_STORES, Bench
 from tests.proxy import Proxy
 
@@ -641,6 +642,49 @@ def test_what_is_leased_is_delivered(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert [d.id for d in feed.fetch(5, {})] == ["a"]
 
 
+@ON_REDIS
+def test_dead_letters_whose_answer_is_lost_are_in_time(bench: Bench) -> None:
+    """A connection that breaks after dead letters were stored, before that was answered, makes none of them late."""
+    bench.publish(*[bench.message(f"m{n}") for n in range(50)])
+    with closing(Proxy(REDIS_URL)) as proxy:
+        backend = open_backend(Settings(broker=proxy.url), "test")
+        with closing(backend), closing(backend.feed([bench.queue], 100)) as feed:
+            deliveries = bench.take(feed, 50)
+            proxy.cut_after(0)
+            dead = [Settlement(delivery, Outcome("dead", 0.0, 1, 0, "not_retryable")) for delivery in deliveries]
+
+            assert feed.settle(dead) == ([], [])
+
+    assert bench.backend.info(bench.queue).message_count == 0
+    letters = [letter.id for letter in bench.backend.browse(bench.dead, 100, 0)]
+    assert letters == [f"m{n}" for n in range(50)]
+
+
+@ON_RABBITMQ
+def test_a_replay_outlives_a_broken_connection(bench: Bench) -> None:
+    """A connection that breaks while letters are replayed has hardly any of them replayed twice, and none lost."""
+    ids = [f"m{n}" for n in range(20)]
+    bench.publish(*[bench.message(id, queue=bench.dead, headers={"x_original_queue": bench.queue.id}) for id in ids])
+    with closing(Proxy(AMQP_URL)) as proxy:
+        backend = open_backend(Settings(broker=proxy.url), "test")
+        with closing(backend):
+            revived = 0
+
+            def revive(envelope: Envelope) -> Envelope:
+                nonlocal revived
+                revived += 1
+                if revived == 10:
+                    proxy.cut_after(0)
+                return Envelope(envelope.id, {}, envelope.properties, envelope.body)
+
+            assert backend.replay(bench.dead, None, bench.queue, revive) == 20
+
+    assert bench.backend.info(bench.dead).message_count == 0
+    replayed = Counter(envelope.id for envelope in bench.backend.browse(bench.queue, 100, 0))
+    assert sorted(replayed) == sorted(ids)
+    assert sum(replayed.values()) <= 21
+
+
 @ON_RABBITMQ
 @pytest.mark.parametrize("after", [0, 21, 42, 105])
 def test_no_false_confirmation_when_the_connection_breaks(bench: Bench, after: int) -> None:
@@ -662,17 +706,17 @@ def test_nothing_is_confirmed_that_was_not_sent(bench: Bench, monkeypatch: pytes
     """A connection that breaks when all that was sent is confirmed says nothing of the rest of the batch."""
     backend = bench.backend
     assert isinstance(backend, RabbitBackend)
-    link, publisher = backend._connected()
+    (lane,) = backend._lanes._idle
     looks: list[None] = []
 
     def break_off() -> None:
         looks.append(None)
         if len(looks) == 2:
-            while publisher._pending:
-                link.drain(1.0)
+            while lane.publisher._pending:
+                lane.link.drain(1.0)
             raise OSError("gone")
 
-    monkeypatch.setattr(link, "drain_all", break_off)
+    monkeypatch.setattr(lane.link, "drain_all", break_off)
 
     assert backend.publish([bench.message() for _ in range(200)], 10.0) == [None] * 200
     assert bench.backend.info(bench.queue).ready == 200

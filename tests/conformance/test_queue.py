@@ -111,8 +111,8 @@ def test_looks_leave_no_channels_open(bench: Bench) -> None:
         bench.backend.info(bench.queue)
         bench.backend.purge(bench.queue)
         bench.backend.declare(bench.queue, create=True, exact=True)
-        assert bench.backend._link is not None
-        open_channels.append(sum(channel is not None for channel in bench.backend._link.connection.channels.values()))
+        (lane,) = bench.backend._lanes._idle
+        open_channels.append(sum(channel is not None for channel in lane.link.connection.channels.values()))
     assert open_channels == [open_channels[0]] * 3
 
 

@@ -46,9 +46,9 @@ class Broker:
 
 
 @contextmanager
-def committing(broker: Broker) -> Iterator[AsyncCommit]:
+def committing(broker: Broker, width: int = 1) -> Iterator[AsyncCommit]:
     """An `AsyncCommit` that is closed at the end, whose broker has been found as it should be."""
-    group = GroupCommit(broker.commit)
+    group = GroupCommit(broker.commit, lambda: width)
     assert group.publish(batch("first"), 5.0) == [None]
     commit = AsyncCommit(group)
     try:
@@ -331,3 +331,50 @@ def test_time_is_the_tasks_own() -> None:
     with committing(broker) as commit:
         assert 0.05 <= asyncio.run(publish(commit)) < 15
     assert broker.groups == [["first"], ["slow"], ["patient"]]
+
+
+def test_a_slow_group_holds_no_other_task_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the broker can do several things at once, another thread publishes what comes behind a group that is late.
+
+    It ends with the first group that is not, and leaves the rest to one.
+    """
+    monkeypatch.setattr(async_commit, "_LONG", 0.0)
+    broker = Broker()
+
+    async def publish(commit: AsyncCommit) -> None:
+        slow = asyncio.create_task(commit.publish(batch("slow"), 30.0))
+        await asyncio.to_thread(broker.began.wait, 30)
+        for n in range(3):
+            assert await commit.publish(batch(f"{n}"), 30.0) == [None]
+        assert not slow.done()
+        assert len(commit._threads) == 2
+        broker.go_on.set()
+        assert await slow == [None]
+        monkeypatch.setattr(async_commit, "_LONG", 60.0)
+        while len(commit._threads) > 1:
+            assert await commit.publish(batch("quick"), 30.0) == [None]
+        assert await commit.publish(batch("last"), 30.0) == [None]
+
+    with committing(broker, 2) as commit:
+        asyncio.run(publish(commit))
+
+
+def test_a_long_group_brings_a_thread_for_those_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has waited for a group that took long is reason enough for another thread, without anything new."""
+    monkeypatch.setattr(async_commit, "_LONG", 60.0)
+    broker = Broker()
+
+    async def publish(commit: AsyncCommit) -> None:
+        slow = asyncio.create_task(commit.publish(batch("slow"), 30.0))
+        await asyncio.to_thread(broker.began.wait, 30)
+        behind = asyncio.create_task(commit.publish(batch("slow too"), 30.0))
+        await asyncio.sleep(0)
+        assert len(commit._threads) == 1
+        monkeypatch.setattr(async_commit, "_LONG", -1.0)
+        broker.go_on.set()
+        assert list(await asyncio.gather(slow, behind)) == [[None], [None]]
+        assert len(commit._threads) == 2
+
+    with committing(broker, 2) as commit:
+        asyncio.run(publish(commit))
+    assert commit._threads == []

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Semaphore, Thread
 
 import pytest
 
@@ -179,3 +179,92 @@ def test_an_interrupted_follower_leaves_nothing_behind(monkeypatch: pytest.Monke
         assert slow.result(20) == [None]
     assert group.publish(batch("last"), 5.0) == [None]
     assert [ids for ids, _ in sent] == [["first"], ["slow"], ["last"]]
+
+
+class Held:
+    """Commits; a group whose first message is ``slow`` or ``away`` waits until `go_on` is set, and ``away`` fails."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = Semaphore(0), Event()
+        self.lock = Lock()
+        self.under_way = self.most = 0
+        self.sent: list[list[str]] = []
+
+    def commit(self, group: Sequence[Publication], timeout: float) -> Results:
+        """Commit a group."""
+        ids = [publication.envelope.id for publication in group]
+        with self.lock:
+            self.sent.append(ids)
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+        if ids[0].startswith(("slow", "away")):
+            self.began.release()
+            assert self.go_on.wait(30)
+        with self.lock:
+            self.under_way -= 1
+        failed = errors.Internal("gone", details={"reason": "unavailable"})
+        return [failed if ids[0].startswith("away") else None] * len(ids)
+
+
+def test_a_slow_group_holds_nobody_up_where_there_is_another_way() -> None:
+    """Who waits behind a group that takes long goes ahead, and takes all others along that wait."""
+    held = Held()
+    group = GroupCommit(held.commit, lambda: 2)
+    assert group.publish(batch("first"), 5.0) == [None]
+    with ThreadPoolExecutor(9) as threads:
+        slow = threads.submit(group.publish, batch("slow"), 30.0)
+        assert held.began.acquire(timeout=30)
+        assert list(threads.map(lambda n: group.publish(batch(f"{n}"), 30.0), range(100))) == [[None]] * 100
+        assert not slow.done()
+        held.go_on.set()
+        assert slow.result(30) == [None]
+    assert sorted(id for ids in held.sent[2:] for id in ids) == sorted(map(str, range(100)))
+
+
+def test_no_more_groups_are_under_way_than_there_are_ways() -> None:
+    """Where all ways are taken the others wait, and form a group when the first of them is free."""
+    held = Held()
+    group = GroupCommit(held.commit, lambda: 2)
+    assert group.publish(batch("first"), 5.0) == [None]
+    with ThreadPoolExecutor(6) as threads:
+        slow = [threads.submit(group.publish, batch(f"slow{n}"), 30.0) for n in range(2)]
+        for _ in slow:
+            assert held.began.acquire(timeout=30)
+        assert all(group.publish(batch("late"), 0.05))
+        rest = [threads.submit(group.publish, batch(f"{n}"), 30.0) for n in range(4)]
+        held.go_on.set()
+        assert [future.result(30) for future in (*slow, *rest)] == [[None]] * 6
+    assert held.most == 2
+    assert "late" not in [id for ids in held.sent for id in ids]
+
+
+def test_a_broker_that_is_away_is_tried_by_one() -> None:
+    """After a failure groups go one after the other again, however many ways there are."""
+    held = Held()
+    group = GroupCommit(held.commit, lambda: 4)
+    held.go_on.set()
+    assert all(group.publish(batch("away"), 5.0))
+    assert group.width == 1
+    held.go_on.clear()
+    assert held.began.acquire(timeout=30)
+    with ThreadPoolExecutor(1) as threads:
+        again = threads.submit(group.publish, batch("away again"), 30.0)
+        assert held.began.acquire(timeout=30)
+        assert all(group.publish(batch("b"), 0.05))
+        held.go_on.set()
+        assert all(again.result(30))
+    assert held.sent == [["away"], ["away again"]]
+
+
+def test_a_signals_handler_publishes_in_the_middle_of_a_publish() -> None:
+    """What interrupts a publish, in its own thread, goes another way."""
+    group: GroupCommit
+
+    def commit(publications: Sequence[Publication], timeout: float) -> Results:
+        if publications[0].envelope.id == "interrupted":
+            assert group.publish(batch("handler"), 10.0) == [None]
+        return [None] * len(publications)
+
+    group = GroupCommit(commit, lambda: 2)
+    assert group.publish(batch("first"), 5.0) == [None]
+    assert group.publish(batch("interrupted"), 5.0) == [None]
