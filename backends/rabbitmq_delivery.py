@@ -41,6 +41,9 @@ _SIMPLE: Final = (str, int, float, bool, type(None))
 #: Types of values in a table: text, nothing, and those of a fixed size, as py-amqp reads them.
 _STRING: Final = ord("S")
 _VOID: Final = ord("V")
+_ARRAY: Final = ord("A")
+#: A list of tables that RabbitMQ gives to each message that a delay held back, longer than all else. Nobody reads it.
+_DEATHS: Final = "x-death"
 _NUMBERS: Final = {ord(kind): Struct(">" + code) for kind, code in zip("tbBsUuIiLlfd", "?bBhhHiIqqfd", strict=True)}
 
 
@@ -169,7 +172,7 @@ class Deliveries:
 def plain_table(raw: bytes) -> dict[str, Any] | None:
     """Return a table of names and values that are ASCII text, numbers, bools and nothing; None if it is another one.
 
-    In half of the time that py-amqp takes; of those it is left to it.
+    But for its deaths, which are left out. In half of the time that py-amqp takes; others are left to it.
     """
     table: dict[str, Any] = {}
     at, end = _SIZE.size, len(raw)
@@ -186,6 +189,8 @@ def plain_table(raw: bytes) -> dict[str, Any] | None:
                 table[name] = raw[start:at].decode("ascii")
             elif kind == _VOID:
                 table[name] = None
+            elif kind == _ARRAY and name == _DEATHS:
+                at += _SIZE.size + _SIZE.unpack_from(raw, at)[0]
             else:
                 number = _NUMBERS[kind]
                 (table[name],) = number.unpack_from(raw, at)

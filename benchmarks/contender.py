@@ -27,6 +27,7 @@ class Contender:
         style: The kind of handler that its documentation begins with: ``sync`` or ``async``.
         styles: The kinds that it runs.
         copies: How often the command is started for two processes.
+        retries: With which brokers, by their URL's scheme, it runs again what has failed, as soon as it can.
         delays: Whether it has delayed messages, kept without a program of their own.
         bends: Whether its app heeds all that `benchmarks.work` says of queues, headers and priorities.
         environment: More of what `benchmarks.work` reads.
@@ -44,6 +45,7 @@ class Contender:
     style: str = "sync"
     styles: tuple[str, ...] = ("sync",)
     copies: int = 1
+    retries: tuple[str, ...] = ("redis", "amqp", "sqlite")
     delays: bool = False
     bends: bool = False
     threads: bool = True
@@ -102,7 +104,7 @@ _TASKIQ = Contender(
 _FASTSTREAM = Contender(
     "faststream", "faststream_app", ("faststream",),
     ("-m", "faststream", "run", _APPS + "faststream_app:app", "--workers", str(PROCESSES), "--log-level", "error"),
-    _ONCE, "async", _BOTH, threads=False, tasks=True,
+    _ONCE, "async", _BOTH, threads=False, tasks=True, retries=("amqp",),
 )  # fmt: skip
 _HUEY = Contender(
     "huey", "huey_app", ("huey",),

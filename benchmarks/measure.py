@@ -48,7 +48,7 @@ class Bench:
     Args:
         contender: Who is measured.
         url: The broker.
-        work: What handlers do: ``noop``, ``cpu``, ``sleep`` or ``chain``.
+        work: What handlers do: ``noop``, ``cpu``, ``sleep``, ``chain`` or ``fail``.
         style: The kind of handler; the contender's own if empty.
         queues: Over how many queues messages are spread; this and what follows where `Contender.bends`.
         declared: How many queues are declared besides.

@@ -31,6 +31,7 @@ class Order:
         rate: Messages a second; 0 for as fast as possible. Those with a rate say when they were published.
         warm: Messages before the clock runs; they are left in the queue.
         chain: With a way of ``many``: how many messages each is the first of, beside itself.
+        numbered: With a way of ``many``: whether each has a number.
         delay: Seconds after which they are to run. With a way of ``many`` they say when they were published.
     """
 
@@ -40,6 +41,7 @@ class Order:
     rate: float = 0.0
     warm: int = 0
     chain: int = 0
+    numbered: bool = False
     delay: float = 0.0
 
     def text(self) -> str:
@@ -54,7 +56,8 @@ def carry_out(order: Order, publisher: Publisher) -> None:
         for start in range(0, order.messages, LOT):
             at = time.monotonic() if order.delay else 0.0
             more = {"chain": order.chain} if order.chain else {}
-            payloads = [{"at": at, "pad": pad, **more} for _ in range(min(LOT, order.messages - start))]
+            numbers = range(start, min(start + LOT, order.messages))
+            payloads = [{"at": at, "pad": pad, **more, **({"n": n} if order.numbered else {})} for n in numbers]
             if order.delay:
                 assert publisher.later is not None, "this contender has no delays"
                 publisher.later(payloads, order.delay)

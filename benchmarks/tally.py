@@ -51,6 +51,7 @@ class Tally:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._file = os.open(self._path, os.O_RDWR)
+        self._begun = os.open(self._path.with_suffix(".begun"), os.O_RDWR | os.O_CREAT, 0o600)
         self._samples = os.open(self._path.with_suffix(".samples"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._map = mmap.mmap(self._file, _SIZE)
         self._mine = threading.local()
@@ -90,6 +91,12 @@ class Tally:
         if published_at:
             os.write(self._samples, _SAMPLE.pack(now - published_at))
 
+    def begin(self, number: int) -> bool:
+        """Note that a message of this number is handled, and tell whether it is so for the first time."""
+        is_first = os.pread(self._begun, 1, number) != b"1"
+        os.pwrite(self._begun, b"1", number)
+        return is_first
+
     def read(self) -> Count:
         """Return what all have counted so far."""
         (taken,) = _HEAD.unpack_from(self._map, 0)
@@ -108,4 +115,5 @@ class Tally:
         """Give up the file's descriptors."""
         self._map.close()
         os.close(self._file)
+        os.close(self._begun)
         os.close(self._samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import urlsplit
 
 from benchmarks import scale
 from benchmarks.apps.publishing import THREADS, TOGETHER
@@ -19,6 +20,8 @@ _WARM: Final = 20
 _SLOW_PART: Final = 5
 #: ...or where they are large; not a smaller one, or what a worker has fetched before its first handler runs decides.
 _LARGE_PART: Final = 10
+#: Of messages that fail once: about as many as are handled twice, and for Celery a few seconds.
+_RETRY_PART: Final = 2
 #: Messages that follow on each that is published, where handlers publish.
 _CHAIN: Final = 4
 #: Messages a second of a load that is the same for everybody: about half of what the slowest of those can drain that
@@ -77,6 +80,7 @@ FIGURES: Final[Mapping[str, Figure]] = {
     "memory": Figure("memory of an idle worker", "MiB", more=False),
     "chain": Figure("drain, each publishes the next, sync", "/s"),
     "achain": Figure("drain, each publishes the next, async", "/s"),
+    "retry": Figure("drain, each fails once", "/s"),
     "compute": Figure("drain, 1 ms of CPU each", "/s"),
     "sleep": Figure("drain, sleep 10 ms, sync", "/s"),
     "asleep": Figure("drain, sleep 10 ms, async", "/s"),
@@ -184,6 +188,15 @@ def _chain(contender: Contender, url: str, size: Size) -> Found:
     return found
 
 
+def _retry(contender: Contender, url: str, size: Size) -> Found:
+    if urlsplit(url).scheme not in contender.retries:
+        return {}
+    messages = size.messages // _RETRY_PART
+    with Bench(contender, url, "fail") as bench:
+        bench.publish(Order(messages, "many", numbered=True))
+        return {"retry": bench.drain(messages)["drain"]}
+
+
 def _payload(name: str, pad: int, part: int) -> Callable[[Contender, str, Size], Found]:
     def measure(contender: Contender, url: str, size: Size) -> Found:
         messages = max(20, size.messages // part)
@@ -219,6 +232,7 @@ TRIALS: Final[Mapping[str, Callable[[Contender, str, Size], Found]]] = {
     "start": _start,
     "memory": _memory,
     "chain": _chain,
+    "retry": _retry,
     "compute": _working("compute", "cpu", ""),
     "sleep": _working("sleep", "sleep", "sync"),
     "asleep": _working("asleep", "sleep", "async"),

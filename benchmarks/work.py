@@ -4,8 +4,8 @@
 ``BENCH_URL``         the broker
 ``BENCH_QUEUE``       the queue, a name without a colon
 ``BENCH_TALLY``       the file of `benchmarks.tally`
-``BENCH_WORK``        ``noop``, ``cpu`` (about a millisecond of it), ``sleep`` (10 ms), or ``chain`` (publishes the
-                      next message of its chain)
+``BENCH_WORK``        ``noop``, ``cpu`` (about a millisecond of it), ``sleep`` (10 ms), ``chain`` (publishes the
+                      next message of its chain), or ``fail`` (fails the first time)
 ``BENCH_STYLE``       ``sync`` or ``async``: which kind of handler, where there is a choice
 ``BENCH_QUEUES``      over how many queues messages are spread
 ``BENCH_DECLARED``    how many queues are declared besides
@@ -62,8 +62,14 @@ def _next(payload: dict[str, Any]) -> dict[str, Any]:
     return {**payload, "chain": payload["chain"] - 1}
 
 
+def _fail_once(payload: dict[str, Any]) -> None:
+    if WORK == "fail" and _tally is not None and _tally.begin(payload["n"]):
+        raise ConnectionError("fails the first time")
+
+
 def run(payload: dict[str, Any], publish: Callable[[dict[str, Any]], object]) -> None:
     """Handle a message; ``publish`` is how another one is published."""
+    _fail_once(payload)
     if _tally is not None:
         _tally.count(payload["at"])
     if WORK == "cpu":
@@ -76,6 +82,7 @@ def run(payload: dict[str, Any], publish: Callable[[dict[str, Any]], object]) ->
 
 async def arun(payload: dict[str, Any], publish: Callable[[dict[str, Any]], Awaitable[object]] | None = None) -> None:
     """Handle a message on an event loop; ``publish`` is how another one is published, if it can be awaited."""
+    _fail_once(payload)
     if _tally is not None:
         _tally.count(payload["at"])
     if WORK == "cpu":

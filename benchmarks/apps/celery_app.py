@@ -28,7 +28,7 @@ if work.URL.startswith("amqp"):
     )
 
 
-@app.task(name="handle")
+@app.task(name="handle", autoretry_for=(ConnectionError,), default_retry_delay=0)
 def handle(payload: dict[str, Any]) -> None:
     """Handle a message."""
     work.run(payload, handle.delay)

@@ -32,14 +32,14 @@ if work.STYLE == "async":
 
     broker.add_middleware(AsyncIO())
 
-    @dramatiq.actor(queue_name=work.QUEUE, actor_name="handle")
+    @dramatiq.actor(queue_name=work.QUEUE, actor_name="handle", min_backoff=1)
     async def handle(payload: dict[str, Any]) -> None:
         """Handle a message."""
         await work.arun(payload)
 
 else:
 
-    @dramatiq.actor(queue_name=work.QUEUE, actor_name="handle")
+    @dramatiq.actor(queue_name=work.QUEUE, actor_name="handle", min_backoff=1)
     def handle(payload: dict[str, Any]) -> None:
         """Handle a message."""
         work.run(payload, handle.send)

@@ -17,11 +17,12 @@ from benchmarks.contender import TASKS, THREADS
 broker: Any
 where: dict[str, Any]
 if work.URL.startswith("amqp"):
+    from faststream import AckPolicy
     from faststream.rabbit import Channel, QueueType, RabbitBroker, RabbitQueue
 
     broker = RabbitBroker(work.URL, default_channel=Channel(prefetch_count=200), logger=None, apply_types=False)
     queue = RabbitQueue(work.QUEUE, queue_type=QueueType.QUORUM, durable=True)
-    subscriber = broker.subscriber(queue)
+    subscriber = broker.subscriber(queue, ack_policy=AckPolicy.NACK_ON_ERROR)
     where = {"queue": work.QUEUE}
 else:
     from faststream.redis import RedisBroker, StreamSub

@@ -22,7 +22,7 @@ else:
     huey = SqliteHuey(work.QUEUE, filename=work.file_beside(work.URL, "huey"), results=False, fsync=True)
 
 
-@huey.task(name="handle")
+@huey.task(name="handle", retries=1)
 def handle(payload: dict[str, Any]) -> None:
     """Handle a message."""
     work.run(payload, handle)

@@ -14,6 +14,7 @@ QUEUES = [f"bench:{name}" for name in work.names(work.QUEUE, work.QUEUES)]
 for _name in work.names(f"{work.QUEUE}-more", work.DECLARED):
     app.queue(f"bench:{_name}")
 _HEADERS = {f"header-{n}": "x" * 20 for n in range(work.HEADERS)}
+_RETRY = kq.Backoff(initial=0.0, max=0.0)
 _PRIORITIES = ("normal", "high", "low")[: work.PRIORITIES]
 
 
@@ -34,14 +35,14 @@ for _queue in QUEUES:
         app.queue(_queue, options={"amqp": {"queue_type": "classic"}})
     if work.STYLE == "async":
 
-        @app.consumer(_queue)
+        @app.consumer(_queue, retry=_RETRY)
         async def ahandle(payload: dict[str, Any]) -> None:
             """Handle a message."""
             await work.arun(payload, apublish)
 
     else:
 
-        @app.consumer(_queue)
+        @app.consumer(_queue, retry=_RETRY)
         def handle(payload: dict[str, Any]) -> None:
             """Handle a message."""
             work.run(payload, publish)

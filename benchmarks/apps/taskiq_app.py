@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from taskiq import SimpleRetryMiddleware
+
 from benchmarks import work
 from benchmarks.apps.publishing import Publisher, concurrently
 
@@ -19,6 +21,8 @@ else:
     from taskiq_redis import RedisStreamBroker
 
     broker = RedisStreamBroker(url=work.URL, queue_name=work.QUEUE, consumer_id="0")
+
+broker = broker.with_middlewares(SimpleRetryMiddleware(default_retry_label=True))
 
 if work.STYLE == "sync":
 

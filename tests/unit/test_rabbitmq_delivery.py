@@ -199,6 +199,18 @@ def test_plain_tables_are_read_as_py_amqp_reads_them(headers: dict[str, Any]) ->
     assert list(map(repr, found.items())) == list(map(repr, expected.items()))
 
 
+def test_deaths_are_passed_over() -> None:
+    """What RabbitMQ says of a delay is left out; what stands behind it is read."""
+    deaths = [
+        {"count": 3, "reason": "expired", "queue": "kq.delay.50", "routing-keys": ["app:q"], "time": datetime.now()}
+    ]
+    raw = dumps("F", [{"x_kq": 1, "x-death": deaths, "x-first-death-reason": "expired", "x_due_at": 1.5}])
+
+    assert plain_table(raw) == {"x_kq": 1, "x-first-death-reason": "expired", "x_due_at": 1.5}
+    for cut in range(1, len(raw)):
+        plain_table(raw[:cut])
+
+
 @given(HEADERS, st.binary(max_size=5), st.integers(0, 5))
 def test_other_tables_are_left_to_py_amqp(headers: dict[str, Any], tail: bytes, cut: int) -> None:
     """What is cut off, goes on or holds more than text and numbers is not read wrongly, and raises nothing."""
