@@ -7,10 +7,11 @@ messages are consumed.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count
+from heapq import nsmallest
 from time import monotonic
 from typing import Any, Final, TypeVar
 
@@ -29,6 +30,7 @@ from kq.backends.rabbitmq_publisher import Outgoing
 from kq.backends.rabbitmq_tls import secured
 from kq.backends.rabbitmq_topology import (
     DELAY_LEFT,
+    LOOKS,
     bucket_arguments,
     bucket_for,
     bucket_name,
@@ -46,6 +48,10 @@ _T = TypeVar("_T")
 #: Seconds after which RabbitMQ, unless told otherwise, closes the channel of an unsettled delivery
 #: (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout).
 _CONSUMER_TIMEOUT: Final = 1800.0
+#: Messages of one subscription that may be looked at together: as many as RabbitMQ can be told.
+_LOOK_WINDOW: Final = 2**16 - 1
+#: Seconds without any more message of a queue after which it is asked whether there are any.
+_PAUSE: Final = 0.1
 #: Seconds to wait for a queue to take back what was only looked at.
 _BACK_WITHIN: Final = 1.0
 #: Seconds that a publish on a worker's behalf may take.
@@ -95,8 +101,10 @@ class RabbitBackend:
                 with link.brief_channel() as channel:
                     channel.queue_declare(queue.id, durable=True, auto_delete=False, arguments=arguments)
             except PreconditionFailed as error:
-                if exact:
-                    raise Conflict(_difference(queue, str(error.reply_text))) from None
+                text = str(error.reply_text)
+                # A dead-letter queue of somebody else's is one as well.
+                if exact and not (queue.dead_letter is None and LOOKS in text):
+                    raise Conflict(_difference(queue, text)) from None
 
         try:
             self._administer(declare)
@@ -254,8 +262,20 @@ class RabbitBackend:
         """See `Backend.browse`."""
 
         def look(link: Link) -> list[Envelope]:
-            with self._looking(link, queue.id, offset + limit) as found:
-                return [explain_rejection(envelope, queue.id) for envelope, _ in list(found)[offset:]]
+            with self._looking(link, queue.id) as found:
+                letters = (explain_rejection(envelope, queue.id) for envelope, _ in found)
+                # All of them: what has been looked at stands behind what has not, for a while or for ever.
+                return nsmallest(offset + limit, letters, key=_time)[offset:]
+
+        return self._administer(look)
+
+    def find(self, queue: QueueSpec, id: str) -> Envelope | None:
+        """See `Backend.find`."""
+
+        def look(link: Link) -> Envelope | None:
+            with self._looking(link, queue.id) as found:
+                same = (explain_rejection(envelope, queue.id) for envelope, _ in found if envelope.id == id)
+                return min(same, key=_time, default=None)
 
         return self._administer(look)
 
@@ -267,7 +287,7 @@ class RabbitBackend:
 
         def drop(link: Link) -> int:
             dropped = 0
-            with self._looking(link, queue.id, None) as found:
+            with self._looking(link, queue.id) as found:
                 for envelope, ack in found:
                     if envelope.id in wanted:
                         ack()
@@ -284,7 +304,7 @@ class RabbitBackend:
 
         def replay(link: Link) -> int:
             replayed = 0
-            with self._looking(link, dead.id, None) as found:
+            with self._looking(link, dead.id) as found:
                 for envelope, ack in found:
                     letter = explain_rejection(envelope, target.id)
                     origin = letter.headers.get("x_original_queue")
@@ -360,19 +380,13 @@ class RabbitBackend:
         return answer
 
     @contextmanager
-    def _looking(
-        self, link: Link, queue: str, most: int | None
-    ) -> Iterator[Iterator[tuple[Envelope, Callable[[], None]]]]:
-        """Yield the messages of a queue with a way to remove each; the rest goes back in order."""
+    def _looking(self, link: Link, queue: str) -> Iterator[Iterator[tuple[Envelope, Callable[[], None]]]]:
+        """Yield all messages of a queue with a way to remove each; the rest goes back, in the same order."""
         channel = link.looker
         unsettled: dict[int, None] = {}
 
         def messages() -> Iterator[tuple[Envelope, Callable[[], None]]]:
-            # What is looked at is not given out again, so this ends.
-            for _ in count() if most is None else range(most):
-                message = channel.basic_get(queue)
-                if message is None:
-                    return
+            for message in _all_of(link, queue):
                 tag = message.delivery_tag
                 unsettled[tag] = None
                 yield to_envelope(message), partial(settle, tag)
@@ -391,6 +405,40 @@ class RabbitBackend:
                 while monotonic() < until:
                     if channel.queue_declare(queue, passive=True).message_count >= len(unsettled):
                         break
+
+
+def _all_of(link: Link, queue: str) -> Iterator[Any]:
+    """Subscribe to a queue, and yield its messages until there are no more, or as many as there were."""
+    channel = link.looker
+    arrived: deque[Any] = deque()
+    consumers = []
+
+    def subscribe() -> None:
+        channel.basic_qos(0, _LOOK_WINDOW, False)
+        consumers.append(channel.basic_consume(queue, callback=arrived.append))
+
+    waiting = channel.queue_declare(queue, passive=True).message_count
+    subscribe()
+    seen = 0
+    while seen < waiting:
+        if not arrived and not link.drain(_PAUSE):
+            if not channel.queue_declare(queue, passive=True).message_count:
+                # Others have the rest. What was on its way has come before the answer, or comes before the end.
+                break
+            # The windows are full.
+            subscribe()
+        while arrived:
+            yield arrived.popleft()
+            seen += 1
+    for consumer in consumers:
+        channel.basic_cancel(consumer)
+    yield from arrived
+
+
+def _time(letter: Envelope) -> float:
+    """Return when a dead letter died."""
+    at = letter.headers.get("x_dead_letter_time")
+    return float(at) if isinstance(at, (int, float)) else 0.0
 
 
 def _passively(link: Link, queue: str | None) -> Any:

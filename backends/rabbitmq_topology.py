@@ -6,7 +6,8 @@ For a queue ``app:emails``:
 queue ``app:emails``        quorum (classic where ``max_priority`` is set); rejected messages go to
 exchange
   ``app:emails.dead``       fanout, bound to
-queue ``app:emails.dead``   quorum, the dead letters
+queue ``app:emails.dead``   quorum, the dead letters; they come back in order to where they were when somebody
+                            has looked at them, which takes a limit of deliveries
 ==========================  ========================================================================
 
 And for delays, shared by all queues, made when first needed:
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timezone
 from decimal import Decimal
 from typing import Any, Final
 from uuid import uuid4
@@ -41,6 +42,14 @@ from kq.errors import Invalid
 from kq.limit import MAX_DELAY
 
 _OPTIONS: Final = frozenset({"queue_type", "arguments"})
+
+#: How often dead letters can be looked at: for ever. A quorum queue puts what is given back where it was only if it
+#: has a limit of deliveries, else behind all others; and from version 4 on one that says nothing has a limit of 20,
+#: after which it drops a letter (https://www.rabbitmq.com/docs/quorum-queues#repeated-requeues).
+_LOOKS: Final = 10**9
+
+#: The argument of a queue that is a limit of deliveries.
+LOOKS: Final = "x-delivery-limit"
 
 #: Milliseconds of the buckets: ten a decade, round, from 10 ms to a year.
 BUCKETS: Final[tuple[int, ...]] = tuple(
@@ -98,6 +107,8 @@ def queue_arguments(queue: QueueSpec) -> dict[str, Any]:
             # Needs reject-publish, which is what a full queue is to do anyway.
             arguments["x-dead-letter-strategy"] = "at-least-once"
             arguments["x-overflow"] = "reject-publish"
+    elif kind == "quorum":
+        arguments.update(dead_letter_arguments())
     if queue.max_length is not None:
         arguments["x-max-length"] = queue.max_length
         arguments["x-overflow"] = "reject-publish"
@@ -108,7 +119,7 @@ def queue_arguments(queue: QueueSpec) -> dict[str, Any]:
 
 def dead_letter_arguments() -> dict[str, Any]:
     """Return the arguments of a dead-letter queue that nobody described."""
-    return {"x-queue-type": "quorum"}
+    return {"x-queue-type": "quorum", LOOKS: _LOOKS}
 
 
 def bucket_name(milliseconds: int) -> str:
@@ -222,10 +233,20 @@ def due_in(headers: Mapping[str, Any]) -> float:
     return remaining if remaining <= MAX_DELAY else 0.0
 
 
+def _time_of_death(deaths: Any) -> float | None:
+    """Return when RabbitMQ moved a message for the first time, in seconds of the epoch; None if it does not say."""
+    try:
+        at = datetime.fromisoformat(deaths[-1]["time"])
+    except (TypeError, LookupError, ValueError):
+        return None
+    return at.timestamp() if at.tzinfo else at.replace(tzinfo=timezone.utc).timestamp()
+
+
 def explain_rejection(envelope: Envelope, queue: str) -> Envelope:
     """Return a dead letter; one that RabbitMQ moved by itself says so in kq's words."""
     headers = dict(envelope.headers)
     if "x_dead_letter_reason" not in headers:
         headers["x_dead_letter_reason"] = str(headers.get("x-first-death-reason", "rejected"))
         headers["x_original_queue"] = str(headers.get("x-first-death-queue", queue))
+        headers.setdefault("x_dead_letter_time", _time_of_death(headers.get("x-death")))
     return Envelope(envelope.id, without_history(headers), envelope.properties, envelope.body)

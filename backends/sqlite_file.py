@@ -57,14 +57,12 @@ def check_place(path: str) -> None:
         raise BrokerAway(
             f"the directory {folder} does not exist; make it, or choose another file in the broker's URL",
             details={"reason": "unavailable"},
-            retryable=False,
         )
     target = path if os.path.exists(path) else folder
     if not os.access(target, os.W_OK) or not os.access(folder, os.W_OK):
         raise BrokerAway(
             f"{target} cannot be written to; give this user write permission on the file and its directory",
             details={"reason": "refused"},
-            retryable=False,
         )
     kind = _file_system(folder)
     if kind in _NETWORK_FILE_SYSTEMS:

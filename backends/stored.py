@@ -189,6 +189,11 @@ class StoredBackend:
         """See `Backend.browse`."""
         return [unpack_or_wrap(raw, id) for id, raw in self._store().browse(queue.id, limit, offset)]
 
+    def find(self, queue: QueueSpec, id: str) -> Envelope | None:
+        """See `Backend.find`."""
+        letters = (unpack_or_wrap(raw, key) for key, raw in _pages(self._store(), queue.id))
+        return next((letter for letter in letters if letter.id == id), None)
+
     def remove(self, queue: QueueSpec, ids: Sequence[str] | None) -> int:
         """See `Backend.remove`."""
         store = self._store()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from threading import Event, Thread
 from time import monotonic
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -25,6 +25,7 @@ from kombu.utils.url import as_url, parse_url
 
 from kq.backend import BackendOptions
 from kq.backends.store import BrokerAway, Ending, Entry, Lease, Store
+from kq.backends.virtual_exchange import TopicExchange
 from kq.backends.virtual_message import milliseconds, to_envelope, to_payload
 from kq.backends.virtual_topology import TopologyChannel
 from kq.config import hide_password
@@ -77,9 +78,14 @@ class QoS(virtual.QoS):
         self.channel.end(delivery_tag, "ack")
         self._settled(delivery_tag)
 
+    def up_to(self, delivery_tag: str) -> list[str]:
+        """Return what is not acknowledged and was delivered before this message, and this one."""
+        tags = [tag for tag in list(self._delivered) if tag not in self._dirty]
+        return tags[: tags.index(delivery_tag) + 1] if delivery_tag in tags else [delivery_tag]
+
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         if requeue:
-            self.channel.end(delivery_tag, "release")
+            self.channel.give_back([delivery_tag])
         else:
             self.channel.discard(delivery_tag)
         self._settled(delivery_tag)
@@ -115,6 +121,7 @@ class Channel(TopologyChannel):
 
     QoS = QoS
     supports_fanout = True
+    exchange_types: ClassVar = {**virtual.Channel.exchange_types, "topic": TopicExchange}
     body_encoding = None
 
     def __init__(self, connection: Transport, **kwargs: Any) -> None:
@@ -175,6 +182,10 @@ class Channel(TopologyChannel):
             self._active_queues.remove(found[0])
             self.connection.events_ahead = 0
 
+    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
+        for tag in self.qos.up_to(delivery_tag) if multiple else [delivery_tag]:
+            self.qos.ack(tag)
+
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         messages = self._take(queue, 1, no_ack)
         if not messages:
@@ -215,7 +226,7 @@ class Channel(TopologyChannel):
             self.qos.forget(tag)
         # Unreachable, perhaps: their leases run out by themselves.
         with suppress(Error):
-            self.give_back(tags)
+            self.give_back(tags, delivered=False)
 
     def _take(self, queue: str, limit: int, no_ack: bool) -> list[Any]:
         messages: list[Any] = []
@@ -234,7 +245,7 @@ class Channel(TopologyChannel):
                     else:
                         messages.append(self.Message(to_payload(lease, queue, tag), channel=self))
             except BaseException:
-                self.give_back(leases)
+                self.give_back(leases, delivered=False)
                 raise
             # Behind nothing but expired messages there may be others.
             if messages:
@@ -244,14 +255,20 @@ class Channel(TopologyChannel):
                 self.qos.append(message, message.delivery_tag)
         return messages
 
-    def give_back(self, tags: Iterable[str]) -> None:
-        """Make messages that this channel holds ready again, at their old places."""
+    def give_back(self, tags: Iterable[str], *, delivered: bool = True) -> None:
+        """Make messages that this channel holds ready again, at their old places.
+
+        Args:
+            tags: Which.
+            delivered: Whether somebody has seen them: the next one is told that they are delivered again.
+        """
         by_queue: dict[str, list[Ending]] = {}
         for tag in tags:
             found = self.held.pop(tag, None)
             if found is not None:
                 queue, lease = found
-                by_queue.setdefault(queue, []).append(Ending(lease.id, lease.token, "release"))
+                deliveries = max(int(delivered), lease.deliveries)
+                by_queue.setdefault(queue, []).append(Ending(lease.id, lease.token, "release", deliveries=deliveries))
         for queue, endings in by_queue.items():
             self.store.settle(queue, endings)
 
@@ -330,6 +347,7 @@ class Transport(virtual.Transport):
     driver_type = "kq"
     driver_name = "kq"
     connection_errors = (BrokerAway,)
+    channel_errors = (*virtual.Transport.channel_errors, Error)
     recoverable_connection_errors = (BrokerAway,)
     implements = base.Transport.implements.extend(
         asynchronous=False, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False

@@ -348,13 +348,14 @@ class App:
         Raises:
             Invalid: If the queue id is ill-formed.
             PermissionDenied: If a policy does not allow ``queue.admin.queue`` on it.
-            NotFound: If there is no such queue.
+            NotFound: If there is no such queue; one that the app declares is made.
             Internal: If the broker cannot be reached.
         """
         spec = self.registry.spec(limit.queue_id(queue_id))
         self.registry.guard.administer(spec.id)
         # A time limit that strikes between two frames would leave a broken connection behind, for everybody.
         with shielded():
+            self.registry.ensure_declared(spec)
             return self.registry.backend(spec.driver).info(spec)
 
     def purge(self, queue_id: str) -> int:
@@ -365,6 +366,7 @@ class App:
         spec = self.registry.spec(limit.queue_id(queue_id))
         self.registry.guard.administer(spec.id)
         with shielded():
+            self.registry.ensure_declared(spec)
             backend = self.registry.backend(spec.driver)
             backend.info(spec)
             return backend.purge(spec)
@@ -416,14 +418,18 @@ class App:
         Returns:
             How many messages were handled to their end: done or dead-lettered.
         """
-        from kq.worker.option import WorkerOptions
+        from kq.worker.option import CONNECT_TIMEOUT, WorkerOptions
         from kq.worker.worker import Worker
 
         self.declarations.load_handlers()
         if not len(self.registry.router):
             return 0
-        deadline = monotonic() + limit.seconds("timeout", timeout)
-        options = WorkerOptions(pool="threads", concurrency=concurrency, prefetch=max(10, 2 * concurrency))
+        patience = limit.seconds("timeout", timeout)
+        deadline = monotonic() + patience
+        options = WorkerOptions(
+            pool="threads", concurrency=concurrency, prefetch=max(10, 2 * concurrency),
+            connect_timeout=min(CONNECT_TIMEOUT, patience),
+        )  # fmt: skip
         worker = Worker(self, options=options, idle_until=deadline, quiet=True)
         worker.run()
         return worker.tally.handled + worker.tally.dead

@@ -313,6 +313,10 @@ class Backend(Protocol):
         """Return messages that wait in a queue, oldest first, and leave them there."""
         ...
 
+    def find(self, queue: QueueSpec, id: str) -> Envelope | None:
+        """Return the first message of an id that waits in a queue, and leave it there; None if there is none."""
+        ...
+
     def remove(self, queue: QueueSpec, ids: Sequence[str] | None) -> int:
         """Drop these messages (None: all) from what waits in a queue, and return how many that were."""
         ...

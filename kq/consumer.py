@@ -40,6 +40,7 @@ class PulledMessage(Message):
 
     def payload(self) -> Any:
         """Return what was published."""
+        self._live()
         return self._payload
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Final
+from typing import Any
 
 from kq import codec
 from kq.backend import Backend
@@ -15,9 +15,6 @@ from kq.errors import NotFound
 from kq.limit import count
 from kq.registry import Registry
 from kq.shield import shielded
-
-#: How many dead letters one look reads while it searches for an id.
-_PAGE: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +89,11 @@ class DeadLetters:
         Raises:
             NotFound: If there is none of that id.
         """
-        offset = 0
         with self._administering() as backend:
-            while True:
-                page = backend.browse(self._queue, _PAGE, offset)
-                for envelope in page:
-                    if envelope.id == message_id:
-                        return self._open(envelope)
-                if len(page) < _PAGE:
-                    raise NotFound(f"no dead letter {message_id!r} in {self._queue.id}")
-                offset += len(page)
+            letter = backend.find(self._queue, message_id)
+        if letter is None:
+            raise NotFound(f"no dead letter {message_id!r} in {self._queue.id}")
+        return self._open(letter)
 
     def replay(self, ids: Iterable[str] | None = None) -> int:
         """Send dead letters back to their queue, as new messages under their old ids.
@@ -135,6 +127,7 @@ class DeadLetters:
         """
         self._registry.guard.administer(self._origin.id)
         with shielded():
+            self._registry.ensure_declared(self._origin)
             backend = self._registry.backend(self._queue.driver)
             try:
                 backend.info(self._queue)
@@ -148,15 +141,16 @@ class DeadLetters:
     def _open(self, envelope: Envelope) -> DeadLetter:
         headers = envelope.headers
         properties = envelope.properties
-        try:
-            payload = codec.decode(
-                envelope.body,
-                properties.get("content_type"),
-                properties.get("content_encoding"),
-                codec.named(self._origin.codec),
-            )
-        except codec.Undecodable:
-            payload = None
+        payload = None
+        # What was too large for a worker to parse is so for whoever looks at it.
+        if len(envelope.body) <= self._registry.settings.max_body:
+            with suppress(codec.Undecodable):
+                payload = codec.decode(
+                    envelope.body,
+                    properties.get("content_type"),
+                    properties.get("content_encoding"),
+                    codec.named(self._origin.codec),
+                )
         at = headers.get("x_dead_letter_time")
         return DeadLetter(
             id=envelope.id,

@@ -295,6 +295,11 @@ class Registry:
         )
         self._confirmed[spec.driver].add(spec.id)
 
+    def ensure_declared(self, spec: QueueSpec) -> None:
+        """Have a queue declared, as `ensure` does, if the app says that there is such a queue."""
+        if self.is_declared(spec.id):
+            self.ensure(spec)
+
     def forget(self, queue_id: str) -> None:
         """Declare a queue anew at its next use: somebody may have deleted it."""
         for confirmed in list(self._confirmed.values()):

@@ -83,13 +83,15 @@ def show(queue: str, message_id: str, as_json: bool, app_path: str | None, broke
 @dead.command()
 @click.argument("queue")
 @click.argument("ids", nargs=-1, metavar="[ID...]")
-@click.option("--all", "everything", is_flag=True, envvar="KQ_ALL", show_envvar=True, help="All of them.")
+@click.option(
+    "--all", "everything", is_flag=True, envvar="KQ_ALL", show_envvar=True, help="All of them; as without ids."
+)
 @common
 def replay(queue: str, ids: tuple[str, ...], everything: bool, app_path: str | None, broker: str | None) -> None:
-    """Send dead letters back to QUEUE; they start again at attempt 1."""
+    """Send dead letters back to QUEUE, all of them or those of the IDs; they start again at attempt 1."""
     _either(ids, everything)
     with find_app(app_path, broker) as app:
-        replayed = app.dead(queue).replay(None if everything else ids)
+        replayed = app.dead(queue).replay(ids or None)
     click.echo(f"{replayed} replayed")
     _all_found(queue, ids, replayed)
 
@@ -97,24 +99,26 @@ def replay(queue: str, ids: tuple[str, ...], everything: bool, app_path: str | N
 @dead.command("purge")
 @click.argument("queue")
 @click.argument("ids", nargs=-1, metavar="[ID...]")
-@click.option("--all", "everything", is_flag=True, envvar="KQ_ALL", show_envvar=True, help="All of them.")
+@click.option(
+    "--all", "everything", is_flag=True, envvar="KQ_ALL", show_envvar=True, help="All of them; as without ids."
+)
 @click.option("--yes", is_flag=True, envvar="KQ_YES", show_envvar=True, help="Do not ask.")
 @common
 def purge(
     queue: str, ids: tuple[str, ...], everything: bool, yes: bool, app_path: str | None, broker: str | None
 ) -> None:
-    """Drop dead letters of QUEUE for good."""
+    """Drop dead letters of QUEUE for good, all of them or those of the IDs."""
     _either(ids, everything)
-    confirm(f"Drop {'all' if everything else len(ids)} dead letters of {queue} for good?", yes)
+    confirm(f"Drop {len(ids) or 'all'} dead letters of {queue} for good?", yes)
     with find_app(app_path, broker) as app:
-        dropped = app.dead(queue).purge(None if everything else ids)
+        dropped = app.dead(queue).purge(ids or None)
     click.echo(f"{dropped} dropped")
     _all_found(queue, ids, dropped)
 
 
 def _either(ids: tuple[str, ...], everything: bool) -> None:
-    if bool(ids) == everything:
-        raise click.UsageError("name ids, or give --all")
+    if ids and everything:
+        raise click.UsageError("expected ids, or --all, got both")
 
 
 def _all_found(queue: str, ids: tuple[str, ...], found: int) -> None:

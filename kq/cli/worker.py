@@ -65,7 +65,10 @@ def worker(
     from kq.worker.reload import start_anew
     from kq.worker.worker import Worker
 
-    path = app or app_path
+    source = click.get_current_context().get_parameter_source
+    is_file_named = source("config") is ParameterSource.COMMANDLINE
+    # The variable is for who names neither.
+    path = app or (None if is_file_named and source("app_path") is ParameterSource.ENVIRONMENT else app_path)
     if path is None and config_file.find(None, os.environ) is None:
         raise click.UsageError(
             "name the app, as package.module:attribute, e.g. kq worker shop:app; "

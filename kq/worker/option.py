@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from kq import limit
 from kq.errors import Invalid
 
+#: Seconds for which a worker tries to reach its brokers at its start, unless told otherwise.
+CONNECT_TIMEOUT = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
@@ -37,7 +40,7 @@ class WorkerOptions:
     grace: float = 30.0
     burst: bool = False
     max_tasks_per_child: int | None = None
-    connect_timeout: float = 10.0
+    connect_timeout: float = CONNECT_TIMEOUT
     log_level: str = "info"
     log_format: str = "text"
 

@@ -475,6 +475,59 @@ def test_dead_letters_replay(app: kq.App, queue_id: str) -> None:
         dead.get(id)
 
 
+def test_what_is_too_large_to_parse_is_shown_unparsed(app: kq.App, broker: Broker, queue_id: str) -> None:
+    """A dead letter beyond the limit of bodies has its bytes, and no payload."""
+    app.consumer(queue_id)(lambda payload: None)
+    app.publish(queue_id, "warm-up")
+    drain(app)
+    body = b'"' + b"x" * 2**20 + b'"'
+    _publish_raw(broker, queue_id, body, {}, content_type="application/json")
+    drain(app)
+    (letter,) = app.dead(queue_id).list()
+
+    assert (letter.reason, letter.payload, letter.body) == ("undecodable", None, body)
+
+
+def test_dead_letters_are_paged(app: kq.App, queue_id: str) -> None:
+    """Pages of dead letters hold each of them once, in the order of their deaths, however often one looks."""
+
+    @app.consumer(queue_id)
+    def handle(payload: int) -> None:
+        raise errors.Invalid("no")
+
+    ids = []
+    for n in range(1, 8):
+        ids.append(app.publish(queue_id, n))
+        drain(app)
+    dead = app.dead(queue_id)
+
+    def pages(size: int) -> list[str]:
+        return [letter.id for start in range(0, len(ids), size) for letter in dead.list(limit=size, offset=start)]
+
+    assert [pages(size) for size in (2, 3, 1, 100)] == [ids] * 4
+    assert [letter.id for letter in dead.list(limit=2, offset=1)] == ids[1:3]
+    assert dead.list(offset=7) == []
+    assert [dead.get(id).payload for id in reversed(ids)] == [7, 6, 5, 4, 3, 2, 1]
+    assert pages(4) == ids
+
+
+def test_a_declared_queue_is_there(app: kq.App, broker: Broker) -> None:
+    """What an app declares can be looked after before anything has been published; what it does not is NotFound."""
+    declared, consumed, other = (broker.queue_id(name) for name in ("declared", "consumed", "other"))
+    app.queue(declared)
+    app.consumer(consumed)(lambda payload: None)
+
+    for queue_id in (declared, consumed):
+        info = app.info(queue_id)
+        assert (info.message_count, info.ready, info.dead) == (0, 0, 0)
+        assert app.purge(queue_id) == 0
+        dead = app.dead(queue_id)
+        assert (dead.list(), dead.replay(), dead.purge()) == ([], 0, 0)
+    for look in (app.info, app.purge, lambda queue_id: app.dead(queue_id).list()):
+        with pytest.raises(errors.NotFound):
+            look(other)
+
+
 def test_dead_letters_can_be_handled(app: kq.App, queue_id: str) -> None:
     """A handler can consume a dead-letter queue; what fails there stays there."""
     seen: list[Any] = []
@@ -664,7 +717,7 @@ def test_a_closed_consumer_settles_nothing(app: kq.App, queue_id: str) -> None:
         assert done is not None
         assert left is not None
         done.ack()
-    for use in (left.ack, left.nack, left.id):
+    for use in (left.ack, left.nack, left.id, left.payload):
         with pytest.raises(errors.Invalid, match="released"):
             use()
     with pytest.raises(errors.Invalid, match="closed"):

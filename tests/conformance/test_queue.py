@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from kq import errors
 from kq.backend import Capabilities, QueueSpec, Settlement
+from kq.backends import rabbitmq
 from kq.backends.rabbitmq import RabbitBackend
 from kq.envelope import clean
 from kq.outcome import Failure, Outcome
@@ -100,6 +101,21 @@ def test_missing_queue_is_not_found(bench: Bench) -> None:
         bench.backend.info(missing)
     with pytest.raises(errors.NotFound, match="does not exist"):
         bench.backend.declare(missing, create=False, exact=False)
+
+
+@pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
+def test_looks_are_as_wide_as_the_queue(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More messages than a subscription may have unsettled are looked at with several, and all go back."""
+    monkeypatch.setattr(rabbitmq, "_LOOK_WINDOW", 10)
+    bench.publish(*[bench.message(f"m{n:02}") for n in range(35)])
+    for _ in range(2):
+        assert [letter.id for letter in bench.backend.browse(bench.queue, 100, 0)] == [f"m{n:02}" for n in range(35)]
+    found = bench.backend.find(bench.queue, "m17")
+    assert found is not None
+    assert found.id == "m17"
+    assert bench.backend.find(bench.queue, "m99") is None
+    assert bench.backend.remove(bench.queue, ["m01", "m34", "m99"]) == 2
+    assert bench.backend.info(bench.queue).ready == 33
 
 
 @pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)

@@ -101,7 +101,11 @@ def test_dead_letters(shop: Shop) -> None:
     assert "2 of 2 ids are no dead letters" in gone.stderr
     assert shop.app.info(shop.queue).ready == 1
     assert shop.run("dead", "purge", shop.queue, ids[1], "--yes").stdout == "1 dropped\n"
-    assert shop.run("dead", "purge", shop.queue, "--all", "--yes").stdout == "1 dropped\n"
+    assert shop.run("dead", "replay", shop.queue, ids[2], "--all").returncode == 2
+    assert shop.run("dead", "purge", shop.queue).returncode == 2
+    assert shop.run("dead", "purge", shop.queue, "--yes").stdout == "1 dropped\n"
+    assert shop.run("dead", "purge", shop.queue, "--all", "--yes").stdout == "0 dropped\n"
+    assert shop.run("dead", "replay", shop.queue).stdout == "0 replayed\n"
     assert "no dead letters" in shop.run("dead", "list", shop.queue).stdout
     assert shop.run("dead", "show", shop.queue, "nobody").returncode == 1
 

@@ -126,6 +126,16 @@ def test_without_app_and_file_the_usage_is_told(local: Project) -> None:
     assert "--config kq.yaml" in done.stderr
 
 
+def test_a_file_that_is_named_wins_over_the_variable(local: Project) -> None:
+    """``KQ_APP`` is for a worker that is given neither an app nor a file."""
+    local.write("handlers.py", "def f(payload): pass\n")
+    local.write("kq.yaml", "entries: [{id: w, kind: queue.consumer, queue: 'app:q', method: f}]\n")
+    assert local.run("worker", "--burst", "--config", "kq.yaml", KQ_APP="nosuch:app").returncode == 0
+    done = local.run("worker", "--burst", KQ_APP="nosuch:app")
+    assert done.returncode == 78
+    assert "nosuch" in done.stderr
+
+
 def test_check_prints_what_is_in_force(local: Project) -> None:
     """Every value with its origin, without connecting anywhere."""
     local.write("handlers.py", "def f(payload): pass\n")

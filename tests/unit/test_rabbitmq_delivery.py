@@ -201,9 +201,8 @@ def test_plain_tables_are_read_as_py_amqp_reads_them(headers: dict[str, Any]) ->
 
 def test_deaths_are_passed_over() -> None:
     """What RabbitMQ says of a delay is left out; what stands behind it is read."""
-    deaths = [
-        {"count": 3, "reason": "expired", "queue": "kq.delay.50", "routing-keys": ["app:q"], "time": datetime.now()}
-    ]
+    at = datetime.now(timezone.utc)
+    deaths = [{"count": 3, "reason": "expired", "queue": "kq.delay.50", "routing-keys": ["app:q"], "time": at}]
     raw = dumps("F", [{"x_kq": 1, "x-death": deaths, "x-first-death-reason": "expired", "x_due_at": 1.5}])
 
     assert plain_table(raw) == {"x_kq": 1, "x-first-death-reason": "expired", "x_due_at": 1.5}

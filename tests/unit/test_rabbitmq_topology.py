@@ -131,7 +131,7 @@ CLASSIC = {"x-queue-type": "classic", "x-dead-letter-exchange": "app:a.dead"}
         ({"options": {"amqp": {"queue_type": "quorum"}}}, QUORUM),
         ({"options": {"amqp": {"arguments": {"x-delivery-limit": 5}}}}, {**QUORUM, "x-delivery-limit": 5}),
         ({"options": {"redis": {"anything": 1}}}, QUORUM),
-        ({"dead_letter": None}, {"x-queue-type": "quorum"}),
+        ({"dead_letter": None}, {"x-queue-type": "quorum", "x-delivery-limit": 10**9}),
     ],
 )
 def test_queue_arguments(values: dict[str, Any], expected: dict[str, Any]) -> None:

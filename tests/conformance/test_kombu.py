@@ -1,0 +1,127 @@
+"""Plain Kombu programs on kq's own transports: what AMQP promises them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import kombu
+import pytest
+from kombu import Exchange, Producer, Queue
+
+import kq.backends
+from kq.errors import Internal
+from tests.broker import Broker
+from tests.conformance.conftest import ON_STORES
+
+pytestmark = ON_STORES
+
+
+class Program:
+    """A Kombu program with one channel; its queues and exchanges have names of their own."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.connection = kombu.Connection(f"kq-{broker.url}")
+        self.channel: Any = self.connection.channel()
+        self.producer = Producer(self.channel)
+
+    def queue(self, *, exchange: Exchange | None = None, key: str = "", **values: Any) -> Any:
+        """Declare a queue, bound to an exchange if there is one."""
+        name = self.broker.queue_id()
+        queue = Queue(name, exchange or Exchange(""), routing_key=key or name, **values)(self.channel)
+        queue.declare()
+        return queue
+
+    def drain(self, queue: Any) -> list[Any]:
+        """Take and acknowledge all that is in a queue; return the payloads."""
+        found = []
+        while (message := queue.get()) is not None:
+            found.append(message.payload)
+            message.ack()
+        return found
+
+
+@pytest.fixture
+def program(broker: Broker) -> Iterator[Program]:
+    """A program."""
+    assert kq.backends
+    program = Program(broker)
+    yield program
+    program.connection.close()
+
+
+@pytest.mark.parametrize(
+    ("binding", "matching", "others"),
+    [
+        ("lazy.#", ["lazy", "lazy.a", "lazy.a.b"], ["lazya", "a.lazy", ""]),
+        ("#.z", ["z", "a.z", "a.b.z"], ["az", "z.a"]),
+        ("a.#.z", ["a.z", "a.b.z", "a.b.c.z"], ["a", "z", "az"]),
+        ("#", ["", "a", "a.b"], []),
+        ("*", ["a"], ["", "a.b"]),
+        ("*.orange.*", ["quick.orange.rabbit"], ["orange", "quick.orange", "quick.orange.male.rabbit"]),
+        ("a+b.(c)", ["a+b.(c)"], ["aab.c"]),
+    ],
+)
+def test_topics(program: Program, binding: str, matching: list[str], others: list[str]) -> None:
+    """A binding's ``*`` is one word, its ``#`` any number of them."""
+    exchange = Exchange(program.broker.queue_id("topic"), type="topic")
+    queue = program.queue(exchange=exchange, key=binding)
+    for key in [*matching, *others]:
+        program.producer.publish({"key": key}, exchange=exchange, routing_key=key)
+
+    assert [payload["key"] for payload in program.drain(queue)] == matching
+    queue.delete()
+    exchange(program.channel).delete()
+
+
+def test_fanout_reaches_every_queue(program: Program) -> None:
+    """Each queue of a fanout exchange has a copy."""
+    exchange = Exchange(program.broker.queue_id("fanout"), type="fanout")
+    queues = [program.queue(exchange=exchange) for _ in range(3)]
+    program.producer.publish("all", exchange=exchange)
+
+    assert [program.drain(queue) for queue in queues] == [["all"]] * 3
+    exchange(program.channel).delete()
+
+
+@pytest.mark.parametrize("how", ["requeue", "close"])
+def test_what_comes_back_says_so(program: Program, how: str) -> None:
+    """A message that was given back, or was with a channel that was closed, is marked as delivered again."""
+    queue = program.queue()
+    program.producer.publish("a", routing_key=queue.name)
+    other: Any = program.connection.channel()
+    message = queue.bind(other).get()
+    assert message.delivery_info["redelivered"] is False
+    if how == "requeue":
+        message.requeue()
+    other.close()
+
+    again = queue.get()
+    assert again.delivery_info["redelivered"] is True
+    again.requeue()
+    assert queue.get().delivery_info["redelivered"] is True
+
+
+def test_several_are_acknowledged_at_once(program: Program) -> None:
+    """With ``multiple`` all that was delivered before is acknowledged as well, and nothing that came later."""
+    queue = program.queue()
+    for n in range(4):
+        program.producer.publish(n, routing_key=queue.name)
+    other: Any = program.connection.channel()
+    messages = [queue.bind(other).get() for _ in range(4)]
+    messages[0].ack()
+    messages[2].ack(multiple=True)
+    other.close()
+
+    assert program.drain(queue) == [3]
+
+
+def test_a_full_queue_is_a_channel_error(program: Program) -> None:
+    """What a queue has no room for is refused by an error that Kombu programs know how to catch."""
+    queue = program.queue(max_length=1)
+    program.producer.publish("a", routing_key=queue.name)
+    with pytest.raises(program.connection.channel_errors) as caught:
+        program.producer.publish("b", routing_key=queue.name)
+    assert isinstance(caught.value, Internal)
+    assert program.drain(queue) == ["a"]
