@@ -21,9 +21,10 @@ import json
 import os
 import socket
 import sqlite3
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from threading import Lock
+from threading import Lock, local
 from typing import Any, ClassVar, Final
 
 from kq import clock
@@ -50,6 +51,8 @@ from kq.backends.store import (
 from kq.errors import Error
 from kq.waker import Lookout, Waker
 
+#: Seconds that a fork waits for a transaction.
+_FORK_WAIT: Final = 5.0
 #: Rows that one statement names at most; SQLite's own limit on parameters is far above.
 _CHUNK: Final = 500
 #: A message, where it is under a lease of ours.
@@ -89,6 +92,7 @@ class SQLiteStore(TakesNothingAhead):
         self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sender.setblocking(False)
         self._closed = False
+        _stores.add(self)
 
     def ping(self) -> None:
         """See `Store.ping`."""
@@ -346,6 +350,21 @@ class SQLiteStore(TakesNothingAhead):
                 if connection is not None:
                     connection.close()
 
+    def before_fork(self) -> bool:
+        """Close the connection, which nobody uses meanwhile, so that a child does not inherit it; False in vain.
+
+        SQLite keeps in memory which locks its process has on a file. A child would take its parent's for its own, which
+        the system does not give it: it would wait for ever for one that is never released, or see its journal deleted.
+        """
+        if not self._lock.acquire(timeout=_FORK_WAIT):
+            return False
+        self._disconnect()
+        return True
+
+    def after_fork(self) -> None:
+        """Let the connection be opened again, by the next who needs it."""
+        self._lock.release()
+
     # Connection and transactions.
 
     def _connect(self) -> sqlite3.Connection:
@@ -596,3 +615,24 @@ def _listeners_if_there(db: sqlite3.Connection, queue: str) -> list[str] | None:
 
 def _listeners(db: sqlite3.Connection, queue: str) -> list[str]:
     return [row[0] for row in db.execute("SELECT path FROM listener WHERE queue = ?", (queue,))]
+
+
+_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
+#: Of the thread that forks: whom it has to let go on.
+_waiting = local()
+
+
+def _before_fork() -> None:
+    # In the same order by everybody.
+    _waiting.stores = [store for store in sorted(_stores, key=id) if store.before_fork()]
+
+
+def _after_fork() -> None:
+    # A fork that had begun before there was a hook has nobody to let go.
+    for store in getattr(_waiting, "stores", ()):
+        store.after_fork()
+    _waiting.stores = []
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -7,19 +7,31 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final
 from uuid import uuid4
 
 from kq.waker import drain
+
+#: Bytes of a socket's path that every system has room for, with the name.
+_LONGEST: Final = 100
+_NAME: Final = 32
+
+
+def _folder() -> str:
+    """Return a folder for sockets of this user: where temporary files are, unless the path is too long for one."""
+    # Not beside the database, for the same reason.
+    mine = f"kq-{os.getuid()}"
+    folders = [os.path.join(place, mine) for place in (tempfile.gettempdir(), "/tmp", "/var/tmp")]
+    folder = next((folder for folder in folders if len(os.fsencode(folder)) + 1 + _NAME <= _LONGEST), folders[0])
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return folder
 
 
 class Listener:
     """The socket on which this store hears of arrivals."""
 
     def __init__(self) -> None:
-        # Not beside the database: the path of a Unix socket holds about a hundred bytes.
-        folder = os.path.join(tempfile.gettempdir(), f"kq-{os.getuid()}")
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        self.path = os.path.join(folder, uuid4().hex)
+        self.path = os.path.join(_folder(), uuid4().hex)
         self.queues: frozenset[str] = frozenset()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)

@@ -7,6 +7,7 @@ settles anything: the outcome is a value, and the supervisor carries it out.
 from __future__ import annotations
 
 import inspect
+import logging
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +32,8 @@ from kq.outcome import (
 from kq.retry import Retry, RetryPolicy, after_failure
 from kq.router import Consumer, Router
 from kq.shield import HandlerTimeout
+
+logger = logging.getLogger("kq.worker")
 
 #: Middleware around handling. For an async handler ``call_next`` returns an awaitable.
 HandleMiddleware = Callable[[Message, Any, Callable[[Any], Any]], Any]
@@ -65,7 +68,7 @@ class Job(msgspec.Struct, array_like=True):
 class Run:
     """A job that passed every check and is ready to run."""
 
-    __slots__ = ("consumer", "job", "message", "out_of_memory", "payload", "policy")
+    __slots__ = ("consumer", "job", "message", "out_of_memory", "payload", "policy", "trace")
 
     def __init__(self, job: Job, consumer: Consumer, policy: RetryPolicy, message: Message, payload: Any) -> None:
         self.job = job
@@ -75,6 +78,8 @@ class Run:
         self.payload = payload
         #: Whether the handler ran out of memory: what it has left behind is in doubt.
         self.out_of_memory = False
+        #: Where the handler was when it was stopped.
+        self.trace = ""
 
 
 class Executor:
@@ -163,7 +168,8 @@ class Executor:
         try:
             with self._activate():
                 result = self._call(run.consumer)(run.message, run.payload)
-        except HandlerTimeout:
+        except HandlerTimeout as late:
+            run.trace = _trace(late)
             raise
         except BaseException as error:
             outcome = _failed(run, error)
@@ -184,7 +190,8 @@ class Executor:
             with self._activate():
                 result: Awaitable[Any] = self._call(run.consumer)(run.message, run.payload)
                 value = await result
-        except CancelledError:
+        except CancelledError as late:
+            run.trace = _trace(late)
             raise
         except BaseException as error:
             outcome = _failed(run, error)
@@ -197,12 +204,29 @@ class Executor:
     def timed_out(self, run: Run) -> Outcome:
         """Return the outcome of a run that was stopped at its time limit."""
         run.message.release()
-        return timeout_outcome(run.consumer, run.policy, attempts=run.job.attempts, crashes=run.job.crashes)
+        return timeout_outcome(
+            run.consumer, run.policy, attempts=run.job.attempts, crashes=run.job.crashes, trace=run.trace
+        )
 
     def canceled(self, run: Run) -> Outcome:
         """Return the outcome of an async handler that was cancelled from within."""
         run.message.release()
-        return _after(run, Failure(errors.CANCELED, "the handler was cancelled", True))
+        return _after(run, Failure(errors.CANCELED, "the handler was cancelled", True, run.trace))
+
+    def conclude(self, run: Run, outcome: Outcome) -> Outcome | None:
+        """Return the outcome of a run if it counts; None where the message was settled before, which is logged."""
+        if run.message.claim():
+            return outcome
+        failure = outcome.failure
+        if failure is not None:
+            facts = {"queue": run.job.queue, "message_id": run.job.id, "action": "failed_late"}
+            if failure.traceback:
+                facts["traceback"] = failure.traceback
+            logger.error(
+                "%s %s failed after it had been settled, which stands: %s",
+                run.job.queue, run.job.id, failure.message, extra=facts,
+            )  # fmt: skip
+        return None
 
     def _call(self, consumer: Consumer) -> Callable[[Message, Any], Any]:
         """Return a consumer's handler inside the middleware onion."""
@@ -216,9 +240,12 @@ class Executor:
         return call
 
 
-def timeout_outcome(consumer: Consumer, policy: RetryPolicy, *, attempts: int, crashes: int) -> Outcome:
+def timeout_outcome(
+    consumer: Consumer, policy: RetryPolicy, *, attempts: int, crashes: int, trace: str = ""
+) -> Outcome:
     """Return the outcome of a run that passed its time limit, also where its process was killed for it."""
-    failure = Failure(errors.TIMEOUT, f"handler {consumer.name} ran past its timeout of {consumer.timeout:g} s", True)
+    text = f"handler {consumer.name} ran past its timeout of {consumer.timeout:g} s"
+    failure = Failure(errors.TIMEOUT, text, True, trace)
     return after_failure(failure, policy, attempts=attempts + 1, crashes=crashes)
 
 
@@ -278,15 +305,7 @@ def describe(error: BaseException) -> Failure:
 
     Whatever the exception is like: people derive from ours, forget to call ours, and overwrite attributes.
     """
-    try:
-        frames = error.__traceback__
-        # Our own frames on the way to the handler tell its author nothing.
-        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(HERE):
-            frames = frames.tb_next
-        lines = "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
-    except Exception as broken:
-        lines = f"{type(error).__name__} (its traceback cannot be shown: {type(broken).__name__})"
-    trace = clip(lines, MAX_TRACEBACK, end=True)
+    trace = _trace(error)
     if not isinstance(error, errors.Error):
         return Failure(errors.INTERNAL, clip(f"{type(error).__name__}: {_words(error)}", MAX_MESSAGE), True, trace)
     kind = getattr(error, "kind", None)
@@ -300,6 +319,18 @@ def describe(error: BaseException) -> Failure:
     message = getattr(error, "message", None)
     text = message if isinstance(message, str) else _words(error)
     return Failure(kind, clip(text, MAX_MESSAGE), retryable, trace)
+
+
+def _trace(error: BaseException) -> str:
+    try:
+        frames = error.__traceback__
+        # Our own frames on the way to the handler tell its author nothing.
+        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(HERE):
+            frames = frames.tb_next
+        lines = "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
+    except Exception as broken:
+        lines = f"{type(error).__name__} (its traceback cannot be shown: {type(broken).__name__})"
+    return clip(lines, MAX_TRACEBACK, end=True)
 
 
 def _words(error: BaseException) -> str:

@@ -103,6 +103,8 @@ class Fetcher(Thread):
         self._stopping = Event()
         self._renew_at = 0.0
         self._failures = 0
+        #: Why the broker is away, as has been said.
+        self._away_for = ""
         self.in_hand = 0
         #: Seconds that it takes to settle and to fetch, on average.
         self.round_trip = 0.0
@@ -401,7 +403,10 @@ class Fetcher(Thread):
         else:
             driver = self._driver
             delay = min(driver.reconnect_max, driver.reconnect_initial * 2.0 ** min(self._failures - 1, 100))
-        if self._failures == 1:
+        why = str(error)
+        if self._failures == 1 or why != self._away_for:
+            # Once for each reason: a broker that is back may refuse what it took before.
+            self._away_for = why
             logger.warning("%s is away: %s; trying again", self._broker, error, extra={"action": "broker_away"})
         # What it refuses for one queue may be fine for the others, whose leases must be kept.
         answers = error.details.get("reason") not in ("unavailable", "timeout")

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from threading import RLock
+from threading import RLock, local
 from typing import Any, Final, Protocol
 
 from msgspec import structs
@@ -34,6 +34,10 @@ from kq.signing import Signing
 COMMAND_LINE: Final = "command line"
 #: Queues that nobody declared and that are remembered at most.
 _ASSUMED_MOST: Final = 10_000
+
+
+#: Seconds that a fork waits for somebody who opens a backend: half a module is of no use to a child.
+_FORK_WAIT: Final = 5.0
 
 
 class Registry:
@@ -329,6 +333,14 @@ class Registry:
             for backend in backends.values():
                 stack.callback(backend.close)
 
+    def before_fork(self) -> bool:
+        """Wait for whoever opens a backend, and have others wait; False in vain."""
+        return self._lock.acquire(timeout=_FORK_WAIT)
+
+    def after_fork_in_parent(self) -> None:
+        """Let others go on."""
+        self._lock.release()
+
     def after_fork(self) -> None:
         """Leave the parent's connections to the parent: drop them unclosed, with locks that may be held."""
         self._lock = RLock()
@@ -386,14 +398,31 @@ def _check_together(first: QueueSpec, second: QueueSpec) -> None:
         )
 
 
+#: Of the thread that forks: who waits for it.
+_held = local()
+
+
+def _before_fork() -> None:
+    # In the same order by everybody.
+    _held.registries = [registry for registry in sorted(_registries, key=id) if registry.before_fork()]
+
+
+def _after_fork_in_parent() -> None:
+    # A fork that had begun before there was a hook has nobody to let go.
+    for registry in getattr(_held, "registries", ()):
+        registry.after_fork_in_parent()
+    _held.registries = []
+
+
 _registries: weakref.WeakSet[Registry] = weakref.WeakSet()
 _left_behind: list[Backend] = []
 
 
 def _after_fork() -> None:
+    _held.registries = []
     for registry in list(_registries):
         registry.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import click
 
-from kq.cli.option import common, find_app, table
+from kq.backend import QueueInfo
+from kq.cli.option import common, end, find_app, table
+from kq.errors import Error
 
 
 @click.command()
@@ -21,10 +24,26 @@ def info(queues: tuple[str, ...], as_json: bool, app_path: str | None, broker: s
         ids = list(queues) or [spec.id for spec in app.registry.queues()]
         if not ids:
             raise click.UsageError("name a queue, or an app that declares some: kq info -A shop:app")
-        found = {queue: app.info(queue) for queue in ids}
+        found, failed = {}, []
+        for queue in ids:
+            try:
+                found[queue] = app.info(queue)
+            except Error as error:
+                failed.append(error)
+        if failed and not found:
+            raise failed[0]
     if as_json:
         click.echo(json.dumps([{"queue": queue, **asdict(counts)} for queue, counts in found.items()]))
-        return
+    else:
+        _show(found)
+    # What there is has been said; of the rest why there is nothing.
+    for more in failed[1:]:
+        click.echo(f"kq: {more.message}", err=True)
+    if failed:
+        end(failed[0])
+
+
+def _show(found: Mapping[str, QueueInfo]) -> None:
     table(
         ["queue", "messages", "ready", "delayed", "in flight", "dead", "consumers", "oldest"],
         [

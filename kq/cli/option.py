@@ -116,6 +116,10 @@ def common(command: _F) -> _F:
             # The reader of our output has gone; it has what it wanted.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
+        except ConfigurationError:
+            if debug:
+                traceback.print_exc()
+            raise
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except KeyboardInterrupt:
@@ -236,7 +240,8 @@ def _serve_as(app: App, acting: Acting) -> None:
         return context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
 
     if is_given("actor") or (acting.actor.meta and app.registry.settings.actor == acting.actor.id):
-        groups = {"groups": acting.groups} if is_given("groups") else {}
+        # Another one is not in the groups of the app's own.
+        groups = {"groups": acting.groups} if is_given("actor") or is_given("groups") else {}
         app.registry.override(actor=acting.actor.id, actor_meta=mutable(acting.actor.meta), **groups)
 
 

@@ -81,7 +81,8 @@ class EventLoop(Thread):
             # Raised in a task that a handler has started: asyncio has given it to whoever awaits the task, and lets it
             # through here as well.
             return False
-        return True
+        # A handler may have stopped it: it is not the handler's.
+        return self._stopping
 
     def submit(self, job: Job) -> None:
         """Queue a job; never blocks."""
@@ -158,7 +159,7 @@ class EventLoop(Thread):
             else:
                 outcome = await self._run(prepared)
                 out_of_memory = prepared.out_of_memory
-                outcome = outcome if prepared.message.claim() else None
+                outcome = self._executor.conclude(prepared, outcome)
         except Exception as error:
             logger.exception("unexpected failure around %s of %s", job.id, job.queue)
             outcome = last_resort(job, error)

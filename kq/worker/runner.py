@@ -292,7 +292,7 @@ class _HandlerThread(Thread):
             outcome = self._run(job, prepared)
             self._out_of_memory = prepared.out_of_memory
             # Out of the watchdog's reach: what is claimed here is also reported.
-            return outcome if prepared.message.claim() else None
+            return self._executor.conclude(prepared, outcome)
         except Exception as error:
             logger.exception("unexpected failure around %s of %s", job.id, job.queue)
             return last_resort(job, error)

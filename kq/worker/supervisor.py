@@ -271,8 +271,20 @@ class Supervisor:
         )  # fmt: skip
         return True
 
+    def _lament(self, death: Died) -> None:
+        """Tell of messages that were settled before their handlers ended, which they will not now."""
+        for tag in death.running:
+            flight = self._flights.get(tag)
+            if flight is not None and flight.settled:
+                logger.error(
+                    "%s %s had been settled, which stands, when its process ended under its handler",
+                    flight.delivery.queue, flight.delivery.id,
+                    extra={"action": "failed_late", "queue": flight.delivery.queue, "message_id": flight.delivery.id},
+                )  # fmt: skip
+
     def _examine(self, death: Died) -> None:
         """Find out whom to charge for a process that died, and give the others their chance again."""
+        self._lament(death)
         for tag in (*death.running, *death.queued):
             flight = self._flights.get(tag)
             if flight is not None:
@@ -454,9 +466,11 @@ class Supervisor:
         elif outcome.action == "dead":
             self.tally.dead += 1
             self.tally.reasons[outcome.reason] += 1
+            is_letter = self._specs[delivery.queue].dead_letter is None
+            end = "failed for good, stays a dead letter and rests" if is_letter else "dead-lettered"
             logger.error(
-                "%s %s dead-lettered, %s: %s",
-                delivery.queue, delivery.id, outcome.reason, what,
+                "%s %s %s, %s: %s",
+                delivery.queue, delivery.id, end, outcome.reason, what,
                 extra={"action": "dead", "reason": outcome.reason, **facts},
             )  # fmt: skip
         else:

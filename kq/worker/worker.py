@@ -449,7 +449,8 @@ class Worker:
         """Do what HUP asks for, now that it is known whether and how it can be done."""
         if trial.mistake:
             logger.error(
-                "nothing is reloaded, the old code and configuration stay in force: %s",
+                "nothing is reloaded, the children go on with the old code and configuration; one that has to be "
+                "replaced cannot start until this is mended: %s",
                 trial.mistake, extra={"action": "reload_failed"},
             )  # fmt: skip
         elif trial.fingerprint == self._app.fingerprint() and not self._threads:

@@ -191,6 +191,8 @@ def test_timeout_stops_and_retries(app: kq.App, queue_id: str) -> None:
 
     assert runs == [1, 2]
     assert (letter.reason, letter.error_kind, letter.attempts) == ("max_attempts", "TIMEOUT", 2)
+    assert letter.error_traceback is not None
+    assert "sleep(0.005)" in letter.error_traceback
 
 
 def test_async_timeout_cancels(app: kq.App, queue_id: str) -> None:
@@ -208,7 +210,10 @@ def test_async_timeout_cancels(app: kq.App, queue_id: str) -> None:
     drain(app)
 
     assert events == ["cleaned up"]
-    assert app.dead(queue_id).list()[0].error_kind == "TIMEOUT"
+    (letter,) = app.dead(queue_id).list()
+    assert letter.error_kind == "TIMEOUT"
+    assert letter.error_traceback is not None
+    assert "await asyncio.sleep(60)" in letter.error_traceback
 
 
 def test_settlement_is_single_shot(app: kq.App, queue_id: str) -> None:
@@ -486,6 +491,53 @@ def test_what_is_too_large_to_parse_is_shown_unparsed(app: kq.App, broker: Broke
     (letter,) = app.dead(queue_id).list()
 
     assert (letter.reason, letter.payload, letter.body) == ("undecodable", None, body)
+
+
+@pytest.mark.parametrize("style", ["sync", "async"])
+@pytest.mark.parametrize("auto_ack", [True, False])
+def test_a_failure_after_the_ack_is_told(
+    app: kq.App, queue_id: str, caplog: pytest.LogCaptureFixture, style: str, auto_ack: bool
+) -> None:
+    """What fails after it was settled stays settled, and is in the log with its traceback."""
+
+    def fail() -> None:
+        if not auto_ack:
+            queue.message().ack()
+        raise RuntimeError("too late")
+
+    if style == "sync":
+        app.consumer(queue_id, auto_ack=auto_ack)(lambda payload: fail())
+    else:
+
+        @app.consumer(queue_id, auto_ack=auto_ack)
+        async def handle(payload: Any) -> None:
+            fail()
+
+    id = app.publish(queue_id, 1)
+    drain(app)
+
+    (record,) = [record for record in caplog.records if "failed after it had been settled" in record.message]
+    assert f"{queue_id} {id}" in record.message
+    assert "RuntimeError: too late" in record.message
+    assert "in fail" in vars(record)["traceback"]
+    assert app.info(queue_id).message_count == 0
+    assert app.dead(queue_id).list() == []
+
+
+def test_a_handler_cannot_stop_the_event_loop(app: kq.App, queue_id: str) -> None:
+    """What else runs on it goes on, and so does what comes later."""
+    done: list[int] = []
+
+    @app.consumer(queue_id)
+    async def handle(payload: int) -> None:
+        if payload == 1:
+            asyncio.get_running_loop().stop()
+        await asyncio.sleep(0.01)
+        done.append(payload)
+
+    app.publish_many(queue_id, [1, 2, 3])
+    assert drain(app) == 3
+    assert sorted(done) == [1, 2, 3]
 
 
 def test_dead_letters_are_paged(app: kq.App, queue_id: str) -> None:

@@ -107,7 +107,7 @@ def test_missing_queue_is_not_found(bench: Bench) -> None:
 def test_looks_are_as_wide_as_the_queue(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """More messages than a subscription may have unsettled are looked at with several, and all go back."""
     monkeypatch.setattr(rabbitmq, "_LOOK_WINDOW", 10)
-    bench.publish(*[bench.message(f"m{n:02}") for n in range(35)])
+    bench.publish(*[bench.message(f"m{n:02}", headers={"x_dead_letter_time": 1e9 + n}) for n in range(35)])
     for _ in range(2):
         assert [letter.id for letter in bench.backend.browse(bench.queue, 100, 0)] == [f"m{n:02}" for n in range(35)]
     found = bench.backend.find(bench.queue, "m17")

@@ -79,6 +79,16 @@ def test_info_counts(shop: Shop) -> None:
     }  # fmt: skip
 
 
+def test_info_shows_what_there_is(local_shop: Shop) -> None:
+    """A queue that does not exist hides no other; the exit code tells of it."""
+    local_shop.app.publish(local_shop.queue, {"n": 1})
+    done = local_shop.run("info", local_shop.queue, "no:where", "--json")
+    assert done.returncode == 1
+    assert [entry["queue"] for entry in json.loads(done.stdout)] == [local_shop.queue]
+    assert "queue no:where does not exist" in done.stderr
+    assert local_shop.run("info", "no:where").stdout == ""
+
+
 def test_dead_letters(shop: Shop) -> None:
     """Dead letters are listed, shown, replayed and purged."""
     ids = shop.app.publish_many(shop.queue, [{"n": n, "do": "invalid"} for n in range(3)])

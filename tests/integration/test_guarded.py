@@ -118,6 +118,8 @@ def test_a_worker_without_permission_does_not_start(local: Guarded) -> None:
     assert f"queue.consume.queue on '{local.queue}'" in refusal(local.run("worker", "--burst", "--groups", "none",
                                                                           "--actor", "service:x"))  # fmt: skip
     assert local.run("worker", "--burst", "--actor", "service:x", "--groups", "workers").returncode == 0
+    # The groups of the file are those of the file's actor.
+    refusal(local.run("worker", "--burst", "--actor", "service:x"))
 
 
 def test_policies_explain_themselves(local: Guarded) -> None:

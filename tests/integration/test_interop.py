@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import kombu
@@ -15,11 +19,9 @@ from tests.broker import Broker, find
 
 
 @pytest.fixture
-def rabbitmq(tmp_path: object) -> Broker:
+def rabbitmq(tmp_path: Path) -> Broker:
     """RabbitMQ."""
-    from pathlib import Path
-
-    return find("rabbitmq", Path(str(tmp_path)))
+    return find("rabbitmq", tmp_path)
 
 
 def pika_channel(url: str) -> tuple[pika.BlockingConnection, object]:
@@ -80,13 +82,11 @@ def test_kq_publishes_pika_reads(rabbitmq: Broker) -> None:
 
 
 @pytest.mark.parametrize("name", ["memory", "sqlite", "redis"])
-def test_plain_kombu_shares_queues(name: str, tmp_path: object) -> None:
+def test_plain_kombu_shares_queues(name: str, tmp_path: Path) -> None:
     """A plain Kombu program reads what kq publishes, and kq handles what it publishes, on every store."""
-    from pathlib import Path
-
     import kq.backends
 
-    broker = find(name, Path(str(tmp_path)))
+    broker = find(name, tmp_path)
     queue_id = broker.queue_id()
     seen = []
     with kq.App("test", broker=broker.url) as app, kombu.Connection(f"kq-{broker.url}") as connection:
@@ -109,13 +109,63 @@ def test_plain_kombu_shares_queues(name: str, tmp_path: object) -> None:
     assert seen == [({"from": "kombu"}, "u")]
 
 
-@pytest.mark.parametrize("name", ["sqlite", "redis", "rabbitmq"])
-def test_publishing_survives_a_fork(name: str, tmp_path: object) -> None:
-    """A process forked from a connected publisher opens a connection of its own; every message arrives."""
-    import os
-    from pathlib import Path
+_FORKS_WHILE_OTHERS_PUBLISH = """
+import os, sys, threading, kq
 
-    broker = find(name, Path(str(tmp_path)))
+app = kq.App("test", broker=sys.argv[1])
+queue, over = sys.argv[2], threading.Event()
+
+def publish():
+    while not over.is_set():
+        app.publish(queue, "parent")
+
+threads = [threading.Thread(target=publish) for _ in range(3)]
+for thread in threads:
+    thread.start()
+# The first forks meet a publish that loads the broker's client, the others one that is under way.
+codes = []
+for n in range(10):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            app.publish_many(queue, [f"child {n}-{i}" for i in range(5)])
+            code = 0
+        finally:
+            os._exit(code)
+    codes.append(os.waitpid(pid, 0)[1])
+over.set()
+for thread in threads:
+    thread.join()
+app.close()
+print(codes)
+"""
+
+
+@pytest.mark.parametrize("name", ["sqlite", "redis", "rabbitmq"])
+def test_a_fork_may_come_in_the_middle_of_a_publish(name: str, tmp_path: Path) -> None:
+    """Children that are forked while other threads publish, for the first time too, publish at once."""
+    broker = find(name, tmp_path)
+    queue_id = broker.queue_id()
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKS_WHILE_OTHERS_PUBLISH, broker.url, queue_id],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    with kq.App("test", broker=broker.url) as app, kq.Consumer(app, queue_id, prefetch=500) as consumer:
+        seen = set()
+        while (message := consumer.receive(timeout=1.0)) is not None:
+            seen.add(message.payload())
+            message.ack()
+    broker.forget()
+
+    assert done.stdout == f"{[0] * 10}\n", done.stderr
+    assert seen == {"parent", *(f"child {n}-{i}" for n in range(10) for i in range(5))}
+
+
+@pytest.mark.parametrize("name", ["sqlite", "redis", "rabbitmq"])
+def test_publishing_survives_a_fork(name: str, tmp_path: Path) -> None:
+    """A process forked from a connected publisher opens a connection of its own; every message arrives."""
+    broker = find(name, tmp_path)
     queue_id = broker.queue_id()
     with kq.App("test", broker=broker.url) as app:
         app.publish(queue_id, "parent before")

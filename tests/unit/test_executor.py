@@ -536,9 +536,11 @@ def test_timeout_is_raised_through_and_charged() -> None:
     with pytest.raises(errors.Invalid, match="message released"):
         run.message.id()
     outcome = executor.timed_out(run)
-    assert outcome == Outcome(
-        "retry", 2.0, 1, 0, "", Failure("TIMEOUT", "handler handle ran past its timeout of 0.5 s", True)
-    )
+    failure = failure_of(outcome)
+    assert outcome == Outcome("retry", 2.0, 1, 0, "", failure)
+    assert (failure.kind, failure.retryable) == ("TIMEOUT", True)
+    assert failure.message == "handler handle ran past its timeout of 0.5 s"
+    assert "HandlerTimeout" in failure.traceback
 
 
 def test_timeout_of_a_killed_process_is_no_crash() -> None:
