@@ -7,7 +7,6 @@ settles anything: the outcome is a value, and the supervisor carries it out.
 from __future__ import annotations
 
 import inspect
-import logging
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ import msgspec
 from kq import errors, limit
 from kq.admission import Admission, Distrust, Refused
 from kq.backend import QueueSpec
+from kq.failure_log import logger
 from kq.handler import HERE
 from kq.message import Message, Settled, enter, leave
 from kq.outcome import (
@@ -32,8 +32,6 @@ from kq.outcome import (
 from kq.retry import Retry, RetryPolicy, after_failure
 from kq.router import Consumer, Router
 from kq.shield import HandlerTimeout
-
-logger = logging.getLogger("kq.worker")
 
 #: Middleware around handling. For an async handler ``call_next`` returns an awaitable.
 HandleMiddleware = Callable[[Message, Any, Callable[[Any], Any]], Any]

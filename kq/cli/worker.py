@@ -75,13 +75,13 @@ def worker(
             "or a configuration file that declares consumers, e.g. kq worker --config kq.yaml"
         )
     # Before the app's module can do so, and once more when it is known what its file says.
-    configure(given["log_level"], given["log_format"])
+    configure(given["log_level"], given["log_format"], loaded=False)
     with prefork(_forks(broker, given), given["concurrency"]) as forks:
         found = load(path, broker)
         try:
             options = WorkerOptions(**_with_file(given, found.document.worker.values))
-            configure(options.log_level, options.log_format)
             found.declarations.load_handlers()
+            configure(options.log_level, options.log_format, loaded=True)
             running = Worker(found, app_path=path or "", options=options, forks=forks)
             running.run()
         except Invalid as error:

@@ -120,12 +120,13 @@ class Child:
         return True
 
     def _load(self, hello: frame.Hello) -> bool:
-        configure(hello.log_level, hello.log_format)
+        configure(hello.log_level, hello.log_format, loaded=False)
         try:
             app = open_app(hello.app, hello.overrides)
         except BaseException as error:
             self._send(frame.Failed(str(error) or repr(error)))
             return False
+        configure(hello.log_level, hello.log_format, loaded=True)
         self._app = app
         timeouts = [c.timeout for c in app.registry.router if c.queue in hello.queues and c.timeout is not None]
         self._runner = Runner(

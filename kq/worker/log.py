@@ -25,9 +25,6 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines; only the first one begins at the margin, whatever strangers have written."""
         text = super().format(record)
-        traceback = getattr(record, "traceback", None)
-        if isinstance(traceback, str):
-            text = f"{text}\n{traceback}"
         return text.rstrip("\n").translate(_CONTROL).replace("\n", "\n    ")
 
 
@@ -49,20 +46,41 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, default=str, ensure_ascii=False)
 
 
-def configure(level: str, style: str) -> None:
+_handler = logging.StreamHandler(sys.stderr)
+
+
+def configure(level: str, style: str, *, loaded: bool) -> None:
     """Send logs to stderr, unless the program has arranged for them itself. May be called again.
 
     Args:
-        level: A name that `logging` knows.
+        level: A name that `logging` knows; where the program has arranged for its own logs, that of kq's.
         style: ``text`` or ``json``.
+        loaded: Whether the program has been loaded. Before, only kq's own logs are sent, so that the program finds
+            `logging` as it is without kq.
     """
-    root = logging.getLogger()
-    root.setLevel(level.upper())
+    root, ours = logging.getLogger(), logging.getLogger("kq")
     # At debug level py-amqp tells of every heartbeat.
     logging.getLogger("amqp").setLevel(logging.WARNING)
-    ours = [handler for handler in root.handlers if isinstance(handler.formatter, (TextFormatter, JsonFormatter))]
+    _handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
+    ours.setLevel(level.upper())
+    if not loaded:
+        ours.addHandler(_handler)
+        return
+    ours.removeHandler(_handler)
+    for name, logger in list(root.manager.loggerDict.items()):
+        # `logging.config` silences those that are there already, unless it is told not to.
+        if isinstance(logger, logging.Logger) and (name == "kq" or name.startswith("kq.")):
+            logger.disabled = False
+    for handler in list(root.handlers):
+        if _is_default(handler):
+            root.removeHandler(handler)
     if not root.handlers:
-        ours = [logging.StreamHandler(sys.stderr)]
-        root.addHandler(ours[0])
-    for handler in ours:
-        handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
+        root.addHandler(_handler)
+    if _handler in root.handlers:
+        root.setLevel(level.upper())
+
+
+def _is_default(handler: logging.Handler) -> bool:
+    """Tell whether a handler is the one that a program gets which logs before anybody has arranged for it."""
+    shape = getattr(handler.formatter, "_fmt", None)
+    return type(handler) is logging.StreamHandler and handler.stream is sys.stderr and shape == logging.BASIC_FORMAT

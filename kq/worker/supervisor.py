@@ -7,7 +7,6 @@ a few deliveries that find it waiting: those their fetcher hands out. Whoever do
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
@@ -16,6 +15,7 @@ from typing import Any
 from kq import errors
 from kq.backend import Delivery, QueueSpec, Settlement
 from kq.executor import timeout_outcome
+from kq.failure_log import logger
 from kq.intake import Intake
 from kq.outcome import CRASH_LOOP, RELEASE, Death, Failure, Outcome
 from kq.retry import RetryPolicy, after_crash
@@ -24,8 +24,6 @@ from kq.worker.dispatcher import Dispatcher
 from kq.worker.flight import Flight, Tally
 from kq.worker.pool import Died, Event, Finished, Pool, Returned
 from kq.worker.round_robin import RoundRobin
-
-logger = logging.getLogger("kq.worker")
 
 #: Seconds to wait at the end for what is just being fetched.
 _PAUSE_PATIENCE = 2.0

@@ -136,6 +136,42 @@ def test_a_file_that_is_named_wins_over_the_variable(local: Project) -> None:
     assert "nosuch" in done.stderr
 
 
+_ARRANGED = {
+    "basic": "logging.basicConfig(format='MINE %(message)s', level=logging.DEBUG)",
+    # Which silences all loggers that there are, by default.
+    "dict": "logging.config.dictConfig({'version': 1, 'formatters': {'f': {'format': 'MINE %(message)s'}}, 'root': "
+    "{'handlers': ['h'], 'level': 'INFO'}, 'handlers': {'h': {'class': 'logging.StreamHandler', 'formatter': 'f'}}})",
+}
+
+
+@pytest.mark.parametrize("pool", ["processes", "threads"])
+@pytest.mark.parametrize("how", ["basic", "dict", "not"])
+def test_the_programs_own_logging_is_used(local: Project, how: str, pool: str) -> None:
+    """What a program has arranged for its logs holds for kq's as well; else all of them look like kq's."""
+    local.write(
+        "app.py",
+        f"""import logging, logging.config, kq
+
+{_ARRANGED.get(how, "")}
+app = kq.App("test")
+
+
+@app.consumer("app:q", max_attempts=1)
+def handle(payload):
+    logging.getLogger("shop").info("handling %s", payload)
+    raise ValueError("broken")
+""",
+    )
+    assert local.run("publish", "-A", "app:app", "app:q", "17").returncode == 0
+    done = local.run("worker", "app:app", "--burst", "-p", "1", "--pool", pool)
+    begin = " INFO    " if how == "not" else "MINE "
+    shown = [line for line in done.stderr.splitlines() if "handling 17" in line or "kq worker of test" in line]
+    assert len(shown) == 2, done.stderr
+    assert all(begin in line for line in shown)
+    assert "dead-lettered, max_attempts: ValueError: broken\n" in done.stderr
+    assert 'raise ValueError("broken")' in done.stderr
+
+
 def test_check_prints_what_is_in_force(local: Project) -> None:
     """Every value with its origin, without connecting anywhere."""
     local.write("handlers.py", "def f(payload): pass\n")

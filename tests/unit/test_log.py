@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kq import failure_log
 from kq.worker.log import JsonFormatter, TextFormatter
 
 
@@ -17,7 +18,9 @@ def record(message: str, **extra: Any) -> logging.LogRecord:
 
 def test_a_traceback_follows_its_line() -> None:
     """A failure's traceback stands below what is said of it, indented."""
-    lines = TextFormatter().format(record("failed", traceback="Traceback\n  File x\nKeyError: 'id'\n")).splitlines()
+    made = record("failed", traceback="Traceback\n  File x\nKeyError: 'id'\n")
+    assert failure_log.logger.filter(made)
+    lines = TextFormatter().format(made).splitlines()
     assert lines[0].endswith("] failed")
     assert lines[1:] == ["    Traceback", "      File x", "    KeyError: 'id'"]
 
@@ -34,3 +37,10 @@ def test_a_traceback_is_a_field() -> None:
     """For programs the traceback is a field of the record that tells of the failure."""
     line = JsonFormatter().format(record("failed", traceback="Traceback\n"))
     assert json.loads(line)["traceback"] == "Traceback\n"
+
+
+def test_every_formatter_shows_a_traceback() -> None:
+    """Those of the program know nothing of kq, and show it where they show that of an exception."""
+    made = record("failed", traceback="Traceback\n  File x\nKeyError: 'id'\n")
+    assert failure_log.logger.filter(made)
+    assert logging.Formatter("%(message)s").format(made) == "failed\nTraceback\n  File x\nKeyError: 'id'"
