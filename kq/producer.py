@@ -350,4 +350,13 @@ def _new_id() -> str:
 
 
 def _wrap(middleware: PublishMiddleware, call: Callable[[Draft], list[str]]) -> Callable[[Draft], list[str]]:
-    return lambda draft: middleware(draft, call)
+    def publish(draft: Draft) -> list[str]:
+        ids = middleware(draft, call)
+        if not isinstance(ids, list) or (not ids and draft.payloads):
+            raise Invalid(
+                f"on_publish: expected {getattr(middleware, '__qualname__', middleware)} to return what call_next "
+                f"returned, the ids, got {ids!r}; what it has passed on is published"
+            )
+        return ids
+
+    return publish

@@ -64,3 +64,18 @@ def test_what_a_consumer_is_given_is_checked(name: str, value: Any) -> None:
     app = kq.App("checked", broker="memory://checked")
     with pytest.raises(errors.Invalid, match=f"{name}: expected"):
         app.consumer("test:checked", **{name: value})
+
+
+@pytest.mark.parametrize("result", [None, "id", []])
+def test_middleware_that_returns_no_ids_is_named(result: Any) -> None:
+    """What forgets to return what it was given is told from a publish that has failed."""
+
+    def forgetful(draft: Any, call_next: Any) -> Any:
+        call_next(draft)
+        return result
+
+    with (
+        kq.App("test", broker="memory://test-producer-forgetful", on_publish=[forgetful]) as app,
+        pytest.raises(errors.Invalid, match=r"on_publish: expected .*forgetful to return what call_next returned"),
+    ):
+        app.publish("app:q", 1)
