@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from hashlib import sha256
 from time import monotonic
@@ -130,8 +130,8 @@ class App:
         if settings.strict_mode:
             # Never off again: an app that is not strict must not loosen what another one, or the program, has set.
             set_strict(True)
-        self._on_handle = list(on_handle)
-        self._producer = Producer(self, middleware=list(on_publish))
+        self._on_handle = _middleware("on_handle", on_handle)
+        self._producer = Producer(self, middleware=_middleware("on_publish", on_publish))
         _remember(self)
 
     @classmethod
@@ -401,10 +401,13 @@ class App:
 
         self.declarations.load_handlers()
         app_path = options.pop("app_path", None)
-        try:
-            return Worker(self, app_path=app_path, options=WorkerOptions(**options))
-        except TypeError as error:
-            raise Invalid(f"worker: {error}") from None
+        if isinstance(options.get("queues"), str):
+            options["queues"] = [options["queues"]]
+        known = [field.name for field in fields(WorkerOptions)]
+        for name in options:
+            if name not in known:
+                raise Invalid(f"worker: expected options of {', '.join(known)}, app_path, got {name!r}")
+        return Worker(self, app_path=app_path, options=WorkerOptions(**options))
 
     def drain(self, timeout: Any = 60.0, *, concurrency: int = 1) -> int:
         """Handle messages in this process until none is ready, running or due; for tests and scripts.
@@ -498,6 +501,16 @@ _active: ContextVar[App | None] = ContextVar("kq_app", default=None)
 #: Kept alive: what comes after it acts on it, also where nobody else holds it.
 _last: App | None = None
 _default: App | None = None
+
+
+def _middleware(name: str, given: Any) -> list[Any]:
+    if callable(given) or not isinstance(given, Iterable):
+        raise Invalid(f"{name}: expected a list of functions, got {given!r}")
+    functions = list(given)
+    for function in functions:
+        if not callable(function):
+            raise Invalid(f"{name}: expected functions, got {function!r}")
+    return functions
 
 
 def _remember(app: App) -> None:

@@ -55,6 +55,8 @@ def queue_id(value: Any) -> str:
             return value
         if not value:
             raise Invalid('the queue id is empty; expected "namespace:name", e.g. "app:emails"')
+    if callable(value):
+        raise Invalid('got a function for a queue id; write @app.consumer("namespace:name") above the handler')
     raise Invalid(
         f'ill-formed queue id {_short(value)}; expected "namespace:name", e.g. "app:emails": letters, '
         "digits, '.', '_' and '-', each part starting with a letter or digit and at most 100 long"

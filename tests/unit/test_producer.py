@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic, time
 from typing import Any
 from uuid import RFC_4122, UUID
@@ -79,3 +80,23 @@ def test_middleware_that_returns_no_ids_is_named(result: Any) -> None:
         pytest.raises(errors.Invalid, match=r"on_publish: expected .*forgetful to return what call_next returned"),
     ):
         app.publish("app:q", 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: app_of(on_publish=print), "on_publish: expected a list of functions"),
+        (lambda: app_of(on_handle=[5]), "on_handle: expected functions, got 5"),
+        (lambda: app_of().consumer(lambda payload: None), r"write @app.consumer\("),
+        (lambda: app_of().worker(concurency=4), "expected options of .*got 'concurency'"),
+    ],
+)
+def test_what_is_easily_mistaken_is_told(make: Callable[[], Any], words: str) -> None:
+    """The error says what was expected, where the interpreter's own would not."""
+    with pytest.raises(errors.Invalid, match=words):
+        make()
+
+
+def app_of(**values: Any) -> Any:
+    """An app, of what no type checker would let through."""
+    return kq.App("test", broker="memory://test-producer-mistaken", **values)
