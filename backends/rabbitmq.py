@@ -178,15 +178,11 @@ class RabbitBackend:
                 raise
             for index, answer in zip(left, answers, strict=True):
                 results[index] = answer
-            lost_buckets = [
-                index for index in left
-                if batch[index].delay > 0 and (told := results[index]) is not None
-                and told.details["reason"] == "unroutable"
-            ]  # fmt: skip
-            if lost_buckets and not last:
-                # Somebody has deleted the queue of a bucket: it is made again.
+            again = [index for index in left if _is_to_be_sent_again(batch[index], results[index])]
+            if again and not last:
+                # The queue of a bucket is made again.
                 lane.buckets.clear()
-                left = lost_buckets
+                left = again
                 continue
             if any(answer is not None and answer.details["reason"] == "timeout" for answer in answers):
                 # Silence may mean that the connection is dead: the next publish is to have a new one.
@@ -433,6 +429,17 @@ def _all_of(link: Link, queue: str) -> Iterator[Any]:
     for consumer in consumers:
         channel.basic_cancel(consumer)
     yield from arrived
+
+
+def _is_to_be_sent_again(publication: Publication, error: Error | None) -> bool:
+    """Tell whether a message was refused for what the next moment may have mended."""
+    if error is None:
+        return False
+    reason = error.details["reason"]
+    # Somebody has deleted the queue of a bucket; or a quorum queue has no leader yet, which is told as if it were full.
+    return (reason == "unroutable" and publication.delay > 0) or (
+        reason == "full" and publication.queue.max_length is None
+    )
 
 
 def _time(letter: Envelope) -> float:

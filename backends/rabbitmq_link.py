@@ -6,6 +6,8 @@ link is used after an error: it is dropped, and the next use opens a new one.
 
 from __future__ import annotations
 
+# Which looking an address up loads: not then, when a process may be forked in the middle of it.
+import encodings.idna  # noqa: F401
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress

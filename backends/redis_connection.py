@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Which looking an address up loads: not then, when a process may be forked in the middle of it.
+import encodings.idna  # noqa: F401
 import os
 import socket
 from contextlib import suppress

@@ -147,6 +147,8 @@ def test_a_fork_may_come_in_the_middle_of_a_publish(name: str, tmp_path: Path) -
     """Children that are forked while other threads publish, for the first time too, publish at once."""
     broker = find(name, tmp_path)
     queue_id = broker.queue_id()
+    with kq.App("test", broker=broker.url) as app:
+        app.publish(queue_id, "parent")
     done = subprocess.run(
         [sys.executable, "-c", _FORKS_WHILE_OTHERS_PUBLISH, broker.url, queue_id],
         capture_output=True, text=True, timeout=100, check=False,
