@@ -21,13 +21,12 @@ import json
 import os
 import socket
 import sqlite3
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from threading import Lock, local
+from threading import Lock
 from typing import Any, ClassVar, Final
 
-from kq import clock
+from kq import clock, forking
 from kq.backend import Capabilities, Role
 from kq.backends.machine import BOOT_ID
 from kq.backends.machine import now as _since_start
@@ -51,8 +50,6 @@ from kq.backends.store import (
 from kq.errors import Error
 from kq.waker import Lookout, Waker
 
-#: Seconds that a fork waits for a transaction.
-_FORK_WAIT: Final = 5.0
 #: Rows that one statement names at most; SQLite's own limit on parameters is far above.
 _CHUNK: Final = 500
 #: A message, where it is under a lease of ours.
@@ -92,7 +89,7 @@ class SQLiteStore(TakesNothingAhead):
         self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sender.setblocking(False)
         self._closed = False
-        _stores.add(self)
+        forking.enrol(self, forking.Stage.OPENED)
 
     def ping(self) -> None:
         """See `Store.ping`."""
@@ -356,14 +353,21 @@ class SQLiteStore(TakesNothingAhead):
         SQLite keeps in memory which locks its process has on a file. A child would take its parent's for its own, which
         the system does not give it: it would wait for ever for one that is never released, or see its journal deleted.
         """
-        if not self._lock.acquire(timeout=_FORK_WAIT):
+        if not self._lock.acquire(timeout=forking.WAIT):
             return False
         self._disconnect()
         return True
 
-    def after_fork(self) -> None:
+    def after_fork_in_parent(self) -> None:
         """Let the connection be opened again, by the next who needs it."""
         self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """The same; and a connection that was not to be had is the parent's: closing it would end its locks."""
+        self._lock = Lock()
+        if self._connection is not None:
+            _left_behind.append(self._connection)
+            self._connection = None
 
     # Connection and transactions.
 
@@ -617,22 +621,5 @@ def _listeners(db: sqlite3.Connection, queue: str) -> list[str]:
     return [row[0] for row in db.execute("SELECT path FROM listener WHERE queue = ?", (queue,))]
 
 
-_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
-#: Of the thread that forks: whom it has to let go on.
-_waiting = local()
-
-
-def _before_fork() -> None:
-    # In the same order by everybody.
-    _waiting.stores = [store for store in sorted(_stores, key=id) if store.before_fork()]
-
-
-def _after_fork() -> None:
-    # A fork that had begun before there was a hook has nobody to let go.
-    for store in getattr(_waiting, "stores", ()):
-        store.after_fork()
-    _waiting.stores = []
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+#: Of a parent's, kept from the garbage collector, which would close them.
+_left_behind: list[sqlite3.Connection] = []

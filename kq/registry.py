@@ -6,18 +6,17 @@ use and never crosses a fork: a forked child finds none and opens its own.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from threading import RLock, local
+from threading import RLock
 from typing import Any, Final, Protocol
 
 from msgspec import structs
 
-from kq import config, limit
+from kq import config, forking, limit
 from kq.backend import Backend, QueueSpec
 from kq.driver import MAIN, Driver, check, naming
 from kq.envelope import Envelope, clean
@@ -34,10 +33,6 @@ from kq.signing import Signing
 COMMAND_LINE: Final = "command line"
 #: Queues that nobody declared and that are remembered at most.
 _ASSUMED_MOST: Final = 10_000
-
-
-#: Seconds that a fork waits for somebody who opens a backend: half a module is of no use to a child.
-_FORK_WAIT: Final = 5.0
 
 
 class Registry:
@@ -71,7 +66,7 @@ class Registry:
         #: By driver, the queues that its shared backend has declared.
         self._confirmed: defaultdict[str, set[str]] = defaultdict(set)
         self._on_reset: list[weakref.WeakMethod[Callable[[], None]]] = []
-        _registries.add(self)
+        forking.enrol(self, forking.Stage.OPENS)
 
     @property
     def signing(self) -> Signing | None:
@@ -335,13 +330,13 @@ class Registry:
 
     def before_fork(self) -> bool:
         """Wait for whoever opens a backend, and have others wait; False in vain."""
-        return self._lock.acquire(timeout=_FORK_WAIT)
+        return self._lock.acquire(timeout=forking.WAIT)
 
     def after_fork_in_parent(self) -> None:
         """Let others go on."""
         self._lock.release()
 
-    def after_fork(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Leave the parent's connections to the parent: drop them unclosed, with locks that may be held."""
         self._lock = RLock()
         # Kept from the garbage collector, whose clean-up would speak on the parent's sockets.
@@ -398,31 +393,4 @@ def _check_together(first: QueueSpec, second: QueueSpec) -> None:
         )
 
 
-#: Of the thread that forks: who waits for it.
-_held = local()
-
-
-def _before_fork() -> None:
-    # In the same order by everybody.
-    _held.registries = [registry for registry in sorted(_registries, key=id) if registry.before_fork()]
-
-
-def _after_fork_in_parent() -> None:
-    # A fork that had begun before there was a hook has nobody to let go.
-    for registry in getattr(_held, "registries", ()):
-        registry.after_fork_in_parent()
-    _held.registries = []
-
-
-_registries: weakref.WeakSet[Registry] = weakref.WeakSet()
 _left_behind: list[Backend] = []
-
-
-def _after_fork() -> None:
-    _held.registries = []
-    for registry in list(_registries):
-        registry.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

@@ -114,7 +114,6 @@ import os, sys, threading, kq
 
 app = kq.App("test", broker=sys.argv[1])
 queue, over = sys.argv[2], threading.Event()
-app.publish(queue, "parent")
 
 def publish():
     while not over.is_set():
@@ -144,7 +143,7 @@ print(codes)
 
 @pytest.mark.parametrize("name", ["sqlite", "redis", "rabbitmq"])
 def test_a_fork_may_come_in_the_middle_of_a_publish(name: str, tmp_path: Path) -> None:
-    """Children that are forked while other threads publish, publish at once."""
+    """Children that are forked while other threads publish, for the first time too, publish at once."""
     broker = find(name, tmp_path)
     queue_id = broker.queue_id()
     with kq.App("test", broker=broker.url) as app:

@@ -233,7 +233,7 @@ def test_a_fork_leaves_the_backend_behind() -> None:
     """A forked child neither uses nor closes its parent's backend."""
     registry = make()
     parents = registry.backend()
-    registry.after_fork()
+    registry.after_fork_in_child()
     mine = registry.backend()
     assert mine is not parents
     registry.close()
@@ -362,7 +362,7 @@ def test_each_driver_has_a_backend() -> None:
     registry.close()
     assert registry.backend("events") is not events
     parents = registry.backend(), registry.backend("events")
-    registry.after_fork()
+    registry.after_fork_in_child()
     assert registry.backend("events") is not parents[1]
     registry.close()
     for backend in parents:
