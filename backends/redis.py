@@ -61,7 +61,7 @@ class RedisStore:
         counts_in_flight=True,
         tells_age=True,
         remembers_completed=True,
-        concurrent_publishes=4,
+        concurrent_publishes=16,
     )
 
     def __init__(

@@ -19,14 +19,11 @@ from typing import Final
 
 from kq.backend import Publication
 from kq.errors import Error, Internal
-from kq.group_commit import MAX_GROUP, GroupCommit
+from kq.group_commit import MAX_GROUP, GroupCommit, length
 from kq.shield import shielded
 
 #: Seconds without anything to publish after which a thread ends; the next task starts another one.
 _QUIET: Final = 10.0
-#: Seconds after which a group, and each message in it, has taken long: then one more thread pays.
-_LONG: Final = 0.004
-_LONG_EACH: Final = 0.0001
 
 Results = list[Error | None]
 
@@ -99,7 +96,7 @@ class AsyncCommit:
                     self._start()
                 except (RuntimeError, MemoryError) as error:
                     raise Internal(f"no thread to publish with: {error}", details={"reason": "unavailable"}) from None
-            elif self._busy == len(self._threads) and monotonic() - self._busy_since > _LONG:
+            elif self._busy == len(self._threads) and length(monotonic() - self._busy_since, 0) > 1:
                 self._start_another()
             self._requests.put(request)
 
@@ -152,7 +149,7 @@ class AsyncCommit:
                 self._busy += 1
                 self._busy_since = began
         self._lead(group)
-        is_long = monotonic() - began > _LONG + _LONG_EACH * size
+        is_long = length(monotonic() - began, size) > 1
         with self._lock:
             if requests is self._requests:
                 if is_long and not requests.empty() and self._busy == len(self._threads):

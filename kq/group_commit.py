@@ -5,7 +5,8 @@ others'; those that arrive meanwhile form the next group. A lone publisher pays 
 sixteen threads cost the broker about as much as one. The term and the idea are the databases'.
 
 Where a group takes long, because the broker is far away or somebody publishes very much, the next one does not wait
-for its end, if the backend can publish from several threads at once.
+for its end, if the backend can publish from several threads at once. Where all of them take long, and there are many
+ways, it does not wait at all: what it would save is little beside the way.
 """
 
 from __future__ import annotations
@@ -25,9 +26,23 @@ MAX_GROUP = 5000
 
 #: Seconds that a group waits for the one before it, while there is another way to go.
 _PATIENCE = 0.001
+#: Groups under way at once to a broker that is near; where there are more ways than that, nobody waits.
+_FEW = 4
+
+#: Seconds after which a group, and each message in it, has taken long.
+_LONG = 0.004
+_LONG_EACH = 0.0001
+#: How much of what a group took beyond the shortest ones is believed: six long ones in a row make a broker far, and
+#: a short one makes it near.
+_BELIEF = 0.125
 
 #: How much of its time a caller must have left to commit in its own thread.
 _ENOUGH = 0.5
+
+
+def length(seconds: float, size: int) -> float:
+    """Return how long so many messages took to be published: less than 1 is not long."""
+    return seconds / (_LONG + _LONG_EACH * size)
 
 
 class _Ticket:
@@ -63,12 +78,16 @@ class GroupCommit:
         self._under_way = 0
         #: Whether the last commit found the broker as it should be.
         self._proven = False
+        #: About the shortest time that groups take, as a part of what is long.
+        self._distance = 0.0
 
     @property
     def width(self) -> int:
         """Groups that may be under way at once, as far as one can tell."""
         # A broker that is away is tried by one.
-        return self._most() if self._proven else 1
+        if not self._proven:
+            return 1
+        return self._most() if self._distance > 1 else min(self._most(), _FEW)
 
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """Publish ``batch`` and return one result for each; blocks at most ``timeout`` seconds."""
@@ -109,7 +128,8 @@ class GroupCommit:
         """Wait until a caller has its results or is to lead the next group; False if its time is over before."""
         # The first of those who wait looks after the others as well.
         is_first = len(self._waiting) == 1
-        ahead_at = monotonic() + _PATIENCE
+        width = self.width
+        ahead_at = monotonic() + (_PATIENCE if width <= _FEW else 0.0)
         while ticket.results is None:
             if not ticket.is_taken and not self._under_way:
                 return True
@@ -135,7 +155,9 @@ class GroupCommit:
                     return None
                 self._under_way = 1
                 mine = True
+            began = monotonic()
             results = self._commit(batch, timeout)
+            self._learn(monotonic() - began, len(batch))
             proven = not any(results) or not any(error is not None and error.retryable for error in results)
         except Error as error:
             results = [error] * len(batch)
@@ -199,15 +221,22 @@ class GroupCommit:
 
     def _lead(self, group: list[_Ticket], deadline: float) -> None:
         batch = [publication for ticket in group for publication in ticket.batch]
+        began = monotonic()
         try:
-            results = self._commit(batch, max(0.0, deadline - monotonic()))
+            results = self._commit(batch, max(0.0, deadline - began))
         except Error as error:
             results = [error] * len(batch)
         with self._lock:
+            self._learn(monotonic() - began, len(batch))
             self._proven = not any(result is not None and result.retryable for result in results)
             self._deal(group, results)
             self._under_way -= 1
             self._turn.notify_all()
+
+    def _learn(self, took: float, size: int) -> None:
+        distance = min(length(took, size), 2.0)
+        nearer = distance < self._distance
+        self._distance = distance if nearer else self._distance + (distance - self._distance) * _BELIEF
 
     @staticmethod
     def _deal(group: list[_Ticket], results: list[Error | None]) -> None:

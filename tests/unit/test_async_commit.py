@@ -11,7 +11,7 @@ from time import monotonic
 
 import pytest
 
-from kq import async_commit, errors
+from kq import async_commit, errors, group_commit
 from kq.async_commit import AsyncCommit
 from kq.backend import Publication, QueueSpec
 from kq.envelope import Envelope
@@ -338,7 +338,7 @@ def test_a_slow_group_holds_no_other_task_up(monkeypatch: pytest.MonkeyPatch) ->
 
     It ends with the first group that is not, and leaves the rest to one.
     """
-    monkeypatch.setattr(async_commit, "_LONG", 0.0)
+    monkeypatch.setattr(group_commit, "_LONG", 1e-9)
     broker = Broker()
 
     async def publish(commit: AsyncCommit) -> None:
@@ -350,7 +350,7 @@ def test_a_slow_group_holds_no_other_task_up(monkeypatch: pytest.MonkeyPatch) ->
         assert len(commit._threads) == 2
         broker.go_on.set()
         assert await slow == [None]
-        monkeypatch.setattr(async_commit, "_LONG", 60.0)
+        monkeypatch.setattr(group_commit, "_LONG", 60.0)
         while len(commit._threads) > 1:
             assert await commit.publish(batch("quick"), 30.0) == [None]
         assert await commit.publish(batch("last"), 30.0) == [None]
@@ -361,7 +361,7 @@ def test_a_slow_group_holds_no_other_task_up(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_long_group_brings_a_thread_for_those_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has waited for a group that took long is reason enough for another thread, without anything new."""
-    monkeypatch.setattr(async_commit, "_LONG", 60.0)
+    monkeypatch.setattr(group_commit, "_LONG", 60.0)
     broker = Broker()
 
     async def publish(commit: AsyncCommit) -> None:
@@ -370,7 +370,8 @@ def test_a_long_group_brings_a_thread_for_those_behind_it(monkeypatch: pytest.Mo
         behind = asyncio.create_task(commit.publish(batch("slow too"), 30.0))
         await asyncio.sleep(0)
         assert len(commit._threads) == 1
-        monkeypatch.setattr(async_commit, "_LONG", -1.0)
+        monkeypatch.setattr(group_commit, "_LONG", 1e-9)
+        monkeypatch.setattr(group_commit, "_LONG_EACH", 0.0)
         broker.go_on.set()
         assert list(await asyncio.gather(slow, behind)) == [[None], [None]]
         assert len(commit._threads) == 2

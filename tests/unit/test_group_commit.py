@@ -6,7 +6,7 @@ from threading import Event, Lock, Semaphore, Thread
 
 import pytest
 
-from kq import errors
+from kq import errors, group_commit
 from kq.backend import Publication, QueueSpec
 from kq.envelope import Envelope
 from kq.group_commit import MAX_GROUP, GroupCommit
@@ -236,6 +236,44 @@ def test_no_more_groups_are_under_way_than_there_are_ways() -> None:
         assert [future.result(30) for future in (*slow, *rest)] == [[None]] * 6
     assert held.most == 2
     assert "late" not in [id for ids in held.sent for id in ids]
+
+
+def test_to_a_broker_that_is_near_few_groups_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ways there are: to share a trip is better there than to have one each."""
+    monkeypatch.setattr(group_commit, "_LONG", 60.0)
+    held = Held()
+    group = GroupCommit(held.commit, lambda: 16)
+    assert group.publish(batch("first"), 5.0) == [None]
+    with ThreadPoolExecutor(20) as threads:
+        slow = [threads.submit(group.publish, batch(f"slow{n}"), 30.0) for n in range(20)]
+        for _ in range(4):
+            assert held.began.acquire(timeout=30)
+        assert all(group.publish(batch("late"), 0.05))
+        held.go_on.set()
+        assert [future.result(30) for future in slow] == [[None]] * 20
+    assert held.most == group.width == 4
+
+
+def test_to_a_broker_that_is_far_nobody_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every trip takes long each goes its own way, as long as there is one; it ends with one that does not."""
+    monkeypatch.setattr(group_commit, "_LONG", 1e-9)
+    monkeypatch.setattr(group_commit, "_LONG_EACH", 0.0)
+    monkeypatch.setattr(group_commit, "_PATIENCE", 60.0)
+    held = Held()
+    group = GroupCommit(held.commit, lambda: 16)
+    for n in range(6):
+        assert group.publish(batch(f"{n}"), 5.0) == [None]
+        assert group.width == (16 if n == 5 else 4)
+    with ThreadPoolExecutor(16) as threads:
+        slow = [threads.submit(group.publish, batch(f"slow{n}"), 30.0) for n in range(16)]
+        for _ in slow:
+            assert held.began.acquire(timeout=30)
+        held.go_on.set()
+        assert [future.result(30) for future in slow] == [[None]] * 16
+    assert held.most == group.width == 16
+    monkeypatch.setattr(group_commit, "_LONG", 60.0)
+    assert group.publish(batch("quick"), 5.0) == [None]
+    assert group.width == 4
 
 
 def test_a_broker_that_is_away_is_tried_by_one() -> None:
