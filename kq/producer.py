@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 from time import monotonic, time_ns
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kq import clock, codec, config, header, limit
 from kq.backend import Publication, QueueSpec
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Messages that are checked and encoded on the event loop at most; more of them would hold it up.
 _FEW: Final = 20
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ class Producer:
         """Publish messages, pipelined, and return their ids once the broker has stored them all.
 
         Everything is checked before anything is sent. Arguments and errors are those of `publish`; when
-        the broker did not confirm all, ``details["published"]`` lists the ids that are safe.
+        the broker did not confirm all, ``details["published"]`` lists the ids that are safe. Where one of several
+        payloads is `Invalid`, ``details["index"]`` is its place.
         """
         return self._send(Draft(queue_id, _several(payloads), headers, delay, at, expires))
 
@@ -209,11 +212,7 @@ class Producer:
     def _prepare(self, draft: Draft) -> list[Publication]:
         """Check a draft, in the order that the documentation promises, and return what to send."""
         queue_id = limit.queue_id(draft.queue_id)
-        for payload in draft.payloads:
-            if codec.is_empty(payload):
-                raise Invalid(
-                    f"the data is empty: {payload!r}; expected a value, or a text or collection with something in it"
-                )
+        _each(draft.payloads, _refuse_empty)
         headers = header.check(draft.headers)
         now = clock.now()
         delay = limit.holding_time(draft.delay, draft.at, now)
@@ -221,9 +220,14 @@ class Producer:
         id = None if draft.message_id is None else limit.message_id(draft.message_id)
         spec = self._registry.spec(queue_id)
         writer = codec.named(spec.codec)
-        bodies = [writer.encode(payload) for payload in draft.payloads]
-        for body in bodies:
-            limit.body_size(body, self._registry.settings.max_body)
+        most = self._registry.settings.max_body
+
+        def encode(payload: Any) -> bytes:
+            body = writer.encode(payload)
+            limit.body_size(body, most)
+            return body
+
+        bodies = _each(draft.payloads, encode)
         self._registry.guard.publish(queue_id, headers)
         if not (self._registry.create_queues or self._registry.is_declared(queue_id)):
             raise NotFound(f"queue {queue_id} is not declared, and create_queues is off; declare it with app.queue()")
@@ -329,6 +333,26 @@ def _confirmed(publications: Sequence[Publication], results: Sequence[Error | No
     text = first.message if len(ids) == 1 else f"{len(failed)} of {len(ids)} messages: {first.message}"
     # A new error each time: several threads may have been given the same one.
     raise type(first)(text, retryable=first.retryable, details={**first.details, "published": safe})
+
+
+def _refuse_empty(payload: Any) -> None:
+    if codec.is_empty(payload):
+        raise Invalid(f"the data is empty: {payload!r}; expected a value, or a text or collection with something in it")
+
+
+def _each(payloads: Sequence[Any], step: Callable[[Any], _T]) -> list[_T]:
+    """Do something with each payload; of several, an error says which one it is about."""
+    done: list[_T] = []
+    try:
+        for payload in payloads:
+            done.append(step(payload))
+    except Invalid as error:
+        if len(payloads) == 1:
+            raise
+        index = len(done)
+        text = f"payloads[{index}]: {error.message}"
+        raise Invalid(text, details={**error.details, "index": index}) from error
+    return done
 
 
 def _several(payloads: Iterable[Any]) -> list[Any]:

@@ -59,6 +59,24 @@ def test_several_messages_are_a_list(payloads: Any) -> None:
             asyncio.run(app.apublish_many("test:several", payloads))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({}, "the data is empty"), ({"n": {1}}, "set"), ({"n": "x" * 2000}, "2,?0")],
+)
+def test_of_several_messages_the_wrong_one_is_named(wrong: Any, said: str) -> None:
+    """Nothing is sent, and the error says which one it was; of a single message there is nothing to say."""
+    with kq.App("wrong", broker="memory://wrong", max_body=1024) as app:
+        with pytest.raises(errors.Invalid, match=rf"^payloads\[2\]: .*{said}") as caught:
+            app.publish_many("test:wrong", [{"n": 1}, {"n": 2}, wrong, {"n": 4}])
+        assert caught.value.details["index"] == 2
+        for single in (lambda: app.publish("test:wrong", wrong), lambda: app.publish_many("test:wrong", [wrong])):
+            with pytest.raises(errors.Invalid, match=rf"^(?!payloads).*{said}") as caught:
+                single()
+            assert "index" not in caught.value.details
+        with pytest.raises(errors.NotFound):
+            app.info("test:wrong")
+
+
 @pytest.mark.parametrize(("name", "value"), [("auto_ack", 1), ("auto_ack", "false"), ("name", 5), ("name", "")])
 def test_what_a_consumer_is_given_is_checked(name: str, value: Any) -> None:
     """A word where a bool is meant would be true."""
