@@ -57,6 +57,7 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool,
                 _print_rights(app.registry, driver)
             return
         warnings = config.unknown_variables(named=app.registry.variables)
+        warnings += _worker_warnings(app)
         warnings += filter(None, map(pointless, app.registry.guard.policies))
         if offline:
             _print_configuration(app)
@@ -157,13 +158,31 @@ def _worker_options(file: Given) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for field in WORKER.fields:
         variable = f"KQ_{field.name.upper()}"
-        if os.environ.get(variable):
-            rows.append([f"worker.{field.name}", os.environ[variable], variable])
+        if said := os.environ.get(variable):
+            rows.append([f"worker.{field.name}", said, variable])
         elif field.name in file.values:
             rows.append([f"worker.{field.name}", _show(file.values[field.name]), str(file.places[field.name])])
         else:
             rows.append([f"worker.{field.name}", field.default, "default"])
     return rows
+
+
+def _worker_warnings(app: App) -> list[str]:
+    """Return what ``kq worker`` would warn of before it works.
+
+    Raises:
+        click.BadParameter: If it cannot read one of its variables.
+    """
+    from kq.cli.worker import worker
+
+    context = click.Context(worker, parent=click.get_current_context().find_root(), info_name="worker")
+    given = dict(app.document.worker.values)
+    options = {option.name: option for option in worker.params}
+    for field in WORKER.fields:
+        if said := os.environ.get(f"KQ_{field.name.upper()}"):
+            given[field.name] = options[field.name].process_value(context, said)
+    handled = {consumer.queue for consumer in app.registry.router}
+    return [f"worker: queue {queue} has no handler" for queue in given.get("queues") or () if queue not in handled]
 
 
 def _show(value: Any) -> str:

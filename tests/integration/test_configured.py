@@ -89,6 +89,31 @@ def test_options_of_a_worker_come_from_the_app_s_own_file(local: Project) -> Non
     assert ["worker.grace", "30s", "default"] in rows
 
 
+@pytest.mark.parametrize("variable", ["KQ_PROCESSES", "KQ_GRACE", "KQ_POOL", "KQ_LOG_LEVEL"])
+def test_a_variable_that_a_worker_cannot_read_is_found_by_check(local: Project, variable: str) -> None:
+    """``kq check`` says of it what the worker would say."""
+    local.write("handlers.py", "def f(payload): pass\n")
+    local.write("kq.yaml", "entries: [{id: w, kind: queue.consumer, queue: 'a:q', method: f}]\n")
+    said = [local.run(*command, **{variable: "nope"}) for command in (("worker",), ("check",), ("check", "--offline"))]
+    assert [done.returncode for done in said] == [2, 2, 2]
+    assert variable in said[0].stderr
+    assert [done.stderr for done in said] == [said[0].stderr] * 3
+
+
+@pytest.mark.parametrize(
+    ("file", "variables"), [("worker: {queues: ['a:q', 'a:r']}\n", {}), ("", {"KQ_QUEUES": "a:q,a:r"})]
+)
+def test_a_queue_without_a_handler_is_found_by_check(local: Project, file: str, variables: dict[str, str]) -> None:
+    """What a worker is told to consume and nothing handles is a warning, wherever it is said."""
+    local.write("handlers.py", "def f(payload): pass\n")
+    local.write("kq.yaml", file + "entries: [{id: w, kind: queue.consumer, queue: 'a:q', method: f}]\n")
+    for command in (("check",), ("check", "--offline")):
+        done = local.run(*command, **variables)
+        assert done.returncode == 0
+        assert "warning: worker: queue a:r has no handler" in done.stderr
+        assert "a:q has no handler" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [
