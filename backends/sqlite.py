@@ -23,7 +23,7 @@ import socket
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from threading import Lock
+from threading import RLock
 from typing import Any, ClassVar, Final
 
 from kq import clock, forking
@@ -80,7 +80,10 @@ class SQLiteStore(TakesNothingAhead):
         self._disk = Disk(path)
         self._errors = SQLiteErrors(path)
         self._timeout = timeout
-        self._lock = Lock()
+        # A signal's handler may close it, or fork, in the middle of a transaction of the same thread.
+        self._lock = RLock()
+        #: Whether a thread, which holds the lock, is in the middle of something.
+        self._is_busy = False
         self._connection: sqlite3.Connection | None = None
         #: Which file the connection has open.
         self._identity: tuple[int, int] | None = None
@@ -364,7 +367,8 @@ class SQLiteStore(TakesNothingAhead):
 
     def after_fork_in_child(self) -> None:
         """The same; and a connection that was not to be had is the parent's: closing it would end its locks."""
-        self._lock = Lock()
+        self._lock = RLock()
+        self._is_busy = False
         if self._connection is not None:
             _left_behind.append(self._connection)
             self._connection = None
@@ -397,9 +401,22 @@ class SQLiteStore(TakesNothingAhead):
         return self._connection
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _alone(self) -> Iterator[sqlite3.Connection]:
         with self._lock, self._errors:
-            db = self._connect()
+            if self._is_busy:
+                raise BrokerAway(
+                    f"{self._path}: this thread is in the middle of something there; a signal's handler cannot use it",
+                    details={"reason": "unavailable"},
+                )
+            self._is_busy = True
+            try:
+                yield self._connect()
+            finally:
+                self._is_busy = False
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._alone() as db:
             try:
                 _roll_back(db)
                 begin(db, self._timeout)
@@ -430,8 +447,7 @@ class SQLiteStore(TakesNothingAhead):
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._errors:
-            db = self._connect()
+        with self._alone() as db:
             try:
                 _roll_back(db)
                 # Hardly ever: while somebody opens the file after a crash, or closes it as the last one.

@@ -23,6 +23,9 @@ class SQLiteErrors(Mapped):
         """See `Mapped.ours`."""
         if isinstance(error, sqlite3.OperationalError):
             return self._failed(str(error))
+        if isinstance(error, sqlite3.ProgrammingError):
+            # By a signal's handler, or for a fork in one: nothing of the transaction is stored.
+            return BrokerAway(f"{self._path}: closed in the middle of it: {error}", details={"reason": "unavailable"})
         if isinstance(error, sqlite3.DatabaseError):
             text = f"{self._path} is not a database kq can use: {error}"
             return BrokerAway(text, details={"reason": "refused"})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil
-from threading import Lock
+from threading import RLock
 from time import monotonic
 from typing import Any, Final
 
@@ -42,7 +42,8 @@ class StoredBackend:
         self._url = url
         self._options = options
         self._scheme = scheme.replace("rediss", "redis")
-        self._lock = Lock()
+        # A signal's handler may close it while the same thread connects.
+        self._lock = RLock()
         # Not connected yet; but an ill-formed URL fails here.
         self._connection: Any = self._connect()
         self._own: Store = self._connection.transport.store

@@ -9,11 +9,11 @@ them cost little more than one. Where the broker takes its time, a second thread
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Future, get_running_loop
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from queue import Empty, SimpleQueue
-from threading import RLock, Thread, current_thread
+from threading import RLock, Thread, current_thread, get_ident
 from time import monotonic
 from typing import Final
 
@@ -57,6 +57,9 @@ class AsyncCommit:
         #: How many of them publish, and since when the last of these does.
         self._busy = 0
         self._busy_since = 0.0
+        #: Callers' threads that hold the lock, or are about to; and those a signal's handler has it closed in.
+        self._inside: set[int] = set()
+        self._interrupted: set[int] = set()
 
     async def publish(self, batch: Sequence[Publication], timeout: float) -> Results:
         """Publish ``batch`` and return one result for each, ``timeout`` seconds from now at the latest.
@@ -79,8 +82,14 @@ class AsyncCommit:
             timer.cancel()
 
     def close(self) -> None:
-        """Publish what has been handed in, and end the threads; what is handed in later starts another. Idempotent."""
-        with self._lock:
+        """Publish what has been handed in, and end the threads; what is handed in later starts another. Idempotent.
+
+        In a signal's handler that interrupts somebody who hands something in, it is done when that is done.
+        """
+        if get_ident() in self._inside:
+            self._interrupted.add(get_ident())
+            return
+        with self._entered():
             threads, self._threads, self._busy = self._threads, [], 0
             requests, self._requests = self._requests, SimpleQueue()
             for _ in threads:
@@ -88,9 +97,23 @@ class AsyncCommit:
         for thread in threads:
             thread.join()
 
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        me = get_ident()
+        # First of all: a signal's handler must not wait for a thread that waits for the lock.
+        self._inside.add(me)
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._inside.discard(me)
+            if me in self._interrupted:
+                self._interrupted.discard(me)
+                self.close()
+
     def _hand_in(self, request: _Request) -> None:
         # In one step with a thread's decision to end.
-        with self._lock:
+        with self._entered():
             if not self._threads:
                 try:
                     self._start()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock
+from threading import RLock
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -88,7 +88,8 @@ class Producer:
         self._async_commits: dict[str, AsyncCommit] = {}
         #: For those whose messages are many, or go through middleware, which may block.
         self._threads: dict[str, ThreadPoolExecutor] = {}
-        self._threads_lock = Lock()
+        # A signal's handler may close it, in a thread that holds it.
+        self._threads_lock = RLock()
 
     def publish(
         self,
@@ -271,8 +272,9 @@ class Producer:
             # Imported here: who publishes without an event loop does without the largest of all modules.
             from kq.async_commit import AsyncCommit
 
+            made = AsyncCommit(self._commit(driver))
             with self._threads_lock:
-                commit = self._async_commits.setdefault(driver, AsyncCommit(self._commit(driver)))
+                commit = self._async_commits.setdefault(driver, made)
         return commit
 
     def _declare_and_publish(self, driver: str, batch: Sequence[Publication], timeout: float) -> list[Error | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,61 @@ def test_a_fork_may_come_in_the_middle_of_a_publish(name: str, tmp_path: Path) -
 
     assert done.stdout == f"{[0] * 10}\n", done.stderr
     assert seen == {"parent", *(f"child {n}-{i}" for n in range(10) for i in range(5))}
+
+
+_CLOSED_BY_A_SIGNAL = """
+import asyncio, itertools, signal, sys, kq
+
+app = kq.App("test", broker=sys.argv[1])
+queue, closes, numbers = sys.argv[2], 100, itertools.count()
+
+def close(*_):
+    global closes
+    closes -= 1
+    app.close()
+    if closes:
+        signal.setitimer(signal.ITIMER_REAL, 0.002 + closes % 7 * 0.0003)
+
+async def publish():
+    while closes:
+        text = f"{next(numbers)}"
+        try:
+            await app.apublish(queue, text) if sys.argv[3] == "tasks" else app.publish(queue, text)
+            print(text)
+        except kq.errors.Error as error:
+            assert error.retryable and error.details["reason"] == "unavailable", error
+
+async def main():
+    await asyncio.gather(*(publish() for _ in range(5)))
+
+signal.signal(signal.SIGALRM, close)
+app.publish(queue, "first")
+signal.setitimer(signal.ITIMER_REAL, 0.002)
+asyncio.run(main())
+app.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such signals")
+@pytest.mark.parametrize("way", ["at once", "tasks"])
+@pytest.mark.parametrize("name", ["sqlite", "redis", "rabbitmq"])
+def test_a_signals_handler_may_close_the_app(name: str, way: str, tmp_path: Path) -> None:
+    """Wherever in a publish it comes, nothing waits for ever, and what was confirmed is there."""
+    broker = find(name, tmp_path)
+    queue_id = broker.queue_id()
+    done = subprocess.run(
+        [sys.executable, "-c", _CLOSED_BY_A_SIGNAL, broker.url, queue_id, way],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    with kq.App("test", broker=broker.url) as app, kq.Consumer(app, queue_id, prefetch=500) as consumer:
+        seen = set()
+        while (message := consumer.receive(timeout=1.0)) is not None:
+            seen.add(message.payload())
+            message.ack()
+    broker.forget()
+
+    assert done.returncode == 0, done.stderr
+    assert {"first", *done.stdout.split()} <= seen
 
 
 @pytest.mark.parametrize("name", ["sqlite", "redis", "rabbitmq"])
