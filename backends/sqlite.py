@@ -350,13 +350,19 @@ class SQLiteStore(TakesNothingAhead):
                 if connection is not None:
                     connection.close()
 
-    def before_fork(self) -> bool:
+    def __del__(self) -> None:
+        connection = getattr(self, "_connection", None)
+        if connection is not None:
+            with _dropped.lock, suppress(sqlite3.Error):
+                connection.close()
+
+    def before_fork(self, timeout: float) -> bool:
         """Close the connection, which nobody uses meanwhile, so that a child does not inherit it; False in vain.
 
         SQLite keeps in memory which locks its process has on a file. A child would take its parent's for its own, which
         the system does not give it: it would wait for ever for one that is never released, or see its journal deleted.
         """
-        if not self._lock.acquire(timeout=forking.WAIT):
+        if not self._lock.acquire(timeout=timeout):
             return False
         self._disconnect()
         return True
@@ -637,5 +643,26 @@ def _listeners(db: sqlite3.Connection, queue: str) -> list[str]:
     return [row[0] for row in db.execute("SELECT path FROM listener WHERE queue = ?", (queue,))]
 
 
+class _Dropped:
+    """What a fork waits for while SQLite closes what nobody has closed: a lock of its own is held meanwhile."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        forking.enrol(self, forking.Stage.DROPPED)
+
+    def before_fork(self, timeout: float) -> bool:
+        """Have nothing closed from now on; False in vain."""
+        return self.lock.acquire(timeout=timeout)
+
+    def after_fork_in_parent(self) -> None:
+        """Have it closed again."""
+        self.lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Whoever closed something is not here."""
+        self.lock = RLock()
+
+
+_dropped = _Dropped()
 #: Of a parent's, kept from the garbage collector, which would close them.
 _left_behind: list[sqlite3.Connection] = []

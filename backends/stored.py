@@ -15,6 +15,7 @@ import kombu
 
 from kq import clock
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role, unknown_options
+from kq.backends import kombu_lock  # noqa: F401
 from kq.backends.store import AGAIN, BrokerAway, Entry, Move, Store, in_lots
 from kq.backends.stored_feed import StoredFeed
 from kq.backends.tls_parameters import separate

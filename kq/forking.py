@@ -6,18 +6,26 @@ and the order is a `Stage`: whoever opens others is held before those that it op
 
 `logging` has a fork hold its lock, too, which whoever opens a backend may need: it is imported here so that its hook
 is the earlier one, and runs after this one.
+
+What a hook raises is printed and forgotten by Python, so that a handler's time limit must not strike in one; and where
+a signal's handler raises in the middle of it, all that may be held is let go all the same.
 """
 
 from __future__ import annotations
 
 import logging  # noqa: F401
 import os
+from contextlib import suppress
 from enum import IntEnum
 from threading import RLock, local
+from time import monotonic
 from typing import Final, Protocol
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
-#: Seconds that a fork waits for any of them: half a module, or half a transaction, is of no use to a child.
+from kq.shield import Shield, shielding
+
+#: Seconds that a fork waits at most, for all of them together: half a module, or half a transaction, is of no use to a
+#: child. And seconds that somebody new waits for a fork at most.
 WAIT: Final = 5.0
 
 
@@ -26,20 +34,19 @@ class Stage(IntEnum):
 
     OPENS = 1
     OPENED = 2
+    #: Where what nobody closed is closed in the end, which may happen at any time.
+    DROPPED = 3
 
 
 class Forks(Protocol):
-    """What must not be in the middle of something when the process forks. Hashed by identity."""
+    """What must not be in the middle of something when the process forks. What it is called for, any thread may do."""
 
-    def before_fork(self) -> bool:
-        """Wait at most `WAIT` seconds for whoever is in the middle of something, and have others wait; False in vain.
-
-        Called by the thread that forks, as are the others.
-        """
+    def before_fork(self, timeout: float) -> object:
+        """Wait at most so many seconds for whoever is in the middle of something, and have others wait."""
         ...
 
     def after_fork_in_parent(self) -> None:
-        """Let others go on. Only where `before_fork` was not in vain."""
+        """Let others go on; a `RuntimeError` where they have not been held in the end. By the thread that forked."""
         ...
 
     def after_fork_in_child(self) -> None:
@@ -47,62 +54,118 @@ class Forks(Protocol):
         ...
 
 
-#: Held while something is enrolled, and by a fork from its last stage on: what comes later waits for the fork to end.
-_enrolling = RLock()
-_enrolled: dict[Stage, WeakSet[Forks]] = {stage: WeakSet() for stage in Stage}
+_Members = WeakValueDictionary[int, Forks]
 
 
-class _Held(local):
-    """Of a thread that forks: who has to be let go."""
+class _Fork:
+    """One fork, from before it to after it."""
 
     def __init__(self) -> None:
-        self.all: list[Forks] = []
-        self.enrolling = False
+        self.until = monotonic() + WAIT
+        #: Who is to be let go; in here before it is held, for what comes in between may be an exception.
+        self.held: list[Forks] = []
+        self.enrolling = 0
+        self._shield: Shield | None = None
+
+    def shield(self) -> None:
+        self._shield = shielding()
+        if self._shield is not None:
+            self._shield.__enter__()
+
+    def unshield(self) -> None:
+        if self._shield is not None:
+            self._shield.leave()
+
+    def has(self, stage: Stage) -> bool:
+        return all(any(what is other for other in self.held) for what in _members(stage))
+
+    def hold(self, stage: Stage) -> None:
+        for what in _members(stage):
+            if not any(what is other for other in self.held):
+                self.held.append(what)
+                what.before_fork(max(0.0, self.until - monotonic()))
+
+    def stop_enrolling(self) -> None:
+        self.enrolling += bool(_enrolling.acquire(timeout=max(0.0, self.until - monotonic())))
+
+    def go_on_enrolling(self) -> None:
+        while self.enrolling:
+            self.enrolling -= 1
+            _enrolling.release()
+
+    def let_go(self) -> None:
+        for what in reversed(self.held):
+            with suppress(RuntimeError):
+                what.after_fork_in_parent()
+        self.go_on_enrolling()
+
+    def forget(self) -> None:
+        self.held.clear()
+        self.enrolling = 0
 
 
-_held = _Held()
+class _UnderWay(local):
+    """The forks of a thread: of more than one where a signal's handler forks in the middle of another."""
+
+    def __init__(self) -> None:
+        self.forks: list[_Fork] = []
+
+
+#: Held while something is enrolled, and by a fork from its second stage on: what comes later waits for the fork to end.
+_enrolling = RLock()
+_enrolled: Final[dict[Stage, _Members]] = {stage: WeakValueDictionary() for stage in Stage}
+_under_way = _UnderWay()
 
 
 def enrol(what: Forks, stage: Stage) -> None:
     """Have forks wait for it, from now on, as long as it lives. Waits for a fork that is under way. Thread-safe."""
-    with _enrolling:
-        _enrolled[stage].add(what)
+    # Not for ever: the fork may be waiting for a lock of somebody else's that this thread holds.
+    is_held = _enrolling.acquire(timeout=WAIT)
+    try:
+        _enrolled[stage][id(what)] = what
+    finally:
+        if is_held:
+            _enrolling.release()
 
 
 def _members(stage: Stage) -> list[Forks]:
     """Return them in the same order to everybody who forks."""
-    with _enrolling:
-        return sorted(_enrolled[stage], key=id)
+    # In one step, as others come and go.
+    alive = (reference() for reference in _enrolled[stage].valuerefs())
+    return sorted((what for what in alive if what is not None), key=id)
 
 
 def _before() -> None:
-    for what in _members(Stage.OPENS):
-        if what.before_fork():
-            _held.all.append(what)
-    # Whoever opens something now is not held and so was made meanwhile: what it opens has to wait.
-    _held.enrolling = _enrolling.acquire(timeout=WAIT)
-    for what in _members(Stage.OPENED):
-        if what.before_fork():
-            _held.all.append(what)
+    fork = _Fork()
+    _under_way.forks.append(fork)
+    fork.shield()
+    fork.hold(Stage.OPENS)
+    fork.stop_enrolling()
+    while monotonic() < fork.until and not fork.has(Stage.OPENS):
+        # Somebody came while others were waited for, and may be in the middle of opening something.
+        fork.go_on_enrolling()
+        fork.hold(Stage.OPENS)
+        fork.stop_enrolling()
+    fork.hold(Stage.OPENED)
+    fork.hold(Stage.DROPPED)
 
 
 def _after_in_parent() -> None:
-    held, _held.all = _held.all, []
-    for what in reversed(held):
-        what.after_fork_in_parent()
-    if _held.enrolling:
-        _held.enrolling = False
-        _enrolling.release()
+    fork = _under_way.forks.pop()
+    fork.let_go()
+    fork.unshield()
 
 
 def _after_in_child() -> None:
     global _enrolling
     _enrolling = RLock()
-    _held.enrolling = False
-    _held.all = []
+    for fork in _under_way.forks:
+        # Theirs are the locks that are made anew here.
+        fork.forget()
     for stage in Stage:
         for what in _members(stage):
             what.after_fork_in_child()
+    _under_way.forks.pop().unshield()
 
 
 if hasattr(os, "register_at_fork"):

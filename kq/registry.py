@@ -328,9 +328,9 @@ class Registry:
             for backend in backends.values():
                 stack.callback(backend.close)
 
-    def before_fork(self) -> bool:
+    def before_fork(self, timeout: float) -> bool:
         """Wait for whoever opens a backend, and have others wait; False in vain."""
-        return self._lock.acquire(timeout=forking.WAIT)
+        return self._lock.acquire(timeout=timeout)
 
     def after_fork_in_parent(self) -> None:
         """Let others go on."""

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import pytest
 
 from kq import forking
 from kq.forking import Stage
+from kq.shield import HandlerTimeout, Shield, carry
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 
@@ -24,10 +26,10 @@ class Recorder:
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name = name
         self.calls = calls
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
-    def before_fork(self) -> bool:
-        held = self.lock.acquire(timeout=forking.WAIT)
+    def before_fork(self, timeout: float) -> bool:
+        held = self.lock.acquire(timeout=timeout)
         self.calls.append(f"{self.name} held")
         return held
 
@@ -37,6 +39,58 @@ class Recorder:
 
     def after_fork_in_child(self) -> None:
         self.calls.append(f"{self.name} begins anew")
+
+
+class Forking(Recorder):
+    """A signal's handler comes, and forks, while a fork waits for it the first time."""
+
+    forks = True
+
+    def before_fork(self, timeout: float) -> bool:
+        if self.forks:
+            self.forks = False
+            fork_and_tell([])
+        return super().before_fork(timeout)
+
+
+class Interrupted(Recorder):
+    """A signal's handler raises as soon as it is held."""
+
+    def before_fork(self, timeout: float) -> bool:
+        super().before_fork(timeout)
+        raise KeyboardInterrupt
+
+
+class Late(Recorder):
+    """A handler's time is over while it is waited for."""
+
+    shield: Shield
+
+    def before_fork(self, timeout: float) -> bool:
+        # As the watchdog does it.
+        assert self.shield.depth
+        self.shield.is_due = True
+        return super().before_fork(timeout)
+
+
+class Waiting(Recorder):
+    """Needs a lock of somebody else's."""
+
+    wait_for: threading.Lock
+    going: threading.Event
+
+    def before_fork(self, timeout: float) -> bool:
+        self.going.set()
+        with self.wait_for:
+            return super().before_fork(timeout)
+
+
+def hold_and_enrol(lock: threading.Lock, holding: threading.Event, going: threading.Event, new: Recorder) -> None:
+    """Enrol something, with a lock that a fork waits for."""
+    with lock:
+        holding.set()
+        assert going.wait(_DONE)
+        forking.enrol(new, Stage.OPENED)
 
 
 def fork_and_tell(calls: list[str]) -> list[str]:
@@ -97,9 +151,9 @@ import logging
 class Registry:
     lock, waiting, opening = threading.Lock(), threading.Event(), threading.Event()
 
-    def before_fork(self):
+    def before_fork(self, timeout):
         self.waiting.set()
-        print(self.lock.acquire(timeout=forking.WAIT), flush=True)
+        print(self.lock.acquire(timeout=timeout), flush=True)
         return True
 
     def after_fork_in_parent(self):
@@ -131,6 +185,79 @@ def test_whoever_opens_something_may_ask_for_a_logger_while_a_fork_waits() -> No
     )
 
     assert done.stdout == "True\n", done.stderr
+
+
+def test_a_signals_handler_may_fork_while_a_fork_waits() -> None:
+    """Each lets go of what it has held itself, and the outer one still waits for the rest."""
+    calls: list[str] = []
+    store, registry = Forking("store", calls), Recorder("registry", calls)
+    forking.enrol(store, Stage.OPENED)
+    forking.enrol(registry, Stage.OPENS)
+
+    fork_and_tell(calls)
+
+    assert calls == [
+        "registry held", "registry held", "store held", "store let go", "registry let go", "store held", "store let go",
+        "registry let go",
+    ]  # fmt: skip
+    others = threading.Thread(target=fork_and_tell, args=([],))
+    others.start()
+    others.join(_DONE)
+    assert not others.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_is_interrupted_while_it_is_held_is_let_go() -> None:
+    """An exception in a hook is lost, which is Python's way; the locks are not."""
+    calls: list[str] = []
+    registry = Interrupted("registry", calls)
+    forking.enrol(registry, Stage.OPENS)
+    fork_and_tell(calls)
+    assert calls == ["registry held", "registry let go"]
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(registry.lock.acquire, blocking=False).result(_DONE)
+
+
+def test_a_time_limit_does_not_strike_in_the_middle() -> None:
+    """It strikes when kq's next piece of work ends: in the hook it would be lost."""
+    calls: list[str] = []
+    shield = Shield()
+    registry = Late("registry", calls)
+    registry.shield = shield
+    forking.enrol(registry, Stage.OPENS)
+
+    def handler() -> None:
+        carry(shield)
+        fork_and_tell(calls)
+        assert shield.depth == 0
+        with pytest.raises(HandlerTimeout), shield:
+            pass
+        calls.append("struck")
+
+    thread = threading.Thread(target=handler)
+    thread.start()
+    thread.join(_DONE)
+    assert calls == ["registry held", "registry let go", "struck"]
+
+
+def test_somebody_new_waits_for_a_fork_no_longer_than_it_waits_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fork may be waiting for a lock of somebody else's, which the one who is new holds."""
+    monkeypatch.setattr(forking, "WAIT", 0.1)
+    calls: list[str] = []
+    lock = threading.Lock()
+    going, holding = threading.Event(), threading.Event()
+    enrolled = threading.Thread(target=lambda: hold_and_enrol(lock, holding, going, Recorder("new", calls)))
+    first = Waiting("first", calls)
+    first.wait_for, first.going = lock, going
+    forking.enrol(first, Stage.OPENED)
+    enrolled.start()
+    assert holding.wait(_DONE)
+
+    fork_and_tell(calls)
+    enrolled.join(_DONE)
+
+    assert not enrolled.is_alive()
+    assert "first held" in calls
 
 
 def test_what_is_gone_is_not_waited_for() -> None:
