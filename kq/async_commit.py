@@ -9,8 +9,8 @@ them cost little more than one. Where the broker takes its time, a second thread
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Future, get_running_loop
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import groupby
 from queue import Empty, SimpleQueue
 from threading import RLock, Thread, current_thread, get_ident
@@ -89,39 +89,45 @@ class AsyncCommit:
         if get_ident() in self._inside:
             self._interrupted.add(get_ident())
             return
-        with self._entered():
-            threads, self._threads, self._busy = self._threads, [], 0
-            requests, self._requests = self._requests, SimpleQueue()
-            for _ in threads:
-                requests.put(None)
+        me = get_ident()
+        self._inside.add(me)
+        try:
+            with self._lock:
+                threads, self._threads, self._busy = self._threads, [], 0
+                requests, self._requests = self._requests, SimpleQueue()
+                for _ in threads:
+                    requests.put(None)
+        finally:
+            self._leave(me)
         for thread in threads:
             thread.join()
 
-    @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def _leave(self, me: int) -> None:
+        self._inside.discard(me)
+        if me in self._interrupted:
+            self._interrupted.discard(me)
+            self.close()
+
+    def _hand_in(self, request: _Request) -> None:
         me = get_ident()
         # First of all: a signal's handler must not wait for a thread that waits for the lock.
         self._inside.add(me)
         try:
+            # In one step with a thread's decision to end.
             with self._lock:
-                yield
+                if not self._threads:
+                    self._start_first()
+                elif self._busy == len(self._threads) and length(monotonic() - self._busy_since, 0) > 1:
+                    self._start_another()
+                self._requests.put(request)
         finally:
-            self._inside.discard(me)
-            if me in self._interrupted:
-                self._interrupted.discard(me)
-                self.close()
+            self._leave(me)
 
-    def _hand_in(self, request: _Request) -> None:
-        # In one step with a thread's decision to end.
-        with self._entered():
-            if not self._threads:
-                try:
-                    self._start()
-                except (RuntimeError, MemoryError) as error:
-                    raise Internal(f"no thread to publish with: {error}", details={"reason": "unavailable"}) from None
-            elif self._busy == len(self._threads) and length(monotonic() - self._busy_since, 0) > 1:
-                self._start_another()
-            self._requests.put(request)
+    def _start_first(self) -> None:
+        try:
+            self._start()
+        except (RuntimeError, MemoryError) as error:
+            raise Internal(f"no thread to publish with: {error}", details={"reason": "unavailable"}) from None
 
     def _start(self) -> None:
         thread = Thread(target=self._run, args=(self._requests,), name="kq-publish", daemon=True)

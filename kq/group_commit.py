@@ -12,6 +12,7 @@ ways, it does not wait at all: what it would save is little beside the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from threading import Condition, RLock, Thread
 from time import monotonic
 
@@ -32,9 +33,11 @@ _FEW = 4
 #: Seconds after which a group, and each message in it, has taken long.
 _LONG = 0.004
 _LONG_EACH = 0.0001
-#: How much of what a group took beyond the shortest ones is believed: six long ones in a row make a broker far, and
-#: a short one makes it near.
-_BELIEF = 0.125
+#: How much of what a group took beyond the shortest ones is believed: some forty long ones in a row make a broker far,
+#: and a short one makes it near. A process that is busy with other things has long ones, too, but not all of them.
+_BELIEF = 1 / 64
+#: Publications of a group that tells more of the way than of itself.
+_SMALL = 50
 
 #: How much of its time a caller must have left to commit in its own thread.
 _ENOUGH = 0.5
@@ -78,6 +81,8 @@ class GroupCommit:
         self._under_way = 0
         #: Whether the last commit found the broker as it should be.
         self._proven = False
+        #: Groups that may be under way at once; 0 as long as nobody knows.
+        self._ways = 0
         #: About the shortest time that groups take, as a part of what is long.
         self._distance = 0.0
 
@@ -87,7 +92,7 @@ class GroupCommit:
         # A broker that is away is tried by one.
         if not self._proven:
             return 1
-        return self._most() if self._distance > 1 else min(self._most(), _FEW)
+        return max(1, self._ways if self._distance > 1 else min(self._ways, _FEW))
 
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """Publish ``batch`` and return one result for each; blocks at most ``timeout`` seconds."""
@@ -126,8 +131,6 @@ class GroupCommit:
 
     def _wait_for_turn(self, ticket: _Ticket) -> bool:
         """Wait until a caller has its results or is to lead the next group; False if its time is over before."""
-        # The first of those who wait looks after the others as well.
-        is_first = len(self._waiting) == 1
         width = self.width
         ahead_at = monotonic() + (_PATIENCE if width <= _FEW else 0.0)
         while ticket.results is None:
@@ -135,13 +138,16 @@ class GroupCommit:
                 return True
             now = monotonic()
             until = ticket.deadline
-            if is_first and not ticket.is_taken and self._under_way < self.width:
+            # The first of those who wait looks after the others as well.
+            if not ticket.is_taken and self._waiting[0] is ticket and self._under_way < self.width:
                 if now >= ahead_at:
                     return True
                 until = min(until, ahead_at)
             if ticket.deadline <= now:
                 if not ticket.is_taken:
                     self._waiting.remove(ticket)
+                    # Somebody else is the first now.
+                    self._turn.notify_all()
                 return False
             self._turn.wait(until - now)
         return True
@@ -157,7 +163,7 @@ class GroupCommit:
                 mine = True
             began = monotonic()
             results = self._commit(batch, timeout)
-            self._learn(monotonic() - began, len(batch))
+            self._learn(monotonic() - began, results)
             proven = not any(results) or not any(error is not None and error.retryable for error in results)
         except Error as error:
             results = [error] * len(batch)
@@ -215,6 +221,9 @@ class GroupCommit:
             ticket = self._waiting.pop(0)
             group.append(ticket)
             size += len(ticket.batch)
+        if self._waiting:
+            # Somebody else is the first of them now.
+            self._turn.notify_all()
         for ticket in group:
             ticket.is_taken = True
         return group
@@ -226,15 +235,23 @@ class GroupCommit:
             results = self._commit(batch, max(0.0, deadline - began))
         except Error as error:
             results = [error] * len(batch)
+        self._learn(monotonic() - began, results)
         with self._lock:
-            self._learn(monotonic() - began, len(batch))
             self._proven = not any(result is not None and result.retryable for result in results)
             self._deal(group, results)
             self._under_way -= 1
             self._turn.notify_all()
 
-    def _learn(self, took: float, size: int) -> None:
-        distance = min(length(took, size), 2.0)
+    def _learn(self, took: float, results: list[Error | None]) -> None:
+        """Take note of how long a group took. Without the lock: whom it asks has locks as well."""
+        if any(results):
+            return
+        if not self._ways:
+            with suppress(Error):
+                self._ways = self._most()
+        if len(results) > _SMALL:
+            return
+        distance = min(length(took, len(results)), 2.0)
         nearer = distance < self._distance
         self._distance = distance if nearer else self._distance + (distance - self._distance) * _BELIEF
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from threading import RLock
 from time import monotonic, time_ns
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from kq import clock, codec, config, header, limit
 from kq.backend import Publication, QueueSpec
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 #: Messages that are checked and encoded on the event loop at most; more of them would hold it up.
 _FEW: Final = 20
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +211,10 @@ class Producer:
     def _prepare(self, draft: Draft) -> list[Publication]:
         """Check a draft, in the order that the documentation promises, and return what to send."""
         queue_id = limit.queue_id(draft.queue_id)
-        _each(draft.payloads, _refuse_empty)
+        for index, payload in enumerate(draft.payloads):
+            if codec.is_empty(payload):
+                expected = "expected a value, or a text or collection with something in it"
+                raise _placed(Invalid(f"the data is empty: {payload!r}; {expected}"), index, draft.payloads)
         headers = header.check(draft.headers)
         now = clock.now()
         delay = limit.holding_time(draft.delay, draft.at, now)
@@ -222,13 +223,14 @@ class Producer:
         spec = self._registry.spec(queue_id)
         writer = codec.named(spec.codec)
         most = self._registry.settings.max_body
-
-        def encode(payload: Any) -> bytes:
-            body = writer.encode(payload)
-            limit.body_size(body, most)
-            return body
-
-        bodies = _each(draft.payloads, encode)
+        bodies: list[bytes] = []
+        try:
+            for payload in draft.payloads:
+                body = writer.encode(payload)
+                limit.body_size(body, most)
+                bodies.append(body)
+        except Invalid as error:
+            raise _placed(error, len(bodies), draft.payloads) from None
         self._registry.guard.publish(queue_id, headers)
         if not (self._registry.create_queues or self._registry.is_declared(queue_id)):
             raise NotFound(f"queue {queue_id} is not declared, and create_queues is off; declare it with app.queue()")
@@ -337,24 +339,11 @@ def _confirmed(publications: Sequence[Publication], results: Sequence[Error | No
     raise type(first)(text, retryable=first.retryable, details={**first.details, "published": safe})
 
 
-def _refuse_empty(payload: Any) -> None:
-    if codec.is_empty(payload):
-        raise Invalid(f"the data is empty: {payload!r}; expected a value, or a text or collection with something in it")
-
-
-def _each(payloads: Sequence[Any], step: Callable[[Any], _T]) -> list[_T]:
-    """Do something with each payload; of several, an error says which one it is about."""
-    done: list[_T] = []
-    try:
-        for payload in payloads:
-            done.append(step(payload))
-    except Invalid as error:
-        if len(payloads) == 1:
-            raise
-        index = len(done)
-        text = f"payloads[{index}]: {error.message}"
-        raise Invalid(text, details={**error.details, "index": index}) from error
-    return done
+def _placed(error: Invalid, index: int, payloads: Sequence[Any]) -> Invalid:
+    """Return an error about one of several payloads so that it says about which."""
+    if len(payloads) == 1:
+        return error
+    return Invalid(f"payloads[{index}]: {error.message}", details={**error.details, "index": index})
 
 
 def _several(payloads: Iterable[Any]) -> list[Any]:

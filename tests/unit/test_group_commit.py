@@ -261,9 +261,20 @@ def test_to_a_broker_that_is_far_nobody_waits_for_others(monkeypatch: pytest.Mon
     monkeypatch.setattr(group_commit, "_PATIENCE", 60.0)
     held = Held()
     group = GroupCommit(held.commit, lambda: 16)
-    for n in range(6):
+    for n in range(40):
         assert group.publish(batch(f"{n}"), 5.0) == [None]
-        assert group.width == (16 if n == 5 else 4)
+        assert group.width == 4
+    # A crowd, or a refusal, says nothing of the way.
+    monkeypatch.setattr(group_commit, "_LONG", 60.0)
+    assert group.publish(batch(*map(str, range(100))), 5.0) == [None] * 100
+    held.go_on.set()
+    assert all(group.publish(batch("away"), 5.0))
+    held.go_on.clear()
+    assert held.began.acquire(timeout=30)
+    monkeypatch.setattr(group_commit, "_LONG", 1e-9)
+    for n in range(5):
+        assert group.publish(batch(f"{n}"), 5.0) == [None]
+    assert group.width == 16
     with ThreadPoolExecutor(16) as threads:
         slow = [threads.submit(group.publish, batch(f"slow{n}"), 30.0) for n in range(16)]
         for _ in slow:
@@ -274,6 +285,38 @@ def test_to_a_broker_that_is_far_nobody_waits_for_others(monkeypatch: pytest.Mon
     monkeypatch.setattr(group_commit, "_LONG", 60.0)
     assert group.publish(batch("quick"), 5.0) == [None]
     assert group.width == 4
+
+
+def test_when_the_first_of_those_who_wait_gives_up_the_next_goes_ahead() -> None:
+    """Somebody always looks after those who wait, as long as there is a way."""
+    began = {name: Event() for name in ("first", "one", "two", "behind")}
+    go_on = {name: Event() for name in began}
+    go_on["first"].set()
+
+    def commit(publications: Sequence[Publication], timeout: float) -> Results:
+        name = publications[0].envelope.id
+        began[name].set()
+        assert go_on[name].wait(30)
+        return [None] * len(publications)
+
+    group = GroupCommit(commit, lambda: 2)
+    with ThreadPoolExecutor(4) as threads:
+        assert group.publish(batch("first"), 30.0) == [None]
+        slow = []
+        for name in ("one", "two"):
+            slow.append(threads.submit(group.publish, batch(name), 30.0))
+            assert began[name].wait(30)
+        early = threads.submit(group.publish, batch("early"), 0.2)
+        while not group._waiting and not early.done():
+            pass
+        behind = threads.submit(group.publish, batch("behind"), 30.0)
+        assert all(early.result(30))
+        go_on["one"].set()
+        assert began["behind"].wait(10)
+        assert not slow[1].done()
+        for event in go_on.values():
+            event.set()
+        assert [future.result(30) for future in (*slow, behind)] == [[None]] * 3
 
 
 def test_a_broker_that_is_away_is_tried_by_one() -> None:
