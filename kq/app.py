@@ -459,7 +459,11 @@ class App:
         return sha256(repr(whole).encode()).hexdigest()
 
     def close(self) -> None:
-        """Give up connections; the next use opens new ones. Idempotent."""
+        """Give up connections; the next use opens new ones. Idempotent. Thread-safe, also in a signal's handler.
+
+        Whoever is in the middle of a publish is done with it, or told that the connection is closed (`Internal`,
+        retryable, ``details["reason"]`` is ``unavailable``).
+        """
         self._producer.close()
         self.registry.close()
 

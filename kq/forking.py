@@ -39,7 +39,7 @@ class Stage(IntEnum):
 
 
 class Forks(Protocol):
-    """What must not be in the middle of something when the process forks. What it is called for, any thread may do."""
+    """What must not be in the middle of something when the process forks."""
 
     def before_fork(self, timeout: float) -> object:
         """Wait at most so many seconds for whoever is in the middle of something, and have others wait."""
@@ -62,8 +62,8 @@ class _Fork:
 
     def __init__(self) -> None:
         self.until = monotonic() + WAIT
-        #: Who is to be let go; in here before it is held, for what comes in between may be an exception.
-        self.held: list[Forks] = []
+        #: Who is to be let go, by identity; in here before it is held, for what comes in between may be an exception.
+        self.held: dict[int, Forks] = {}
         self.enrolling = 0
         self._shield: Shield | None = None
 
@@ -77,12 +77,12 @@ class _Fork:
             self._shield.leave()
 
     def has(self, stage: Stage) -> bool:
-        return all(any(what is other for other in self.held) for what in _members(stage))
+        return all(id(what) in self.held for what in _members(stage))
 
     def hold(self, stage: Stage) -> None:
         for what in _members(stage):
-            if not any(what is other for other in self.held):
-                self.held.append(what)
+            if id(what) not in self.held:
+                self.held[id(what)] = what
                 what.before_fork(max(0.0, self.until - monotonic()))
 
     def stop_enrolling(self) -> None:
@@ -94,7 +94,7 @@ class _Fork:
             _enrolling.release()
 
     def let_go(self) -> None:
-        for what in reversed(self.held):
+        for what in reversed(self.held.values()):
             with suppress(RuntimeError):
                 what.after_fork_in_parent()
         self.go_on_enrolling()
