@@ -110,6 +110,16 @@ def test_plain_kombu_shares_queues(name: str, tmp_path: Path) -> None:
     assert seen == [({"from": "kombu"}, "u")]
 
 
+def received(url: str, queue_id: str) -> set[str]:
+    """What is in a queue, which is empty then."""
+    seen = set()
+    with kq.App("test", broker=url) as app, kq.Consumer(app, queue_id, prefetch=500) as consumer:
+        while (message := consumer.receive(timeout=1.0)) is not None:
+            seen.add(message.payload())
+            message.ack()
+    return seen
+
+
 _FORKS_WHILE_OTHERS_PUBLISH = """
 import os, sys, threading, kq
 
@@ -153,11 +163,7 @@ def test_a_fork_may_come_in_the_middle_of_a_publish(name: str, tmp_path: Path) -
         [sys.executable, "-c", _FORKS_WHILE_OTHERS_PUBLISH, broker.url, queue_id],
         capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
-    with kq.App("test", broker=broker.url) as app, kq.Consumer(app, queue_id, prefetch=500) as consumer:
-        seen = set()
-        while (message := consumer.receive(timeout=1.0)) is not None:
-            seen.add(message.payload())
-            message.ack()
+    seen = received(broker.url, queue_id)
     broker.forget()
 
     assert done.stdout == f"{[0] * 10}\n", done.stderr
@@ -208,11 +214,7 @@ def test_a_signals_handler_may_close_the_app(name: str, way: str, tmp_path: Path
         [sys.executable, "-c", _CLOSED_BY_A_SIGNAL, broker.url, queue_id, way],
         capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
-    with kq.App("test", broker=broker.url) as app, kq.Consumer(app, queue_id, prefetch=500) as consumer:
-        seen = set()
-        while (message := consumer.receive(timeout=1.0)) is not None:
-            seen.add(message.payload())
-            message.ack()
+    seen = received(broker.url, queue_id)
     broker.forget()
 
     assert done.returncode == 0, done.stderr
