@@ -43,8 +43,9 @@ class StoredBackend:
         self._url = url
         self._options = options
         self._scheme = scheme.replace("rediss", "redis")
-        # A signal's handler may close it while the same thread connects.
+        # A signal's handler may close it while the same thread connects: then that comes when it has done so.
         self._lock = RLock()
+        self._is_connecting = self._is_to_be_closed = False
         # Not connected yet; but an ill-formed URL fails here.
         self._connection: Any = self._connect()
         self._own: Store = self._connection.transport.store
@@ -72,9 +73,15 @@ class StoredBackend:
     def _store(self) -> Store:
         with self._lock:
             if self._shared is None:
-                self._reach(self._connection)
-                self._shared = self._connection.channel().store
-            return self._shared
+                self._is_connecting = True
+                try:
+                    self._reach(self._connection)
+                    self._shared = self._connection.channel().store
+                finally:
+                    self._is_connecting = False
+                    if self._is_to_be_closed:
+                        self.close()
+            return self._own if self._shared is None else self._shared
 
     def _reach(self, connection: Any) -> None:
         # Tried again a little later; not where the broker has let us wait already.
@@ -239,6 +246,9 @@ class StoredBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         with self._lock:
+            self._is_to_be_closed = self._is_connecting
+            if self._is_connecting:
+                return
             self._shared = None
         self._connection.close()
         self._own.close()
