@@ -16,6 +16,7 @@ from kq.backends.store import AGAIN, TAKE_BYTES, Ahead, BrokerAway, Ending, Entr
 from kq.envelope import bury, identify, pack, unpack_or_wrap
 from kq.errors import Error
 from kq.header import NORMAL
+from kq.outcome import EXPIRED, refused
 
 #: Seconds after which a feed looks at a quiet queue although nothing woke it: the insurance against
 #: a wake-up that died with the worker it went to.
@@ -93,8 +94,12 @@ class StoredFeed:
         replayed = self._replayed(queue, taken.leases) if ask else _NONE
         deliveries = []
         size = 0
-        for id, raw, token, attempts, crashes, before, _ in taken.leases:
+        for id, raw, token, attempts, crashes, before, expired in taken.leases:
             delivery = Delivery(queue, id, raw, attempts, crashes, before, token, token in replayed)
+            if expired:
+                # By the word of a plain Kombu program; kq's own is in a header.
+                why = "the time to live that it was published with was over before a worker came to it"
+                delivery.refused = refused(EXPIRED, why, attempts=attempts, crashes=crashes)
             self._held[queue, id, token] = delivery
             deliveries.append(delivery)
             size += len(raw)
@@ -238,9 +243,12 @@ class StoredFeed:
     def put_back(self) -> None:
         """See `Feed.put_back`."""
         self._collect(withdraw=True)
-        early, self._early = self._early, deque()
-        if early:
-            self.settle([Settlement(delivery, delivery.as_it_came) for delivery in early])
+        if self._early:
+            # Ours until they are back: what cannot be given back now is handed over, or given back later.
+            try:
+                self.settle([Settlement(delivery, delivery.as_it_came) for delivery in self._early])
+            finally:
+                self._early = deque(delivery for delivery in self._early if _key(delivery) in self._held)
 
     def due_in(self) -> float | None:
         """See `Feed.due_in`."""

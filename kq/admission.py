@@ -1,4 +1,4 @@
-"""A message's way in: unpacked, not expired, not too large, trusted, decoded; or refused for a reason.
+"""A message's way in: unpacked, not expired, not too large, trusted, with a handler, decoded; or refused for a reason.
 
 Workers and pullers admit messages by the same rules, in this order, so that nothing is parsed before it is
 known to be small and, where that is asked for, to be signed.
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kq import clock, codec
+from kq import clock, codec, outcome
 from kq.backend import QueueSpec
 from kq.envelope import Envelope, unpack
-from kq.errors import INVALID
-from kq.outcome import EXPIRED, MAX_MESSAGE, UNDECODABLE, UNVERIFIED, Failure, Outcome, clip
+from kq.outcome import EXPIRED, NO_HANDLER, UNDECODABLE, UNVERIFIED, Outcome
+from kq.router import Consumer, Router
 
 #: Says why a message is not to be trusted, or nothing: ``(queue, envelope, replayed) -> why``.
 Distrust = Callable[[QueueSpec, Envelope, bool], str]
@@ -39,8 +39,7 @@ class Refused(Exception):
             attempts: Charged before.
             crashes: Likewise.
         """
-        failure = Failure(INVALID, clip(self.why, MAX_MESSAGE), False)
-        return Outcome("dead", 0.0, attempts, crashes, self.reason, failure)
+        return outcome.refused(self.reason, self.why, attempts=attempts, crashes=crashes)
 
 
 class Admission:
@@ -49,11 +48,23 @@ class Admission:
     Args:
         max_body: Bytes of the largest body.
         distrust: Who says whether messages of queues that ask for signatures can be trusted.
+        router: Who handles what; whoever pulls has none, and handles everything.
     """
 
-    def __init__(self, max_body: int, distrust: Distrust | None) -> None:
+    def __init__(self, max_body: int, distrust: Distrust | None, router: Router | None = None) -> None:
         self._max_body = max_body
         self._distrust = distrust
+        self._router = Router() if router is None else router
+
+    def refusal(self, spec: QueueSpec, raw: bytes, replayed: bool) -> Refused | None:
+        """Say why a message must not run, or nothing; for who has to know before it is handed to a handler."""
+        try:
+            envelope = self.open(spec, raw, replayed)
+            self.route(spec.id, envelope)
+            self.decode(spec, envelope)
+        except Refused as refused:
+            return refused
+        return None
 
     def open(self, spec: QueueSpec, raw: bytes, replayed: bool) -> Envelope:
         """Return the envelope of a message, whose body is still as it arrived.
@@ -86,6 +97,24 @@ class Admission:
             if why:
                 raise Refused(UNVERIFIED, why)
         return envelope
+
+    def route(self, queue_id: str, envelope: Envelope, index: int = 0) -> Consumer:
+        """Return the consumer that handles a message.
+
+        Args:
+            queue_id: The queue that delivered it.
+            envelope: The message.
+            index: Which of the queue's consumers it was given to.
+
+        Raises:
+            Refused: If there is none.
+        """
+        task = envelope.headers.get("task")
+        consumer = self._router.resolve(queue_id, task, index)
+        if consumer is None:
+            what = f"the task {task!r}" if task is not None else "its messages"
+            raise Refused(NO_HANDLER, f"no handler for {what} on queue {queue_id} in this worker")
+        return consumer
 
     def decode(self, spec: QueueSpec, envelope: Envelope) -> Any:
         """Return the payload of an envelope.

@@ -109,7 +109,7 @@ class Delivery(msgspec.Struct):
         deliveries: Earlier deliveries in a row that nobody settled: their worker died.
         receipt: The backend's own, to settle it by.
         replayed: Whether a message of this id has been completed within the queue's replay window.
-        refused: Its end, where its queue settles beforehand and this one must not run.
+        refused: Its end, where it is known beforehand that it must not run.
         lost: Set once the delivery is known to belong to another worker by now.
     """
 

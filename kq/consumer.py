@@ -16,7 +16,7 @@ from kq.errors import Invalid
 from kq.fetcher import Fetcher
 from kq.intake import Intake
 from kq.message import Message, Settled
-from kq.outcome import DONE, Failure, Outcome
+from kq.outcome import DONE, Failure, Outcome, given_up
 from kq.registry import HasRegistry, Registry
 from kq.retry import after_failure
 
@@ -109,7 +109,8 @@ class Consumer:
     def receive(self, timeout: float | None = None) -> PulledMessage | None:
         """Return the next message, or None after ``timeout`` seconds (None: wait for ever).
 
-        Messages that expired or cannot be decoded go to the dead-letter queue on the way.
+        Messages that expired or cannot be decoded go to the dead-letter queue on the way, and so do those that
+        ``max_deliveries`` in a row have left unsettled, for whoever held them died.
 
         Raises:
             Invalid: If the consumer is closed, or another thread closes it meanwhile.
@@ -169,6 +170,13 @@ class Consumer:
         if delivery.lost:
             # It waited here too long, or the connection broke: it is given out again.
             self._intake.finished(delivery.queue)
+            return None
+        if delivery.refused is not None:
+            self._settle(delivery, delivery.refused)
+            return None
+        if delivery.deliveries >= self._registry.settings.max_deliveries:
+            end = given_up(delivery.deliveries, attempts=delivery.attempts, crashes=delivery.crashes)
+            self._settle(delivery, end)
             return None
         try:
             envelope = self._admission.open(spec, delivery.raw, delivery.replayed)

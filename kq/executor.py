@@ -24,7 +24,6 @@ from kq.outcome import (
     DONE,
     MAX_MESSAGE,
     MAX_TRACEBACK,
-    NO_HANDLER,
     Failure,
     Outcome,
     clip,
@@ -104,7 +103,7 @@ class Executor:
     ) -> None:
         self._router = router
         self._specs = specs
-        self._admission = Admission(max_body, distrust)
+        self._admission = Admission(max_body, distrust, router)
         self._activate = activate
         self._middleware = tuple(middleware)
         #: By queue and by the consumer's name.
@@ -129,11 +128,7 @@ class Executor:
         spec = self._specs(job.queue)
         try:
             envelope = self._admission.open(spec, job.raw, job.replayed)
-            task = envelope.headers.get("task")
-            consumer = self._router.resolve(job.queue, task, job.consumer)
-            if consumer is None:
-                what = f"the task {task!r}" if task is not None else "its messages"
-                raise Refused(NO_HANDLER, f"no handler for {what} on queue {job.queue} in this worker")
+            consumer = self._admission.route(job.queue, envelope, job.consumer)
             payload = self._admission.decode(spec, envelope)
         except Refused as refused:
             return refused.outcome(job.attempts, job.crashes)

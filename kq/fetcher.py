@@ -15,7 +15,7 @@ from contextlib import suppress
 from threading import Event, Lock, Thread
 from time import monotonic
 
-from kq.admission import Admission, Refused
+from kq.admission import Admission
 from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement, Settling
 from kq.driver import Driver
 from kq.errors import Error, PermissionDenied
@@ -32,6 +32,8 @@ _ROUNDS = 4
 _DEAD_AT_ONCE = 64
 #: Seconds between tries against a broker that refuses us: it will not change its mind soon.
 _BACKOFF_REFUSED = 30.0
+#: How much of the time between two renewals may pass before the next try, where one has failed or the broker is away.
+_SOONER = 0.25
 
 
 class Fetcher(Thread):
@@ -249,24 +251,38 @@ class Fetcher(Thread):
             batch, self._inbox = self._inbox, []
         if not batch and not again:
             return False
-        try:
-            late, failed = self._carry_out_renewing(feed, [*(settlement for _, _, settlement in again), *batch])
-        except BaseException:
-            with self._lock:
-                self._inbox = batch + self._inbox
-            raise
         waits = {id(settlement): wait for _, wait, settlement in again}
         self._failed = [item for item in self._failed if item[0] > now]
-        for settlement, error in failed:
+        parts = _in_parts([*(settlement for _, _, settlement in again), *batch])
+        try:
+            while parts:
+                settling = self._carry_out(feed, parts[0])
+                del parts[0]
+                self._note(settling, waits)
+                if parts:
+                    self._renew_if_due(feed)
+        finally:
+            # What was carried out before something failed is not to be tried again.
+            left = [settlement for part in parts for settlement in part]
+            if left:
+                self._failed += [
+                    (now, waits[id(settlement)], settlement) for settlement in left if id(settlement) in waits
+                ]
+                with self._lock:
+                    self._inbox = [settlement for settlement in left if id(settlement) not in waits] + self._inbox
+        return True
+
+    def _note(self, settling: Settling, waits: Mapping[int, float]) -> None:
+        """Put off what could not be carried out, and say what came too late."""
+        for settlement, error in settling.failed:
             self._put_off(settlement, error, waits.get(id(settlement), _SETTLE_AGAIN[0]))
-        for settlement in late:
+        for settlement in settling.late:
             logger.info(
                 "%s %s was settled too late: it was not ours any more, and may run again",
                 settlement.delivery.queue,
                 settlement.delivery.id,
                 extra={"action": "settled_late"},
             )
-        return True
 
     def _say_lost(self) -> None:
         if self._feed is not None and self._feed.losses != self._losses:
@@ -282,21 +298,6 @@ class Fetcher(Thread):
                 self._on_settled = None
         if call is not None:
             call()
-
-    def _carry_out_renewing(self, feed: Feed, batch: list[Settlement]) -> Settling:
-        """Carry out settlements, and dead letters, each of which may be a call, without neglecting the leases."""
-        dead = [settlement for settlement in batch if settlement.outcome.action == "dead"]
-        if len(dead) <= _DEAD_AT_ONCE:
-            return self._carry_out(feed, batch)
-        rest = [settlement for settlement in batch if settlement.outcome.action != "dead"]
-        parts = [rest, *(dead[i : i + _DEAD_AT_ONCE] for i in range(0, len(dead), _DEAD_AT_ONCE))]
-        late, failed = list[Settlement](), list[tuple[Settlement, Error]]()
-        for part in parts:
-            self._renew_if_due(feed)
-            settling = self._carry_out(feed, part)
-            late += settling.late
-            failed += settling.failed
-        return Settling(late, failed)
 
     def _renew_if_due(self, feed: Feed) -> None:
         if monotonic() >= self._renew_at:
@@ -335,7 +336,7 @@ class Fetcher(Thread):
         at_once = [
             Settlement(delivery, DONE)
             for delivery in deliveries
-            if delivery.queue in self._auto_ack and self._admits(delivery)
+            if delivery.queue in self._auto_ack and delivery.refused is None and self._admits(delivery)
         ]
         if not at_once:
             return deliveries
@@ -351,12 +352,10 @@ class Fetcher(Thread):
     def _admits(self, delivery: Delivery) -> bool:
         if self._admission is None:
             return True
-        try:
-            self._admission.open(self._specs[delivery.queue], delivery.raw, delivery.replayed)
-        except Refused as refused:
+        refused = self._admission.refusal(self._specs[delivery.queue], delivery.raw, delivery.replayed)
+        if refused is not None:
             delivery.refused = refused.outcome(delivery.attempts, delivery.crashes)
-            return False
-        return True
+        return refused is None
 
     def _room(self) -> tuple[int, dict[str, int]]:
         with self._lock:
@@ -403,6 +402,9 @@ class Fetcher(Thread):
         else:
             driver = self._driver
             delay = min(driver.reconnect_max, driver.reconnect_initial * 2.0 ** min(self._failures - 1, 100))
+            if self.in_hand or self._failed:
+                # Whatever is said of reconnecting: when the broker is back, our leases have to be renewed in time.
+                delay = min(delay, self._renew_every * _SOONER)
         why = str(error)
         if self._failures == 1 or why != self._away_for:
             # Once for each reason: a broker that is back may refuse what it took before.
@@ -413,13 +415,22 @@ class Fetcher(Thread):
         self._wait_renewing(delay * random.uniform(0.75, 1.0), self._feed if answers else None)
 
     def _wait_renewing(self, seconds: float, feed: Feed | None) -> None:
-        """Wait before the next try, and keep the leases of a feed meanwhile."""
+        """Wait before the next try, and keep the leases of a feed meanwhile; None where its broker is away.
+
+        Then they are renewed first of all: what is in hand may leave nothing else to ask it for, by which to know that
+        it is back, until they are about to end.
+        """
+        if feed is None:
+            self._renew_at = 0.0
+            self._stopping.wait(seconds)
+            return
         until = monotonic() + seconds
         while not self._stopping.wait(max(0.0, min(until, self._renew_at) - monotonic())) and monotonic() < until:
-            self._renew_at = monotonic() + self._renew_every
-            if feed is not None:
-                with suppress(Error):
-                    feed.renew()
+            # A renewal that is refused is not to keep everything else from being tried, for ever.
+            self._renew_at = monotonic() + self._renew_every * _SOONER
+            with suppress(Error):
+                feed.renew()
+                self._renew_at = monotonic() + self._renew_every
 
     def _end(self) -> None:
         feed = self._feed
@@ -434,3 +445,13 @@ class Fetcher(Thread):
             )
         finally:
             feed.close()
+
+
+def _in_parts(batch: list[Settlement]) -> list[list[Settlement]]:
+    """Return settlements in parts: of dead letters each may be a call, and leases must not be neglected for them."""
+    dead = [settlement for settlement in batch if settlement.outcome.action == "dead"]
+    if len(dead) <= _DEAD_AT_ONCE:
+        return [batch]
+    rest = [settlement for settlement in batch if settlement.outcome.action != "dead"]
+    parts = [rest, *(dead[i : i + _DEAD_AT_ONCE] for i in range(0, len(dead), _DEAD_AT_ONCE))]
+    return [part for part in parts if part]

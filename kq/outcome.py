@@ -12,6 +12,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from kq import errors
+
 Action = Literal["done", "retry", "dead", "release"]
 
 # Why a message is in a dead-letter queue.
@@ -95,6 +97,24 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
 
 DONE: Final = Outcome("done")
 RELEASE: Final = Outcome("release")
+
+
+def refused(reason: str, why: str, *, attempts: int, crashes: int) -> Outcome:
+    """Return the end of a delivery that must not run, which is charged no attempt.
+
+    Args:
+        reason: For the dead letter, e.g. ``undecodable``.
+        why: For people.
+        attempts: Charged before.
+        crashes: Likewise.
+    """
+    return Outcome("dead", 0.0, attempts, crashes, reason, Failure(errors.INVALID, clip(why, MAX_MESSAGE), False))
+
+
+def given_up(deliveries: int, *, attempts: int, crashes: int) -> Outcome:
+    """Return the end of a message that so many deliveries in a row have left unsettled."""
+    text = f"{deliveries} workers in a row died or vanished while they held this message"
+    return Outcome("dead", 0.0, attempts, crashes, CRASH_LOOP, Failure(errors.INTERNAL, text, False))
 
 
 def clip(text: str, limit: int, *, end: bool = False) -> str:

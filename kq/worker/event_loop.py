@@ -184,9 +184,13 @@ class EventLoop(Thread):
             late = True
             task.cancel()
 
-        timer = None if run.consumer.timeout is None else self._loop.call_later(run.consumer.timeout, expire)
+        timeout, began = run.consumer.timeout, self._loop.time()
+        timer = None if timeout is None else self._loop.call_later(timeout, expire)
         try:
-            return await task
+            outcome = await task
+            # One that has blocked the loop comes to its end before the loop comes to its limit.
+            is_over = timeout is not None and not late and self._loop.time() - began > timeout
+            return self._executor.timed_out(run) if is_over else outcome
         except asyncio.CancelledError:
             if late:
                 return self._executor.timed_out(run)

@@ -17,7 +17,7 @@ from kq.backend import Delivery, QueueSpec, Settlement
 from kq.executor import timeout_outcome
 from kq.failure_log import logger
 from kq.intake import Intake
-from kq.outcome import CRASH_LOOP, RELEASE, Death, Failure, Outcome
+from kq.outcome import RELEASE, Death, Failure, Outcome, given_up
 from kq.retry import RetryPolicy, after_crash
 from kq.router import Consumer
 from kq.worker.dispatcher import Dispatcher
@@ -369,18 +369,14 @@ class Supervisor:
                     continue
                 auto_ack = delivery.queue in self._auto_ack
                 if delivery.deliveries >= self._max_deliveries and not auto_ack:
-                    self._settle(flight, self._given_up(delivery))
+                    end = given_up(delivery.deliveries, attempts=delivery.attempts, crashes=delivery.crashes)
+                    self._settle(flight, end)
                     continue
                 if auto_ack:
                     # The fetcher has acknowledged it already.
                     flight.settled = True
                     self.tally.handled += 1
                 self._dispatcher.put(flight, front=False)
-
-    def _given_up(self, delivery: Delivery) -> Outcome:
-        text = f"{delivery.deliveries} workers in a row died or vanished while they held this message"
-        failure = Failure(errors.INTERNAL, text, False)
-        return Outcome("dead", 0.0, delivery.attempts, delivery.crashes, CRASH_LOOP, failure)
 
     def _pace(self) -> float:
         """Return the handlers' ends a second."""

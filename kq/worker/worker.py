@@ -152,8 +152,11 @@ class Worker:
                 with pool.lock:
                     pool.start()
                 self._connect(backends)
-            except BaseException:
+            except BaseException as error:
                 pool.close(0.0)
+                if self._stop.is_set() and isinstance(error, Internal):
+                    logger.info("stopped before the broker was reached: %s", error, extra={"action": "stopped"})
+                    return
                 raise
             self._work(pool, backends)
 
@@ -393,7 +396,7 @@ class Worker:
             lease=self._registry.settings.lease,
             limits=limits(consumers),
             auto_ack={queue for queue, competing in consumers.items() if competing[0].auto_ack},
-            admission=Admission(self._registry.settings.max_body, self._registry.distrust),
+            admission=Admission(self._registry.settings.max_body, self._registry.distrust, self._registry.router),
             on_deliveries=supervisor.arrived,
             on_lost=supervisor.lost,
             idleness=idleness,

@@ -294,3 +294,24 @@ def silent_in_mid_frame(stage: Stage) -> None:
     stage.expect(stage.figures["cpu_percent"] < 60, f"the supervisor used {stage.figures['cpu_percent']} % CPU")
     stage.balance(duplicates=64)
     stage.stop_workers()
+
+
+@network_fault(on=("redis",), quick=("redis",))
+def away_for_half_a_lease(stage: Stage) -> None:
+    """A worker's way to the broker is gone for a good half of a lease, under long tasks: nobody else gets them."""
+    lease = 12.0
+    stage.environment["KQ_LEASE"] = str(lease)
+    stage.worker("-p", "1", "-c", "4")
+    load = stage.load(url=stage.site.url, messages=4, rate=0, ms=25_000)
+    stage.finish(load)
+    stage.until_count("started", 4)
+    stage.worker("-p", "1", "-c", "4", url=stage.site.url)
+    # Once renewed, so that all leases end at the same moment. Two renewals become due meanwhile; there is time for one.
+    stage.pause(lease / 3 + 2.0, lease / 3 + 3.5)
+    stage.wire.refuse()
+    stage.wire.reset_all()
+    stage.pause(0.54 * lease)
+    stage.wire.reopen()
+    stage.drain()
+    stage.balance(duplicates=0)
+    stage.stop_workers()

@@ -18,11 +18,11 @@ from kq import clock, errors
 from kq.backend import Delivery, Settlement
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.sqlite import SQLiteStore
-from kq.backends.store import Entry
+from kq.backends.store import BrokerAway, Entry
 from kq.errors import Internal
 from kq.outcome import DONE, RELEASE, Outcome
 from tests.broker import Broker
-from tests.conformance.conftest import ON_RABBITMQ, ON_REDIS, ON_SQLITE, Bench
+from tests.conformance.conftest import LEASE, ON_RABBITMQ, ON_REDIS, ON_SQLITE, ON_STORES, Bench
 from tests.integration.conftest import wait_for
 
 
@@ -142,6 +142,43 @@ def test_what_waits_in_a_worker_that_stops_keeps_its_account(make_app: Callable[
     worker.run()
 
     assert [delivery.deliveries for delivery in found] == [1]
+
+
+def test_whoever_pulls_does_not_die_of_a_message_for_ever(make_app: Callable[..., kq.App], bench: Bench) -> None:
+    """A program that pulls is given no message that so many others have died with."""
+    bench.publish(bench.message("a"))
+    for _ in range(2):
+        dead = bench.feed()
+        bench.take(dead, 1)
+        bench.abandon(dead)
+    app = make_app(max_deliveries=2)
+    with kq.Consumer(app, bench.queue.id) as consumer:
+        app.publish(bench.queue.id, "behind")
+        message = consumer.receive(timeout=20)
+        assert message is not None
+        # On a store the other one comes back when its lease ends.
+        while message is not None and message.payload() == "behind":
+            message.ack()
+            message = consumer.receive(timeout=3 * LEASE)
+    assert message is None
+    assert [letter.reason for letter in app.dead(bench.queue.id).list()] == ["crash_loop"]
+
+
+@ON_STORES
+def test_what_cannot_be_put_back_now_is_handed_over_later(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was taken ahead stays its feed's where giving it back fails: nobody else would ever see it."""
+    feed: Any = bench.feed()
+    bench.publish(bench.message("a"), bench.message("b"))
+    feed._early.extend(bench.take(feed, 2))
+
+    def fail(queue: str, endings: Any) -> list[bool]:
+        raise BrokerAway("away", details={"reason": "unavailable"})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feed._store, "settle", fail)
+        with pytest.raises(BrokerAway):
+            feed.put_back()
+    assert [delivery.id for delivery in feed.fetch(10, {})] == ["a", "b"]
 
 
 @ON_RABBITMQ

@@ -395,6 +395,16 @@ def test_term_to_every_process_is_term_to_the_worker(local_shop: Shop) -> None:
     assert [line["attempt"] for line in shop.history("done")] == [1]
 
 
+def test_stopping_before_the_broker_is_there_is_a_stop(local_shop: Shop) -> None:
+    """Whoever stops a worker that still tries to reach its broker has stopped it, and nothing has failed."""
+    shop = local_shop
+    worker = shop.worker("-p", "1", "-b", "redis://127.0.0.1:1", "--connect-timeout", "60s", ready=False)
+    wait_for(lambda: "cannot reach the broker yet" in shop.log(), "a try")
+
+    assert shop.stop(worker) == 0
+    assert "stopped before the broker was reached" in shop.log()
+
+
 def test_what_finishes_while_stopping_counts(local_shop: Shop) -> None:
     """A handler that ends after its grace but before the process is killed is done, not run again."""
     shop = local_shop

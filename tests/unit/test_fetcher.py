@@ -1,13 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from math import inf
 from threading import Event
+from time import monotonic
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
 import kq
+from kq import errors
 from kq.backend import Delivery, Settlement
 from kq.config import Settings
 from kq.driver import Driver
@@ -15,6 +18,52 @@ from kq.fetcher import Fetcher
 from kq.outcome import DONE
 from kq.queue_spec import default_spec
 from kq.scheme import open_backend
+
+
+def test_after_an_outage_leases_are_renewed_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What became due while the broker was away is not put off: the leases may be about to end."""
+    url = f"memory://{uuid4().hex}"
+    app = kq.App("fetcher", broker=url)
+    app.publish("app:a", 1)
+    backend = open_backend(Settings(broker=url), "test")
+    feed = backend.feed([default_spec("app:a")], 10)
+    monkeypatch.setattr(backend, "feed", lambda queues, prefetch: feed)
+    arrived, back = Event(), Event()
+    calls: list[str] = []
+    back_at = inf
+
+    def passing(name: str) -> Callable[..., Any]:
+        call = getattr(feed, name)
+
+        def asked(*arguments: Any) -> Any:
+            nonlocal back_at
+            if arrived.is_set():
+                # Away for as long as it takes two renewals to become due, from the first call on.
+                back_at = min(back_at, monotonic() + 2.5 * lease / 3)
+                if monotonic() < back_at:
+                    raise errors.Internal("away", details={"reason": "unavailable"})
+                calls.append(name)
+                back.set()
+            return call(*arguments)
+
+        return asked
+
+    for name in ("renew", "fetch"):
+        monkeypatch.setattr(feed, name, passing(name))
+    lease = 1.5
+    fetcher = Fetcher(
+        backend, [default_spec("app:a")], driver=Driver(url, reconnect_initial=0.01, reconnect_max=0.3), prefetch=10,
+        lease=lease, on_deliveries=lambda deliveries: arrived.set(),
+    )  # fmt: skip
+    fetcher.hold(5)
+    fetcher.start()
+    try:
+        assert arrived.wait(20)
+        assert back.wait(20)
+    finally:
+        fetcher.stop(10)
+        backend.close()
+    assert calls[0] == "renew"
 
 
 def test_what_is_settled_while_more_is_fetched_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
