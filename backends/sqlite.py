@@ -356,16 +356,14 @@ class SQLiteStore(TakesNothingAhead):
             with _dropped.lock, suppress(sqlite3.Error):
                 connection.close()
 
-    def before_fork(self, timeout: float) -> bool:
-        """Close the connection, which nobody uses meanwhile, so that a child does not inherit it; False in vain.
+    def before_fork(self, timeout: float) -> None:
+        """Close the connection, which nobody uses meanwhile, so that a child does not inherit it.
 
         SQLite keeps in memory which locks its process has on a file. A child would take its parent's for its own, which
         the system does not give it: it would wait for ever for one that is never released, or see its journal deleted.
         """
-        if not self._lock.acquire(timeout=timeout):
-            return False
-        self._disconnect()
-        return True
+        if self._lock.acquire(timeout=timeout):
+            self._disconnect()
 
     def after_fork_in_parent(self) -> None:
         """Let the connection be opened again, by the next who needs it."""
@@ -486,6 +484,9 @@ class SQLiteStore(TakesNothingAhead):
                 self._sender.sendto(b"!", path)
             except (ConnectionRefusedError, FileNotFoundError):
                 gone.append(path)
+                with suppress(OSError):
+                    # Whoever was killed has left its name behind.
+                    os.unlink(path)
             except OSError:
                 pass  # most likely its buffer is full of wake-ups already; it says nothing of the owner
         if gone:
@@ -650,9 +651,9 @@ class _Dropped:
         self.lock = RLock()
         forking.enrol(self, forking.Stage.DROPPED)
 
-    def before_fork(self, timeout: float) -> bool:
-        """Have nothing closed from now on; False in vain."""
-        return self.lock.acquire(timeout=timeout)
+    def before_fork(self, timeout: float) -> None:
+        """Have nothing closed from now on."""
+        self.lock.acquire(timeout=timeout)
 
     def after_fork_in_parent(self) -> None:
         """Have it closed again."""

@@ -41,7 +41,7 @@ class Stage(IntEnum):
 class Forks(Protocol):
     """What must not be in the middle of something when the process forks."""
 
-    def before_fork(self, timeout: float) -> object:
+    def before_fork(self, timeout: float) -> None:
         """Wait at most so many seconds for whoever is in the middle of something, and have others wait."""
         ...
 

@@ -6,10 +6,11 @@ use and never crosses a fork: a forked child finds none and opens its own.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from threading import RLock
 from typing import Any, Final, Protocol
@@ -59,6 +60,8 @@ class Registry:
         self.drivers: dict[str, Driver] = {MAIN: Driver(settings.broker)}
         self._declared: dict[str, QueueSpec] = {}
         self._implied: dict[str, QueueSpec] = {}
+        #: Queues that hold the dead letters of others, and the driver of the first of those.
+        self._dead: dict[str, str] = {}
         #: What `spec` has said of queues that nobody declared.
         self._assumed: dict[str, QueueSpec] = {}
         self._lock = RLock()
@@ -66,6 +69,8 @@ class Registry:
         #: By driver, the queues that its shared backend has declared.
         self._confirmed: defaultdict[str, set[str]] = defaultdict(set)
         self._on_reset: list[weakref.WeakMethod[Callable[[], None]]] = []
+        #: Where relative paths of brokers start, wherever a handler goes later.
+        self._folder = _current_folder()
         forking.enrol(self, forking.Stage.OPENS)
 
     @property
@@ -159,8 +164,8 @@ class Registry:
             Conflict: If it was declared with other values, or its dead letters are on another driver; the message
                 names the argument.
         """
-        spec = self._under_rules(spec)
         with self._lock:
+            spec = self._under_rules(spec)
             self.driver(spec.driver)
             known = self._declared.get(spec.id)
             if known is None or (instead_of is not None and known == self._under_rules(instead_of)):
@@ -169,10 +174,10 @@ class Registry:
                         _check_together(other, spec)
                 self._declared[spec.id] = spec
                 self._assumed.clear()
-                self._implied.pop(spec.id, None)
-                dead = self._implied.get(spec.dead_letter or "")
-                if dead is not None:
-                    self._implied[dead.id] = structs.replace(dead, driver=spec.driver)
+                is_another = self._implied.pop(spec.id, known) is not None
+                if spec.dead_letter is not None:
+                    is_another |= self._is_dead_letters(spec.dead_letter, spec.driver)
+                self._note_dead(None if is_another else spec)
                 self.forget(spec.id)
             elif known != spec:
                 raise Conflict(difference(known, spec))
@@ -195,7 +200,9 @@ class Registry:
         return self.signing.distrust(queue_id, envelope, self.guard, replayed=replayed, dead=from_origin)
 
     def _under_rules(self, spec: QueueSpec) -> QueueSpec:
-        """Return a queue as it is under what holds for all queues."""
+        """Return a queue as it is under what holds for all queues. Under the lock."""
+        if spec.id in self._dead:
+            spec = _without_own_letters(spec)
         if self.signing is None:
             if spec.require_signature:
                 raise Invalid(
@@ -212,8 +219,9 @@ class Registry:
         """Note that a queue is wanted, by a consumer, without saying how it is declared."""
         with self._lock:
             if queue_id not in self._declared:
-                spec = structs.replace(default_spec(queue_id), driver=self._driver_of_dead(queue_id) or MAIN)
-                self._implied[queue_id] = self._under_rules(spec)
+                spec = structs.replace(default_spec(queue_id), driver=self._dead.get(queue_id, MAIN))
+                self._implied[queue_id] = spec = self._under_rules(spec)
+                self._note_dead(spec)
                 self._assumed.clear()
 
     def is_declared(self, queue_id: str) -> bool:
@@ -221,7 +229,7 @@ class Registry:
         with self._lock:
             if queue_id in self._declared or queue_id in self._implied:
                 return True
-            return self._driver_of_dead(queue_id) is not None
+            return queue_id in self._dead
 
     def is_exact(self, queue_id: str) -> bool:
         """Tell whether the app said how this queue is declared."""
@@ -233,10 +241,7 @@ class Registry:
         if found is not None:
             return found
         with self._lock:
-            driver = self._driver_of_dead(queue_id)
-            spec = default_spec(queue_id)
-            if driver is not None:
-                spec = structs.replace(spec, dead_letter=None, driver=driver)
+            spec = structs.replace(default_spec(queue_id), driver=self._dead.get(queue_id, MAIN))
             if len(self._assumed) >= _ASSUMED_MOST:
                 self._assumed.clear()
             spec = self._assumed[queue_id] = self._under_rules(spec)
@@ -262,9 +267,24 @@ class Registry:
         yield from self._declared.values()
         yield from self._implied.values()
 
-    def _driver_of_dead(self, queue_id: str) -> str | None:
-        """Return the driver of the first queue whose dead letters go there; None if there is no such queue."""
-        return next((spec.driver for spec in self._queues() if spec.dead_letter == queue_id), None)
+    def _is_dead_letters(self, queue_id: str, driver: str) -> bool:
+        """Have a queue hold the dead letters of another one, which lives on that driver; False if nobody knows it."""
+        implied = self._implied.get(queue_id)
+        if implied is not None:
+            self._implied[queue_id] = _without_own_letters(structs.replace(implied, driver=driver))
+        declared = self._declared.get(queue_id)
+        if declared is not None:
+            self._declared[queue_id] = _without_own_letters(declared)
+        self.forget(queue_id)
+        return implied is not None or declared is not None
+
+    def _note_dead(self, new: QueueSpec | None) -> None:
+        """Note whose dead letters go where: those of a new queue, or, where one has changed, of all."""
+        if new is None:
+            self._dead.clear()
+        for spec in self._queues() if new is None else (new,):
+            if spec.dead_letter is not None:
+                self._dead.setdefault(spec.dead_letter, spec.driver)
 
     def backend(self, driver: str = MAIN) -> Backend:
         """Return the backend of a driver, opened at the first call; connecting is left to its first use.
@@ -281,9 +301,14 @@ class Registry:
 
     def open(self, driver: str = MAIN) -> Backend:
         """Return a backend of the caller's own, which the caller closes; raises as `backend`."""
-        # A time limit that strikes in the middle of an import leaves half a module behind.
-        with shielded():
-            return open_backend(self.settings, self.name, self.driver(driver))
+        with self.importing():
+            return open_backend(self.settings, self.name, self.driver(driver), self._folder)
+
+    @contextmanager
+    def importing(self) -> Iterator[None]:
+        """Keep a time limit, and forks, from striking in the middle of an import: half a module is of no use."""
+        with shielded(), self._lock:
+            yield
 
     def ensure(self, spec: QueueSpec) -> None:
         """Have the shared backend of its driver declare a queue, once."""
@@ -328,9 +353,9 @@ class Registry:
             for backend in backends.values():
                 stack.callback(backend.close)
 
-    def before_fork(self, timeout: float) -> bool:
-        """Wait for whoever opens a backend, and have others wait; False in vain."""
-        return self._lock.acquire(timeout=timeout)
+    def before_fork(self, timeout: float) -> None:
+        """Wait for whoever opens a backend, and have others wait."""
+        self._lock.acquire(timeout=timeout)
 
     def after_fork_in_parent(self) -> None:
         """Let others go on."""
@@ -352,6 +377,14 @@ class HasRegistry(Protocol):
     def registry(self) -> Registry:
         """What the app has declared."""
         ...
+
+
+def _current_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        # Somebody has deleted it.
+        return ""
 
 
 def _check_driver(driver: Driver) -> None:
@@ -391,6 +424,12 @@ def _check_together(first: QueueSpec, second: QueueSpec) -> None:
             f"dead_letter: {first.dead_letter} holds the dead letters of {first.id} on driver {first.driver!r}; "
             f"expected another queue for those of {second.id} on driver {second.driver!r}"
         )
+
+
+def _without_own_letters(spec: QueueSpec) -> QueueSpec:
+    """Return a queue of dead letters as it is: with none of its own, unless it names another place for them."""
+    is_default = spec.dead_letter == spec.id + limit.DEAD_SUFFIX
+    return structs.replace(spec, dead_letter=None) if is_default else spec
 
 
 _left_behind: list[Backend] = []

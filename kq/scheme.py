@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Final
+from urllib.parse import quote
 
 from msgspec import structs
 
@@ -40,13 +41,14 @@ def find_backend(broker: str) -> str:
     raise Invalid(f"broker: no backend for {scheme}://; expected one of {known}")
 
 
-def open_backend(settings: config.Settings, name: str, driver: Driver | None = None) -> Backend:
+def open_backend(settings: config.Settings, name: str, driver: Driver | None = None, folder: str = "") -> Backend:
     """Return a new backend for a broker, unconnected.
 
     Args:
         settings: What the driver does not say itself.
         name: Who connects, likewise.
         driver: The broker; None for that of the settings.
+        folder: Where a relative path of an SQLite file starts; empty for the current directory.
 
     Raises:
         Invalid: If no backend is registered for its scheme, or the URL is ill-formed.
@@ -68,4 +70,13 @@ def open_backend(settings: config.Settings, name: str, driver: Driver | None = N
     )
     if driver.connect_timeout is not None:
         options = structs.replace(options, connect_timeout=driver.connect_timeout)
-    return factory(address(driver), options)
+    url = address(driver)
+    return factory(_rooted(url, folder) if scheme == "sqlite" else url, options)
+
+
+def _rooted(url: str, folder: str) -> str:
+    """Return the URL of an SQLite file with its path made absolute; what is ill-formed is left to be refused."""
+    start, _, path = url.partition(":///")
+    if not (folder and path) or path.startswith(("/", ":memory:")):
+        return url
+    return f"{start}:///{quote(folder.rstrip('/'))}/{path}"

@@ -28,10 +28,9 @@ class Recorder:
         self.calls = calls
         self.lock = threading.RLock()
 
-    def before_fork(self, timeout: float) -> bool:
-        held = self.lock.acquire(timeout=timeout)
+    def before_fork(self, timeout: float) -> None:
+        self.lock.acquire(timeout=timeout)
         self.calls.append(f"{self.name} held")
-        return held
 
     def after_fork_in_parent(self) -> None:
         self.calls.append(f"{self.name} let go")
@@ -46,17 +45,17 @@ class Forking(Recorder):
 
     forks = True
 
-    def before_fork(self, timeout: float) -> bool:
+    def before_fork(self, timeout: float) -> None:
         if self.forks:
             self.forks = False
             fork_and_tell([])
-        return super().before_fork(timeout)
+        super().before_fork(timeout)
 
 
 class Interrupted(Recorder):
     """A signal's handler raises as soon as it is held."""
 
-    def before_fork(self, timeout: float) -> bool:
+    def before_fork(self, timeout: float) -> None:
         super().before_fork(timeout)
         raise KeyboardInterrupt
 
@@ -66,11 +65,11 @@ class Late(Recorder):
 
     shield: Shield
 
-    def before_fork(self, timeout: float) -> bool:
+    def before_fork(self, timeout: float) -> None:
         # As the watchdog does it.
         assert self.shield.depth
         self.shield.is_due = True
-        return super().before_fork(timeout)
+        super().before_fork(timeout)
 
 
 class Waiting(Recorder):
@@ -79,10 +78,10 @@ class Waiting(Recorder):
     wait_for: threading.Lock
     going: threading.Event
 
-    def before_fork(self, timeout: float) -> bool:
+    def before_fork(self, timeout: float) -> None:
         self.going.set()
         with self.wait_for:
-            return super().before_fork(timeout)
+            super().before_fork(timeout)
 
 
 def hold_and_enrol(lock: threading.Lock, holding: threading.Event, going: threading.Event, new: Recorder) -> None:
@@ -154,7 +153,6 @@ class Registry:
     def before_fork(self, timeout):
         self.waiting.set()
         print(self.lock.acquire(timeout=timeout), flush=True)
-        return True
 
     def after_fork_in_parent(self):
         self.lock.release()

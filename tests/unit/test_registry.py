@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from msgspec import structs
 
+import kq
 from kq import errors
 from kq.backend import BackendOptions, QueueSpec
 from kq.config import Settings
@@ -45,6 +47,36 @@ def declared(queue_id: str = "app:a", **values: Any) -> QueueSpec:
 def test_queue_defaults() -> None:
     """A queue declared with nothing but its id is the queue nobody described."""
     assert declared() == default_spec("app:a") == QueueSpec("app:a", dead_letter="app:a.dead")
+
+
+def test_a_dead_letter_queue_has_none_of_its_own() -> None:
+    """Whatever it is called and whoever is declared first; unless it names another one."""
+    registry = make()
+    for id in ("app:first", "app:implied"):
+        registry.imply(id)
+    registry.declare(declared("app:plain"))
+    registry.declare(declared("app:chained", dead_letter="app:chain"))
+    for id in ("first", "plain", "late", "chained"):
+        registry.declare(declared(f"app:of-{id}", dead_letter=f"app:{id}"))
+    registry.imply("app:late")
+    assert {id: registry.spec(f"app:{id}").dead_letter for id in ("first", "plain", "late", "chained", "implied")} == {
+        "first": None, "plain": None, "late": None, "chained": "app:chain", "implied": "app:implied.dead",
+    }  # fmt: skip
+    # The same once more, and no queue is left that nobody means.
+    assert registry.declare(declared("app:plain")).dead_letter is None
+    assert not registry.is_declared("app:plain.dead")
+    assert registry.is_declared("app:implied.dead")
+
+
+def test_a_relative_path_is_one_from_where_the_app_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that goes elsewhere takes nothing along: what it publishes is where the worker looks for it."""
+    for name in ("here ünd", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here ünd")
+    with kq.App("test", broker="sqlite:///kq.db?x=1") as app:
+        monkeypatch.chdir(tmp_path / "there")
+        app.publish("app:a", 1)
+    assert [path.parent.name for path in tmp_path.rglob("kq.db")] == ["here ünd"]
 
 
 def test_queue_values_are_kept() -> None:
