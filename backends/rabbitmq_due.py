@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from heapq import heappop, heappush, nsmallest
-from threading import Lock
+from threading import RLock
 from time import monotonic
 from typing import Final
 
@@ -19,7 +19,8 @@ class Due:
     """Remembers by broker and queue. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        # A signal's handler may publish in the middle of it.
+        self._lock = RLock()
         self._times: dict[tuple[str, str], list[float]] = {}
 
     def note(self, url: str, queue: str, delay: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-from functools import cached_property
 from typing import Final
 
 from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed, ResourceLocked
@@ -29,11 +28,7 @@ class RabbitErrors(Mapped):
     """
 
     def __init__(self, url: str) -> None:
-        self._url = url
-
-    @cached_property
-    def _where(self) -> str:
-        return f"RabbitMQ at {hide_password(self._url)}"
+        self._where = f"RabbitMQ at {hide_password(url)}"
 
     def ours(self, error: BaseException) -> Error | None:
         """See `Mapped.ours`."""

@@ -218,7 +218,13 @@ class RabbitFeed:
         self._arrivals.clear()
         # Counted as held until now by nobody.
         self._held_of.update(delivery.queue for delivery in buffered)
-        self.settle([Settlement(delivery, delivery.as_it_came) for delivery in buffered])
+        settling = self.settle([Settlement(delivery, delivery.as_it_came) for delivery in buffered])
+        for settlement, _ in settling.failed:
+            # Not taken now, by a broker that is blocked, say. Handed over as soon as somebody wants it, or tried again.
+            delivery = settlement.delivery
+            if self._is_ours(delivery):
+                self._held_of[delivery.queue] -= 1
+                self._arrivals.add(delivery.receipt.tag, delivery)
 
     def due_in(self) -> float | None:
         """See `Feed.due_in`; other processes' delays and deliveries are unknown to RabbitMQ's clients."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from math import inf
 from typing import Final
 
-from kq.backends.rabbitmq_link import Link
+from kq.backends.rabbitmq_link import LEAST_PATIENCE, Link
 from kq.backends.rabbitmq_publisher import Publisher
+from kq.backends.within import within
 
 #: Links that are kept for later calls, at most.
 _KEPT: Final = 4
@@ -56,10 +57,18 @@ class Lanes:
             return None
 
     def fresh(self, patience: float = inf) -> Lane:
-        """Return a new link; those that are free are suspect now and are given up."""
+        """Return a new link; those that are free are suspect now and are given up.
+
+        Raises:
+            TimeoutError: If there is none within ``patience`` seconds; or what connecting raises.
+        """
         while (lane := self.idle()) is not None:
             lane.drop()
-        return Lane(self._connect(patience))
+        if patience == inf:
+            return Lane(self._connect(patience))
+        return Lane(
+            within(max(LEAST_PATIENCE, patience), lambda: self._connect(patience), lambda link: link.close(wait=False))
+        )
 
     def put_back(self, lane: Lane) -> None:
         """Keep a link for later calls: nothing has gone wrong on it."""

@@ -18,6 +18,7 @@ from typing import Any, Final
 from amqp.exceptions import RecoverableConnectionError
 
 from kq.backend import BackendOptions
+from kq.backends.keepalive import keepalive
 from kq.backends.rabbitmq_acknowledgement import acknowledgements, rejections
 from kq.backends.rabbitmq_delivery import Deliveries, Receive
 from kq.backends.rabbitmq_socket import PlainClient
@@ -33,7 +34,7 @@ _USER_TIMEOUT: Final = 30_000
 _CLOSE_TIMEOUT: Final = 2.0
 
 #: Seconds that the opening of a connection is given even where its caller has less: 0 would mean forever.
-_LEAST_PATIENCE: Final = 0.1
+LEAST_PATIENCE: Final = 0.1
 
 
 class Link:
@@ -61,22 +62,19 @@ class Link:
         self.blocked = ""
         self._deliveries = Deliveries()
         self._timeout = options.timeout if timeout is None else timeout
-        interval = max(1, int(options.heartbeat / 3))
+        settings = keepalive(options.heartbeat)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            settings[socket.TCP_USER_TIMEOUT] = _USER_TIMEOUT
         transport_options: dict[str, Any] = {
             "read_timeout": self._timeout,
             "write_timeout": self._timeout,
             "on_blocked": self._on_blocked,
             "on_unblocked": self._on_unblocked,
-            "socket_settings": {
-                socket.TCP_USER_TIMEOUT: _USER_TIMEOUT,
-                socket.TCP_KEEPIDLE: interval,
-                socket.TCP_KEEPINTVL: interval,
-                socket.TCP_KEEPCNT: 3,
-            },
+            "socket_settings": settings,
             "client_properties": {"connection_name": f"kq {options.name} {purpose}"},
             "frame_handler": self._deliveries.frame_handler,
         }
-        connect_timeout = max(_LEAST_PATIENCE, min(options.timeout, options.connect_timeout, patience))
+        connect_timeout = max(LEAST_PATIENCE, min(options.timeout, options.connect_timeout, patience))
         self._client: Any = None
         with suppress(ValueError, TypeError, KeyError):
             connection: Any = PlainClient if secured is None else TlsClient

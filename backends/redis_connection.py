@@ -9,6 +9,7 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from kq.backends.keepalive import keepalive
 from kq.backends.redis_address import Address
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_command import Head
@@ -76,7 +77,11 @@ class Connector:
         self._address = address
         self._timeout = timeout
         self._connect_timeout = connect_timeout
-        self._options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *_keepalive(heartbeat)]
+        options = {socket.TCP_NODELAY: 1, **keepalive(heartbeat)}
+        self._options = [
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            *((socket.IPPROTO_TCP, name, value) for name, value in options.items()),
+        ]
         self._tls = tls
         self._server_name = server_name
         required: list[bytes] = []
@@ -147,13 +152,3 @@ class Connector:
             answer = source.read()
             if isinstance(answer, Broken) or (number < self._required and isinstance(answer, Refusal)):
                 raise answer
-
-
-def _keepalive(heartbeat: float) -> list[tuple[int, int, int]]:
-    """Have the kernel probe a silent connection every third of ``heartbeat`` seconds."""
-    interval = max(1, int(heartbeat / 3))
-    wanted = {"TCP_KEEPIDLE": interval, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": 3}
-    found = [
-        (socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in wanted.items() if hasattr(socket, name)
-    ]
-    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *found]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any, Final
 
 from kq.backends.redis_answer import Answers, error_of
 from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connection
-from kq.backends.redis_error import Broken, NoTransactions, Refusal, as_met
+from kq.backends.redis_error import Broken, Late, NoTransactions, Refusal, as_met
+from kq.backends.within import within
+
+#: Seconds that an answer is waited for even where connecting has taken all the time.
+_LEAST: Final = 0.01
 
 
 class Lines:
@@ -16,10 +21,12 @@ class Lines:
 
     Args:
         connect: Makes one.
+        timeout: Seconds within which a call that has to connect is to end, too.
     """
 
-    def __init__(self, connect: Callable[[], Connection]) -> None:
+    def __init__(self, connect: Callable[[], Connection], timeout: float) -> None:
         self._connect = connect
+        self._timeout = timeout
         self._idle: list[Connection] = []
         self._closed = False
 
@@ -82,8 +89,9 @@ class Lines:
     def close(self) -> None:
         """Close the connections; those in use when their call has ended."""
         self._closed = True
-        while self._idle:
-            self._idle.pop().close()
+        # Others may be closing them as well.
+        while (line := _pop(self._idle)) is not None:
+            line.close()
 
     def _first(self, commands: Sequence[bytes], number: int) -> tuple[Connection, list[Any]]:
         """Return a connection, and what was answered on it."""
@@ -94,8 +102,15 @@ class Lines:
                 return line, self._exchange(line, commands, number)
             except Broken:
                 pass
-        line = self._connect()
-        return line, self._exchange(line, commands, number)
+        began = monotonic()
+        try:
+            line = within(self._timeout, self._connect, Connection.close)
+        except TimeoutError:
+            raise Late(f"no connection within {self._timeout:g} s") from None
+        line.socket.settimeout(max(_LEAST, self._timeout - (monotonic() - began)))
+        answers = self._exchange(line, commands, number)
+        line.socket.settimeout(self._timeout)
+        return line, answers
 
     def _put_away(self, line: Connection) -> None:
         self._idle.append(line)
@@ -115,7 +130,7 @@ class Lines:
         except BaseException as error:
             # Whatever is answered now would be taken for the next call's.
             line.close()
-            raise as_met(error, f"no answer within {connected.gettimeout():g} s") from None
+            raise as_met(error, f"no answer within {connected.gettimeout():.2g} s") from None
         return answers
 
 

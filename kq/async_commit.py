@@ -19,7 +19,7 @@ from typing import Final
 
 from kq.backend import Publication
 from kq.errors import Error, Internal
-from kq.group_commit import MAX_GROUP, GroupCommit, length
+from kq.group_commit import MAX_GROUP, GroupCommit, late, length
 from kq.shield import shielded
 
 #: Seconds without anything to publish after which a thread ends; the next task starts another one.
@@ -57,9 +57,10 @@ class AsyncCommit:
         #: How many of them publish, and since when the last of these does.
         self._busy = 0
         self._busy_since = 0.0
-        #: Callers' threads that hold the lock, or are about to; and those a signal's handler has it closed in.
+        #: Callers' threads that hold the lock, or are about to; and those a signal's handler has it closed in, with
+        #: how long it waits.
         self._inside: set[int] = set()
-        self._interrupted: set[int] = set()
+        self._interrupted: dict[int, float] = {}
 
     async def publish(self, batch: Sequence[Publication], timeout: float) -> Results:
         """Publish ``batch`` and return one result for each, ``timeout`` seconds from now at the latest.
@@ -81,13 +82,17 @@ class AsyncCommit:
             request.is_over = True
             timer.cancel()
 
-    def close(self) -> None:
+    def close(self, patience: float) -> None:
         """Publish what has been handed in, and end the threads; what is handed in later starts another. Idempotent.
 
         In a signal's handler that interrupts somebody who hands something in, it is done when that is done.
+
+        Args:
+            patience: Seconds to wait for what is being published: that may wait in turn for what a signal's handler
+                has interrupted, which calls this.
         """
         if get_ident() in self._inside:
-            self._interrupted.add(get_ident())
+            self._interrupted[get_ident()] = patience
             return
         me = get_ident()
         self._inside.add(me)
@@ -99,14 +104,14 @@ class AsyncCommit:
                     requests.put(None)
         finally:
             self._leave(me)
+        until = monotonic() + patience
         for thread in threads:
-            thread.join()
+            thread.join(max(0.0, until - monotonic()))
 
     def _leave(self, me: int) -> None:
         self._inside.discard(me)
         if me in self._interrupted:
-            self._interrupted.discard(me)
-            self.close()
+            self.close(self._interrupted.pop(me))
 
     def _hand_in(self, request: _Request) -> None:
         me = get_ident()
@@ -226,10 +231,4 @@ def _expire(request: _Request) -> None:
     if request.future.done():
         return
     request.is_over = True
-    text = (
-        "the broker did not confirm in time; the message may arrive"
-        if request.is_taken
-        else "what was handed in before has taken all the time; it was not sent"
-    )
-    error = Internal(text, details={"reason": "timeout"})
-    request.future.set_result([error] * len(request.batch))
+    request.future.set_result([late(is_taken=request.is_taken)] * len(request.batch))

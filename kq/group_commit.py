@@ -39,13 +39,23 @@ _BELIEF = 1 / 64
 #: Publications of a group that tells more of the way than of itself.
 _SMALL = 50
 
-#: How much of its time a caller must have left to commit in its own thread.
-_ENOUGH = 0.5
+#: How much of its time a caller must have left to commit in its own thread: what a single call may take at most.
+_ENOUGH = 0.9
 
 
 def length(seconds: float, size: int) -> float:
     """Return how long so many messages took to be published: less than 1 is not long."""
     return seconds / (_LONG + _LONG_EACH * size)
+
+
+def late(*, is_taken: bool) -> Internal:
+    """Return the error for a message whose caller's time is over; ``is_taken`` once somebody has begun with it."""
+    text = (
+        "the broker did not confirm in time; the message may arrive"
+        if is_taken
+        else "what was published before has taken all the time; it was not sent"
+    )
+    return Internal(text, details={"reason": "timeout"})
 
 
 class _Ticket:
@@ -67,18 +77,20 @@ class GroupCommit:
     Args:
         commit: Publishes; called in as many threads at once as ``most`` says, at most.
         most: Returns how many groups may be under way at once; asked only after something has been published.
+        is_prompt: Whether a call of a connected backend ends in the callers' time, or soon after it.
     """
 
-    def __init__(self, commit: Commit, most: Callable[[], int] = lambda: 1) -> None:
+    def __init__(self, commit: Commit, most: Callable[[], int] = lambda: 1, *, is_prompt: bool = True) -> None:
         self._commit = commit
         self._most = most
+        self._is_prompt = is_prompt
         # Entered with each message, so not through the condition, whose way in is Python. A signal's handler may
         # publish as well, in a thread that holds it.
         self._lock = RLock()
         self._turn = Condition(self._lock)
         self._waiting: list[_Ticket] = []
-        #: Groups that are being published.
-        self._under_way = 0
+        #: Groups that are being published, by identity: whoever is interrupted may say twice that one is not any more.
+        self._under_way: set[int] = set()
         #: Whether the last commit found the broker as it should be.
         self._proven = False
         #: Groups that may be under way at once; 0 as long as nobody knows.
@@ -115,11 +127,11 @@ class GroupCommit:
                     return _late(ticket)
                 if ticket.results is not None:
                     return ticket.results
-                group = self._take(ticket)
-                self._under_way += 1
-                plain = self._proven and ticket.deadline - monotonic() > timeout * _ENOUGH
+                self._take(ticket, group)
+                plain = self._is_prompt and self._proven and ticket.deadline - monotonic() > timeout * _ENOUGH
             if plain:
-                self._lead(group, min(ticket.deadline for ticket in group))
+                # The others go when their own time is over.
+                self._lead(group, ticket.deadline)
             else:
                 # From here on it is the other thread's, also where this one is interrupted.
                 aside, group = group, []
@@ -139,7 +151,7 @@ class GroupCommit:
             now = monotonic()
             until = ticket.deadline
             # The first of those who wait looks after the others as well.
-            if not ticket.is_taken and self._waiting[0] is ticket and self._under_way < self.width:
+            if not ticket.is_taken and self._waiting[0] is ticket and len(self._under_way) < self.width:
                 if now >= ahead_at:
                     return True
                 until = min(until, ahead_at)
@@ -157,10 +169,10 @@ class GroupCommit:
         mine = proven = False
         try:
             with self._lock:
-                if self._under_way or self._waiting or not self._proven:
+                if self._under_way or self._waiting or not (self._proven and self._is_prompt):
                     return None
-                self._under_way = 1
                 mine = True
+                self._under_way.add(id(batch))
             began = monotonic()
             results = self._commit(batch, timeout)
             self._learn(monotonic() - began, results)
@@ -171,7 +183,7 @@ class GroupCommit:
         finally:
             if mine:
                 with self._lock:
-                    self._under_way -= 1
+                    self._under_way.discard(id(batch))
                     self._proven = proven
                     if self._waiting:
                         self._turn.notify_all()
@@ -204,29 +216,35 @@ class GroupCommit:
 
     def _let_go(self, group: list[_Ticket], mine: _Ticket) -> None:
         """Leave nobody waiting behind a caller that was interrupted, and nothing of its own for others to publish."""
+        failed = Internal("publishing was interrupted", details={"reason": "unavailable"})
         with self._lock:
-            if mine in self._waiting:
-                self._waiting.remove(mine)
-            if group and any(ticket.results is None for ticket in group):
-                failed = Internal("publishing was interrupted", details={"reason": "unavailable"})
-                self._deal(group, [failed for ticket in group for _ in ticket.batch])
-                self._under_way -= 1
+            for ticket in (mine, *group):
+                if ticket in self._waiting:
+                    self._waiting.remove(ticket)
+            for ticket in group:
+                if ticket.results is None:
+                    ticket.results = [failed for _ in ticket.batch]
+            self._under_way.discard(id(group))
             self._turn.notify_all()
 
-    def _take(self, mine: _Ticket) -> list[_Ticket]:
-        """Take the next group off the waiting list; the leader's own ticket is always in it."""
+    def _take(self, mine: _Ticket, group: list[_Ticket]) -> None:
+        """Move the next group off the waiting list; the leader's own ticket is always in it.
+
+        Whoever is interrupted leaves each ticket in the one, the other, or both.
+        """
+        self._under_way.add(id(group))
+        group.append(mine)
         self._waiting.remove(mine)
-        group, size = [mine], len(mine.batch)
+        size = len(mine.batch)
         while self._waiting and size + len(self._waiting[0].batch) <= MAX_GROUP:
-            ticket = self._waiting.pop(0)
-            group.append(ticket)
-            size += len(ticket.batch)
+            group.append(self._waiting[0])
+            del self._waiting[0]
+            size += len(group[-1].batch)
         if self._waiting:
             # Somebody else is the first of them now.
             self._turn.notify_all()
         for ticket in group:
             ticket.is_taken = True
-        return group
 
     def _lead(self, group: list[_Ticket], deadline: float) -> None:
         batch = [publication for ticket in group for publication in ticket.batch]
@@ -239,7 +257,7 @@ class GroupCommit:
         with self._lock:
             self._proven = not any(result is not None and result.retryable for result in results)
             self._deal(group, results)
-            self._under_way -= 1
+            self._under_way.discard(id(group))
             self._turn.notify_all()
 
     def _learn(self, took: float, results: list[Error | None]) -> None:
@@ -265,7 +283,4 @@ class GroupCommit:
 
 
 def _late(ticket: _Ticket) -> list[Error | None]:
-    return [
-        Internal("the broker did not confirm in time; the message may arrive", details={"reason": "timeout"})
-        for _ in ticket.batch
-    ]
+    return [late(is_taken=ticket.is_taken) for _ in ticket.batch]

@@ -176,7 +176,7 @@ class Producer:
             commits, self._async_commits = self._async_commits, {}
             threads, self._threads = self._threads, {}
         for async_commit in commits.values():
-            async_commit.close()
+            async_commit.close(self._registry.settings.publish_timeout)
         for pool in threads.values():
             pool.shutdown(wait=True)
         if self._own:
@@ -260,9 +260,11 @@ class Producer:
         """Return what publishes to a driver's broker, for all threads the same."""
         commit = self._commits.get(driver)
         if commit is None:
+            slowest, ours = self._registry.driver(driver).timeout, self._registry.settings.publish_timeout
             made = GroupCommit(
                 partial(self._declare_and_publish, driver),
                 lambda: self._registry.backend(driver).capabilities.concurrent_publishes,
+                is_prompt=slowest is None or slowest <= ours,
             )
             commit = self._commits.setdefault(driver, made)
         return commit
@@ -272,7 +274,8 @@ class Producer:
         commit = self._async_commits.get(driver)
         if commit is None:
             # Imported here: who publishes without an event loop does without the largest of all modules.
-            from kq.async_commit import AsyncCommit
+            with self._registry.importing():
+                from kq.async_commit import AsyncCommit
 
             made = AsyncCommit(self._commit(driver))
             with self._threads_lock:
@@ -280,6 +283,7 @@ class Producer:
         return commit
 
     def _declare_and_publish(self, driver: str, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
+        deadline = monotonic() + timeout
         backend = self._registry.backend(driver)
         refused: dict[str, Error] = {}
         specs: dict[str, QueueSpec] = {publication.queue.id: publication.queue for publication in batch}
@@ -288,12 +292,14 @@ class Producer:
                 self._registry.ensure(spec)
             except Error as error:
                 refused[spec.id] = error
+        # Declaring takes its time, too.
+        left = max(0.0, deadline - monotonic())
         if refused:
             good = [p for p in batch if p.queue.id not in refused]
-            answers = iter(backend.publish(good, timeout) if good else [])
+            answers = iter(backend.publish(good, left) if good else [])
             results = [refused[p.queue.id] if p.queue.id in refused else next(answers) for p in batch]
         else:
-            results = backend.publish(batch, timeout)
+            results = backend.publish(batch, left)
         if any(results):
             for publication, result in zip(batch, results, strict=True):
                 if result is not None and result.details.get("reason") == "unroutable":

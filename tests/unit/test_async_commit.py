@@ -55,7 +55,7 @@ def committing(broker: Broker, width: int = 1) -> Iterator[AsyncCommit]:
         yield commit
     finally:
         broker.go_on.set()
-        commit.close()
+        commit.close(20)
 
 
 def test_what_comes_meanwhile_goes_out_together() -> None:
@@ -158,7 +158,7 @@ def test_who_waits_too_long_is_late() -> None:
     ] * 3
     first, *rest = (error.message for error in found if error)
     assert first == "the broker did not confirm in time; the message may arrive"
-    assert rest == ["what was handed in before has taken all the time; it was not sent"] * 2
+    assert rest == ["what was published before has taken all the time; it was not sent"] * 2
     assert broker.groups == [["first"], ["slow"], ["d"]]
 
 
@@ -177,14 +177,14 @@ def test_a_loop_that_was_held_up_sends_nothing_late() -> None:
             pass
         broker.go_on.set()
         # Ends when the thread has seen all that was handed in.
-        commit.close()
+        commit.close(20)
         assert await slow == [None]
         return await hasty
 
     with committing(broker) as commit:
         (error,) = asyncio.run(publish(commit))
     assert error is not None
-    assert error.message == "what was handed in before has taken all the time; it was not sent"
+    assert error.message == "what was published before has taken all the time; it was not sent"
     assert broker.groups == [["first"], ["slow"]]
 
 
@@ -204,7 +204,7 @@ def test_what_goes_wrong_reaches_every_task() -> None:
 
     committing = AsyncCommit(GroupCommit(commit))
     asyncio.run(publish(committing))
-    committing.close()
+    committing.close(20)
 
 
 def test_closing_publishes_what_was_handed_in() -> None:
@@ -215,7 +215,7 @@ def test_closing_publishes_what_was_handed_in() -> None:
         loop = asyncio.get_running_loop()
         tasks = [asyncio.create_task(commit.publish(batch(id), 30.0)) for id in ("slow", "a", "b")]
         await asyncio.to_thread(broker.began.wait, 30)
-        closing = loop.run_in_executor(None, commit.close)
+        closing = loop.run_in_executor(None, commit.close, 20.0)
         broker.go_on.set()
         await closing
         assert await asyncio.gather(*tasks) == [[None]] * 3
@@ -223,8 +223,8 @@ def test_closing_publishes_what_was_handed_in() -> None:
 
     with committing(broker) as commit:
         asyncio.run(leave(commit))
-        commit.close()
-        commit.close()
+        commit.close(20)
+        commit.close(20)
     assert [id for group in broker.groups for id in group] == ["first", "slow", "a", "b", "c"]
     assert not any(thread.is_alive() for thread in broker.threads if thread.name == "kq-publish")
 
@@ -308,7 +308,7 @@ def test_threads_and_loops_share_commits() -> None:
         done = [threads.submit(group.publish, batch(f"thread-{n}"), 30.0) for n in range(300)]
         asyncio.run(publish())
         assert all(future.result() == [None] for future in done)
-    tasks.close()
+    tasks.close(20)
     assert len(committed) == len(set(committed)) == 600
 
 

@@ -181,6 +181,42 @@ def test_an_interrupted_follower_leaves_nothing_behind(monkeypatch: pytest.Monke
     assert [ids for ids, _ in sent] == [["first"], ["slow"], ["last"]]
 
 
+def test_who_is_interrupted_when_all_is_done_leaves_the_way_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between the moment in which everybody has results and the one in which the group is not under way."""
+
+    def deal(group: object, results: object) -> None:
+        original(group, results)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    original = GroupCommit._deal
+    group = GroupCommit(lambda publications, timeout: [None] * len(publications))
+    with monkeypatch.context() as patched:
+        patched.setattr(group, "_deal", deal)
+        with pytest.raises(KeyboardInterrupt):
+            group.publish(batch("a"), 5.0)
+    assert group.publish(batch("b"), 5.0) == [None]
+
+
+def test_a_call_that_may_take_long_is_not_waited_for_when_time_is_over() -> None:
+    """Where a single call may take longer than its caller has, only the caller goes."""
+    began, go_on = Event(), Event()
+
+    def commit(publications: Sequence[Publication], timeout: float) -> Results:
+        if publications[0].envelope.id == "slow":
+            began.set()
+            assert go_on.wait(30)
+        return [None] * len(publications)
+
+    group = GroupCommit(commit, is_prompt=False)
+    assert group.publish(batch("first"), 5.0) == [None]
+    (late,) = group.publish(batch("slow"), 0.05)
+    assert late is not None
+    assert late.details["reason"] == "timeout"
+    assert began.wait(30)
+    go_on.set()
+    assert group.publish(batch("last"), 30.0) == [None]
+
+
 class Held:
     """Commits; a group whose first message is ``slow`` or ``away`` waits until `go_on` is set, and ``away`` fails."""
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from kq.backends.redis_address import address_of
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connector
-from kq.backends.redis_error import Broken, Refusal
+from kq.backends.redis_error import Broken, Late, Refusal
 from kq.backends.redis_line import Lines
 
 VALUES = st.recursive(
@@ -137,13 +137,29 @@ def lines() -> Iterator[Any]:
         server = Server(*lives)
         address = address_of(f"redis://127.0.0.1:{server.port}")
         connector = Connector(address, timeout=5.0, connect_timeout=5.0, heartbeat=30.0, name="test")
-        made.append((Lines(connector.connect), server))
+        made.append((Lines(connector.connect, 5.0), server))
         return made[-1]
 
     yield make
     for line, server in made:
         line.close()
         server.close()
+
+
+def test_connecting_ends_in_the_calls_time() -> None:
+    """Whatever it waits for: the system looks a name up for as long as it likes."""
+    go_on = Event()
+
+    def connect() -> Any:
+        assert go_on.wait(30)
+        raise Broken("no such host")
+
+    lines = Lines(connect, 0.05)
+    try:
+        with pytest.raises(Late, match=r"no connection within 0\.05 s"):
+            lines.ask([b"PING"])
+    finally:
+        go_on.set()
 
 
 def test_a_connection_that_broke_while_idle_is_replaced_once(lines: Any) -> None:
