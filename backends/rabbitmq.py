@@ -58,6 +58,8 @@ _BACK_WITHIN: Final = 1.0
 _WORKER_TIMEOUT: Final = 10.0
 #: Seconds that a call of a consumer is given in any case.
 _LEAST_TIMEOUT: Final = 2.0
+#: Looks at a queue without anything coming of it, a `_PAUSE` each, after which somebody else must have it for itself.
+_IN_VAIN: Final = 50
 
 
 class RabbitBackend:
@@ -415,17 +417,22 @@ def _all_of(link: Link, queue: str) -> Iterator[Any]:
 
     waiting = channel.queue_declare(queue, passive=True).message_count
     subscribe()
-    seen = 0
+    seen = in_vain = 0
     while seen < waiting:
         if not arrived and not link.drain(_PAUSE):
             if not channel.queue_declare(queue, passive=True).message_count:
                 # Others have the rest. What was on its way has come before the answer, or comes before the end.
                 break
+            in_vain += 1
+            if in_vain > _IN_VAIN:
+                text = f"queue {queue}: messages wait and none comes: another consumer has the queue for itself"
+                raise away(text, "refused")
             # The windows are full.
             subscribe()
         while arrived:
             yield arrived.popleft()
             seen += 1
+            in_vain = 0
     for consumer in consumers:
         channel.basic_cancel(consumer)
     yield from arrived

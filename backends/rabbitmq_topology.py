@@ -25,12 +25,12 @@ walked in steps, the longest first: whoever consumes the queue sends on what com
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from decimal import Decimal
 from typing import Any, Final
-from uuid import uuid4
 
 import amqp
 
@@ -155,7 +155,7 @@ def bucket_for(remaining: float) -> int:
 
 
 def to_envelope(message: amqp.Message) -> Envelope:
-    """Return what arrived as an envelope; a message without an id is given one."""
+    """Return what arrived as an envelope; a message without an id is given one, the same at each look."""
     found = message.properties
     properties = {
         key: legible(value) if isinstance(value, str) else value
@@ -167,13 +167,14 @@ def to_envelope(message: amqp.Message) -> Envelope:
     except RecursionError:
         headers = {}
     id = properties.pop("message_id", None)
-    body = message.body
-    return Envelope(
-        id if isinstance(id, str) and id else uuid4().hex,
-        headers,
-        properties,
-        body.encode() if isinstance(body, str) else bytes(body),
-    )
+    body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
+    return Envelope(id if isinstance(id, str) and id else _id_of(headers, properties, body), headers, properties, body)
+
+
+def _id_of(headers: Mapping[str, Any], properties: Mapping[str, Any], body: bytes) -> str:
+    """Return an id for a message that has none, of what it says: nothing else of it is the same at the next look."""
+    said = repr((sorted(without_history(headers).items()), sorted(properties.items())))
+    return hashlib.blake2b(said.encode("utf-8", "backslashreplace") + b"\n" + body, digest_size=16).hexdigest()
 
 
 def legible_table(table: Mapping[Any, Any]) -> dict[str, Any]:

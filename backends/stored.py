@@ -135,7 +135,8 @@ class StoredBackend:
                 accepted = 0
             else:
                 length = self._max_length.get(queue)
-                failed = Internal(f"queue {queue} is full: it holds {length} messages", details={"reason": "full"})
+                why = "the broker has no room for more" if length is None else f"it holds {length} messages"
+                failed = Internal(f"queue {queue} is full: {why}", details={"reason": "full"})
             for index in indexes[accepted:]:
                 results[index] = failed
         return results
@@ -219,20 +220,28 @@ class StoredBackend:
         """See `Backend.replay`."""
         store = self._store()
         wanted = None if ids is None else set(ids)
-        moves = []
-        for id, raw in _pages(store, dead.id):
-            envelope = unpack_or_wrap(raw, id)
-            origin = envelope.headers.get("x_original_queue", target.id)
-            if origin == target.id and (wanted is None or envelope.id in wanted):
-                envelope = revive(envelope)
-                moves.append(Move(id, None, Entry(envelope.id, pack(envelope), envelope.priority)))
-        moved = 0
-        for lot in in_lots(moves):
-            answers = store.move(dead.id, target.id, lot)
-            failed = next((answer for answer in answers if isinstance(answer, Error)), None)
-            if failed is not None:
-                raise failed
-            moved += sum(answer is True for answer in answers)
+        moved = kept = 0
+        counts = store.counts(dead.id)
+        # What dies meanwhile comes behind all of these.
+        left = counts.ready + counts.delayed
+        while left > 0 and (page := store.browse(dead.id, min(_PAGE, left), kept)):
+            left -= len(page)
+            before = moved
+            moves = []
+            for id, raw in page:
+                envelope = unpack_or_wrap(raw, id)
+                origin = envelope.headers.get("x_original_queue", target.id)
+                if origin == target.id and (wanted is None or envelope.id in wanted):
+                    envelope = revive(envelope)
+                    moves.append(Move(id, None, Entry(envelope.id, pack(envelope), envelope.priority)))
+            for lot in in_lots(moves):
+                answers = store.move(dead.id, target.id, lot)
+                failed = next((answer for answer in answers if isinstance(answer, Error)), None)
+                if failed is not None:
+                    raise failed
+                moved += sum(answer is True for answer in answers)
+            # The next ones have moved up.
+            kept += len(page) - (moved - before)
         return moved
 
     def check(self, handler_timeout: float | None = None) -> list[str]:

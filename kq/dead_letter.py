@@ -151,7 +151,6 @@ class DeadLetters:
                     properties.get("content_encoding"),
                     codec.named(self._origin.codec),
                 )
-        at = headers.get("x_dead_letter_time")
         return DeadLetter(
             id=envelope.id,
             queue_id=str(headers.get("x_original_queue", self._origin.id)),
@@ -160,15 +159,31 @@ class DeadLetters:
             headers={key: value for key, value in headers.items() if not key.startswith("x_")},
             reason=str(headers.get("x_dead_letter_reason", "rejected")),
             attempts=_integer(headers.get("x_attempts")) or 0,
-            error_kind=headers.get("x_error_kind"),
-            error_message=headers.get("x_error_message"),
-            dead_at=datetime.fromtimestamp(at, timezone.utc) if isinstance(at, (int, float)) else None,
+            error_kind=_text(headers.get("x_error_kind")),
+            error_message=_text(headers.get("x_error_message")),
+            dead_at=_moment(headers.get("x_dead_letter_time")),
             crashes=_integer(headers.get("x_crashes")) or 0,
             exit_code=_integer(headers.get("x_exit_code")),
             exit_signal=_integer(headers.get("x_exit_signal")),
             peak_memory=_integer(headers.get("x_peak_memory")),
-            error_traceback=headers.get("x_error_traceback"),
+            error_traceback=_text(headers.get("x_error_traceback")),
         )
+
+
+# Anybody may have written these headers.
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _moment(value: Any) -> datetime | None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    # No year that there is, or no number.
+    with suppress(ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(value, timezone.utc)
+    return None
 
 
 def _integer(value: Any) -> int | None:

@@ -216,6 +216,20 @@ def test_async_timeout_cancels(app: kq.App, queue_id: str) -> None:
     assert "await asyncio.sleep(60)" in letter.error_traceback
 
 
+def test_an_async_handler_that_blocks_its_loop_is_late_as_well(app: kq.App, queue_id: str) -> None:
+    """It cannot be cancelled while it does; that it came to its end before it could be is no success."""
+
+    @app.consumer(queue_id, timeout=0.1, max_attempts=1)
+    async def handle(payload: Any) -> None:
+        sleep(0.4)  # noqa: ASYNC251 - what it must not do
+
+    app.publish(queue_id, 1)
+    drain(app)
+
+    (letter,) = app.dead(queue_id).list()
+    assert letter.error_kind == "TIMEOUT"
+
+
 def test_settlement_is_single_shot(app: kq.App, queue_id: str) -> None:
     """The first of ack, nack and the handler's end wins; a later call is Invalid."""
     kinds: list[str] = []
@@ -437,6 +451,23 @@ def test_hostile_bodies(broker: Broker, app: kq.App, queue_id: str, body: bytes,
     assert (letter.reason, letter.body) == ("undecodable", body)
 
 
+def test_what_outlives_a_strangers_time_to_live_is_not_run(broker: Broker, app: kq.App, queue_id: str) -> None:
+    """A plain program's time to live holds for kq's workers as well as for plain programs."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, "warm-up")
+    drain(app)
+    _publish_raw(broker, queue_id, b'"late"', {}, content_type="application/json", expiration="1")
+    sleep(0.05)
+    until = monotonic() + 20
+    while not app.dead(queue_id).list() and monotonic() < until:
+        drain(app)
+    (letter,) = app.dead(queue_id).list()
+
+    assert seen == ["warm-up"]
+    assert (letter.reason, letter.payload) == ("expired", "late")
+
+
 def test_foreign_message_is_served(broker: Broker, app: kq.App, queue_id: str) -> None:
     """A stranger's plain JSON, without kq's headers, id or content type, is served like any other."""
     seen: list[Any] = []
@@ -478,6 +509,38 @@ def test_dead_letters_replay(app: kq.App, queue_id: str) -> None:
     assert dead.list() == []
     with pytest.raises(errors.NotFound):
         dead.get(id)
+
+
+def test_a_strangers_dead_letter_without_an_id_can_be_named(broker: Broker, app: kq.App, queue_id: str) -> None:
+    """The id that it is listed with is good for a look at it, a replay and a purge."""
+    seen: list[Any] = []
+    app.consumer(queue_id)(seen.append)
+    app.publish(queue_id, "warm-up")
+    drain(app)
+    dead = app.dead(queue_id)
+    for body in (b'"look"', b'"replay"', b'"purge"'):
+        _publish_raw(broker, f"{queue_id}.dead", body, {"tenant": "t"})
+    ids = {letter.payload: letter.id for letter in dead.list()}
+
+    assert dead.get(ids["look"]).payload == "look"
+    assert (dead.purge([ids["purge"]]), dead.replay([ids["replay"]])) == (1, 1)
+    drain(app)
+    assert seen == ["warm-up", "replay"]
+    assert [letter.id for letter in dead.list()] == [ids["look"]]
+
+
+@pytest.mark.parametrize("moment", [1e300, -1e20, "yesterday", True])
+def test_what_strangers_say_of_a_death_is_taken_as_it_can_be(
+    broker: Broker, app: kq.App, queue_id: str, moment: Any
+) -> None:
+    """No header keeps the letters of a queue from being listed."""
+    app.consumer(queue_id)(lambda payload: None)
+    app.publish(queue_id, "warm-up")
+    drain(app)
+    _publish_raw(broker, f"{queue_id}.dead", b'"x"', {"x_dead_letter_time": moment, "x_error_message": 7})
+    (letter,) = app.dead(queue_id).list()
+
+    assert (letter.payload, letter.dead_at, letter.error_message) == ("x", None, "7")
 
 
 def test_what_is_too_large_to_parse_is_shown_unparsed(app: kq.App, broker: Broker, queue_id: str) -> None:
@@ -563,6 +626,48 @@ def test_dead_letters_are_paged(app: kq.App, queue_id: str) -> None:
     assert pages(4) == ids
 
 
+def test_all_dead_letters_of_a_queue_are_replayed(app: kq.App, broker: Broker) -> None:
+    """However many there are, between those of another queue, which stay; and what dies again is not replayed again."""
+    mine, other, shared = (broker.queue_id(name) for name in ("mine", "other", "shared"))
+    for id in (mine, other):
+        app.queue(id, dead_letter=shared, max_attempts=1)
+        app.consumer(id)(lambda payload: False)
+    for start in range(0, 450, 50):
+        app.publish_many(mine, [{"n": n} for n in range(start, start + 50)])
+        app.publish_many(other, [{"n": n} for n in range(start, start + 10)])
+        drain(app)
+
+    assert app.dead(mine).replay() == 450
+    assert app.info(mine).dead == 90
+    assert drain(app) == 450
+    assert app.info(mine).dead == 540
+
+
+def test_what_fails_in_a_dead_letter_queue_stays_there(app: kq.App, broker: Broker) -> None:
+    """A dead-letter queue has none of its own, whatever its name is and whatever is declared first."""
+    named, asked = broker.queue_id("named"), broker.queue_id("asked")
+    letters = {named: broker.queue_id("letters"), asked: broker.queue_id("asked_letters")}
+
+    def refuse(payload: Any) -> None:
+        raise errors.Invalid("no")
+
+    # The consumer first, and then the queue.
+    app.consumer(letters[named], retry=kq.Backoff(initial=600.0, jitter="none"))(refuse)
+    app.queue(named, dead_letter=letters[named])
+    app.queue(asked, dead_letter=letters[asked])
+    app.queue(letters[asked])
+    app.consumer(letters[asked])(refuse)
+    for id in (named, asked):
+        app.consumer(id)(refuse)
+        app.publish(id, 1)
+    drain(app)
+
+    for id in (named, asked):
+        assert app.registry.spec(letters[id]).dead_letter is None
+        with pytest.raises(errors.NotFound):
+            app.registry.backend().info(kq.backend.QueueSpec(f"{letters[id]}.dead"))
+
+
 def test_a_declared_queue_is_there(app: kq.App, broker: Broker) -> None:
     """What an app declares can be looked after before anything has been published; what it does not is NotFound."""
     declared, consumed, other = (broker.queue_id(name) for name in ("declared", "consumed", "other"))
@@ -617,6 +722,26 @@ def test_auto_ack_settles_first(app: kq.App, queue_id: str) -> None:
     assert seen == [1]
     assert app.info(queue_id).message_count == 0
     assert app.dead(queue_id).list() == []
+
+
+def test_auto_ack_keeps_what_no_handler_can_have(broker: Broker, app: kq.App, queue_id: str) -> None:
+    """At most once is said of handlers: what none can be given is dead-lettered with its reason all the same."""
+    seen: list[Any] = []
+    app.consumer(queue_id, auto_ack=True)(seen.append)
+    app.publish(queue_id, "warm-up")
+    drain(app)
+    _publish_raw(broker, queue_id, b"{broken", {}, content_type="application/json")
+    _publish_raw(broker, queue_id, b'"text"', {}, content_type="text/plain")
+    _publish_raw(broker, queue_id, b"[[],{},{}]", {"task": "tasks.add", "id": "x"}, content_type="application/json")
+    drain(app)
+    letters = app.dead(queue_id).list()
+
+    assert seen == ["warm-up"]
+    assert sorted((letter.reason, letter.body) for letter in letters) == [
+        ("no_handler", b"[[],{},{}]"),
+        ("undecodable", b'"text"'),
+        ("undecodable", b"{broken"),
+    ]
 
 
 def test_concurrency_of_a_consumer_is_a_cap(app: kq.App, queue_id: str) -> None:
@@ -952,8 +1077,8 @@ def _publish_raw(broker: Broker, queue_id: str, body: bytes, headers: dict[str, 
     from kq.envelope import Envelope, pack
 
     store = open_store(broker.url, BackendOptions(30, 30, 10, "test"))
-    id = uuid4().hex
-    store.put(queue_id, [Entry(id, pack(Envelope(id, headers, properties, body)), 4)], None)
+    id, ttl = uuid4().hex, int(properties.pop("expiration", 0))
+    store.put(queue_id, [Entry(id, pack(Envelope(id, headers, properties, body)), 4, ttl=ttl)], None)
     store.close()
 
 
