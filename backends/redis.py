@@ -88,7 +88,7 @@ class RedisStore:
         )
         # A connection that died while it was idle is replaced once. Every script may run twice: ids keep messages
         # from doubling, tokens keep leases apart. A call that timed out is not repeated.
-        self._lines = Lines(self._connector.connect)
+        self._lines = Lines(self._connector.connect, timeout)
         self._caller = Caller(self._lines)
         self._putter = Putter(self._caller)
         self._errors = RedisErrors(self._shown)
@@ -112,18 +112,26 @@ class RedisStore:
         """See `Store.warnings`: an evicting, an unpersisted and an outdated server."""
         self.ping()
         found = list(self._unsafe)
-        version = _VERSION.search(self._ask("INFO", "server") or b"")
+        info = self._ask("INFO") or b""
+        version = _VERSION.search(info)
         if version and (int(version[2]), int(version[3])) < (6, 2):
             found.append(f"Redis {version[1].decode()} is too old; expected 6.2 or newer")
-        policy = self._setting("maxmemory-policy")
+        # Where one of the two may not be asked for, the other says it as well.
+        policy = self._setting("maxmemory-policy") or _field(info, "maxmemory_policy")
+        appends = self._setting("appendonly") or {"0": "no", "1": "yes"}.get(_field(info, "aof_enabled"))
+        if not policy or not appends:
+            text = (
+                "whether acknowledged messages survive a restart of Redis cannot be checked: it does not let this "
+                "account ask; allow +info or +config|get"
+            )
+            found.append(Danger(text))
         if policy and policy != "noeviction":
             text = (
                 f"Redis evicts keys when full (maxmemory-policy {policy}), and a queue is a key: set it to noeviction"
             )
             found.append(Danger(text))
-        if self._setting("appendonly") == "no":
-            saves = self._setting("save")
-            kept = "keeps snapshots only" if saves else "keeps nothing on disk"
+        if appends == "no":
+            kept = "keeps nothing on disk" if self._setting("save") == "" else "keeps snapshots only"
             text = f"Redis {kept} (appendonly no): acknowledged messages do not survive its restart; set appendonly yes"
             found.append(Danger(text))
         return found
@@ -392,9 +400,10 @@ class RedisStore:
             except Refusal:
                 return None
 
-    def _setting(self, name: str) -> str:
+    def _setting(self, name: str) -> str | None:
+        """Return a setting of the server's; None where it does not say."""
         found = self._ask("CONFIG", "GET", name)
-        return found[1].decode(errors="replace") if found else ""
+        return found[1].decode(errors="replace") if found else None
 
     def _mapped(self) -> RedisErrors:
         """Return what turns the errors met here into kq's, as long as the store is open."""
@@ -412,6 +421,12 @@ def prefix(queue: str) -> str:
     if queue.endswith(limit.DEAD_SUFFIX):
         return f"{{kq:{queue.removesuffix(limit.DEAD_SUFFIX)}}}.dead:"
     return f"{{kq:{queue}}}:"
+
+
+def _field(info: bytes, name: str) -> str:
+    """Return a field of what a server says of itself; empty where it does not say it."""
+    found = re.search(rb"^%b:(\S*)" % name.encode(), info, re.MULTILINE)
+    return found[1].decode(errors="replace") if found else ""
 
 
 def _bell_key(queue: str) -> str:

@@ -51,6 +51,12 @@ class Refusal(RedisError):
         self.code = text.partition(" ")[0]
 
 
+def is_full(error: Exception) -> bool:
+    """Tell whether a server has no room for what it was asked to store."""
+    # Within a script's error, by the server's version, stands the command's own.
+    return isinstance(error, Refusal) and (error.code == "OOM" or "OOM command not allowed" in str(error))
+
+
 def as_met(error: BaseException, late: str) -> BaseException:
     """Return what an error of a socket's is here, and any other as it is.
 
@@ -75,6 +81,9 @@ class RedisErrors(Mapped):
 
     def of(self, refusal: Refusal) -> Error:
         """Return kq's error for what the server has answered."""
+        if is_full(refusal):
+            full = "Redis is full (maxmemory reached); free memory or raise the limit"
+            return Internal(full, details={"reason": "full"})
         return self._refused(refusal.code, str(refusal))
 
     def ours(self, error: BaseException) -> Error | None:
@@ -92,10 +101,6 @@ class RedisErrors(Mapped):
         return None
 
     def _refused(self, code: str, text: str) -> Error:
-        # Within a script's error, by the server's version, stands the command's own.
-        if code == "OOM" or "OOM command not allowed" in text:
-            full = "Redis is full (maxmemory reached); free memory or raise the limit"
-            return Internal(full, details={"reason": "full"})
         if code == "READONLY":
             return BrokerAway(f"{self._where} is read-only: {text}", details={"reason": "refused"})
         if code in _REFUSALS or any(sign in text for sign in _SIGNS):

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from kq.backends.redis_call import SCRIPTS, Caller
 from kq.backends.redis_command import LONG, Head
-from kq.backends.redis_error import NoTransactions
+from kq.backends.redis_error import NoTransactions, is_full
 from kq.backends.store import Entry
 from kq.header import NORMAL
 
@@ -36,7 +36,7 @@ class Putter:
         """Store messages and return how many of them, from the first; None where there is no queue.
 
         Raises:
-            RedisError: What the server answers to the first call, or if it cannot be reached.
+            RedisError: What the server answers, unless it has stored some and is full now; or if it cannot be reached.
         """
         if max_length is None and len(entries) == 1 and _is_plain(entries[0]):
             return self._put_one(prefix, entries[0])
@@ -80,8 +80,8 @@ class Putter:
             answers = self._caller.run_all(script, [([prefix], call) for call in calls[i : i + lot]])
             for answer, expected in zip(answers, sizes[i : i + lot], strict=True):
                 if isinstance(answer, Exception):
-                    if accepted:
-                        # What is stored is stored; for the rest the caller says that the queue is full.
+                    if accepted and is_full(answer):
+                        # What is stored is stored; for the rest the caller says that there is no room.
                         return accepted
                     raise answer
                 if answer < 0:

@@ -15,10 +15,12 @@ import redis
 
 import kq
 from kq import errors
-from kq.backend import Granting, Role, Settlement
+from kq.backend import Granting, Role, Settlement, insist
+from kq.config import Settings
 from kq.envelope import clean
 from kq.outcome import Failure, Outcome
 from kq.queue_spec import default_spec
+from kq.scheme import open_backend
 from tests.account import account
 from tests.broker import Broker
 from tests.conformance.conftest import LEASE, ON_RABBITMQ, ON_REDIS, Bench
@@ -51,6 +53,23 @@ def settle(bench: Bench, feed: Any, outcome: Outcome) -> None:
     """Take one message and end it so."""
     (delivery,) = bench.take(feed, 1)
     assert feed.settle([Settlement(delivery, outcome)]) == ([], [])
+
+
+@ON_REDIS
+def test_what_cannot_be_checked_endangers_messages(bench: Bench) -> None:
+    """An account that may ask Redis for nothing is told so, and ``durability: required`` takes that for a no."""
+    with as_account(bench, "worker", narrow=True) as broker:
+        backend = open_backend(Settings(broker=broker.url), "test")
+        with closing(backend):
+            (warning,) = backend.check()
+            assert "cannot be checked" in warning
+            with pytest.raises(errors.Invalid, match="cannot be checked"):
+                insist([warning])
+    rules = [[*rule, "+info"] for rule in printed(bench, "worker", [bench.queue.id])]
+    with account(bench.broker, lambda name: rules) as url:
+        backend = open_backend(Settings(broker=url), "test")
+        with closing(backend):
+            assert not any("cannot be checked" in warning for warning in backend.check())
 
 
 @ON_THE_NETWORK
