@@ -699,7 +699,7 @@ def test_no_error_shows_a_secret() -> None:
 
 
 def _example() -> Mapping[str, Any]:
-    section = DOCUMENT.read_text(encoding="utf-8").split("## Signatures", 1)[1]
+    section = " ".join(DOCUMENT.read_text(encoding="utf-8").split("## Signatures", 1)[1].split())
     found: Mapping[str, Any] = json.loads(section.split("```json", 1)[1].split("```", 1)[0])
     return found
 
@@ -725,7 +725,7 @@ def test_the_documented_example() -> None:
 
 def test_the_documented_numbers() -> None:
     """The document's limits are the code's."""
-    section = DOCUMENT.read_text(encoding="utf-8").split("## Signatures", 1)[1]
+    section = " ".join(DOCUMENT.read_text(encoding="utf-8").split("## Signatures", 1)[1].split())
     assert f"at most {MAX_SIZE:,} characters" in section
     assert f"{len(PREFIX)} bytes `{PREFIX.decode().rstrip()}` and a line feed" in section
     assert f"at most {CLOCK_SKEW:g} s in the future" in section
