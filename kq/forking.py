@@ -17,7 +17,7 @@ import logging  # noqa: F401
 import os
 from contextlib import suppress
 from enum import IntEnum
-from threading import RLock, local
+from threading import Lock, RLock, local
 from time import monotonic
 from typing import Final, Protocol
 from weakref import WeakValueDictionary
@@ -102,6 +102,9 @@ class _Fork:
     def forget(self) -> None:
         self.held.clear()
         self.enrolling = 0
+        if self._shield is not None:
+            # The watchdog, which may have held it, is not in the child.
+            self._shield.lock = Lock()
 
 
 class _UnderWay(local):

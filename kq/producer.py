@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextvars
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import RLock
+from threading import RLock, get_ident
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,7 +21,7 @@ from kq.registry import HasRegistry, Registry
 from kq.signature import HEADER
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     from kq.async_commit import AsyncCommit
 
@@ -76,6 +76,10 @@ class Producer:
             Registry("kq", config.resolve({"broker": source})) if isinstance(source, str) else source.registry
         )
         self._middleware = middleware
+        #: Threads that are handing something to a pool, whose own lock a signal's handler would wait for in vain; and
+        #: the pools that such a handler has closed, to be shut down after that.
+        self._submitting: set[int] = set()
+        self._left_open: list[ThreadPoolExecutor] = []
         self._reset()
         self._registry.on_reset(self._reset)
 
@@ -84,8 +88,9 @@ class Producer:
         self._commits: dict[str, GroupCommit] = {}
         #: For async callers, by driver as well.
         self._async_commits: dict[str, AsyncCommit] = {}
-        #: For those whose messages are many, or go through middleware, which may block.
+        #: For those whose messages are many, or go through middleware, which may block; and what they have to do.
         self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._submitted: set[Future[list[str]]] = set()
         # A signal's handler may close it, in a thread that holds it.
         self._threads_lock = RLock()
 
@@ -171,14 +176,21 @@ class Producer:
         return await self._send_async(Draft(queue_id, _several(payloads), headers, delay, at, expires))
 
     def close(self) -> None:
-        """Give up the connection if it is the producer's own. Idempotent."""
+        """Give up the connection if it is the producer's own. Idempotent.
+
+        What is being published on behalf of tasks is waited for, ``publish_timeout`` seconds at most.
+        """
+        patience = self._registry.settings.publish_timeout
         with self._threads_lock:
             commits, self._async_commits = self._async_commits, {}
             threads, self._threads = self._threads, {}
+            submitted = list(self._submitted)
         for async_commit in commits.values():
-            async_commit.close(self._registry.settings.publish_timeout)
-        for pool in threads.values():
-            pool.shutdown(wait=True)
+            async_commit.close(patience)
+        if get_ident() in self._submitting:
+            self._left_open += threads.values()
+        else:
+            _shut_down(threads.values(), submitted, patience)
         if self._own:
             self._registry.close()
 
@@ -317,19 +329,39 @@ class Producer:
         return _confirmed(publications, await commit.publish(publications, self._registry.settings.publish_timeout))
 
     async def _send_in_thread(self, draft: Draft) -> list[str]:
-        from asyncio import get_running_loop
+        from asyncio import wrap_future
         from concurrent.futures import ThreadPoolExecutor
 
         # What is no queue id is refused in the thread, where all is checked.
         driver = self._registry.spec(draft.queue_id).driver if isinstance(draft.queue_id, str) else MAIN
-        with self._threads_lock:
-            threads = self._threads.get(driver)
-            if threads is None:
-                threads = self._threads[driver] = ThreadPoolExecutor(16, thread_name_prefix="kq-publish")
         context = contextvars.copy_context()
         # Waiting for one of the threads counts as well.
         draft = replace(draft, deadline=monotonic() + self._registry.settings.publish_timeout)
-        return await get_running_loop().run_in_executor(threads, partial(context.run, self._send, draft))
+        me = get_ident()
+        self._submitting.add(me)
+        try:
+            with self._threads_lock:
+                threads = self._threads.get(driver)
+                if threads is None:
+                    threads = self._threads[driver] = ThreadPoolExecutor(16, thread_name_prefix="kq-publish")
+            future = threads.submit(context.run, self._send, draft)
+        finally:
+            self._submitting.discard(me)
+            left_open, self._left_open = self._left_open, []
+            _shut_down(left_open, (), 0.0)
+        self._submitted.add(future)
+        future.add_done_callback(self._submitted.discard)
+        return await wrap_future(future)
+
+
+def _shut_down(pools: Iterable[ThreadPoolExecutor], submitted: Collection[Future[list[str]]], patience: float) -> None:
+    """Have pools end when they have done what they have been given, and wait for that so many seconds at most."""
+    for pool in pools:
+        pool.shutdown(wait=False)
+    if submitted:
+        from concurrent.futures import wait
+
+        wait(submitted, timeout=patience)
 
 
 def _confirmed(publications: Sequence[Publication], results: Sequence[Error | None]) -> list[str]:

@@ -187,6 +187,11 @@ async def publish():
     while closes:
         text = f"{next(numbers)}"
         try:
+            if sys.argv[3] == "many":
+                texts = [f"{text}-{n}" for n in range(21)]
+                await app.apublish_many(queue, texts)
+                print(*texts, sep="\\n")
+                continue
             await app.apublish(queue, text) if sys.argv[3] == "tasks" else app.publish(queue, text)
             print(text)
         except kq.errors.Error as error:
@@ -204,7 +209,7 @@ app.close()
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such signals")
-@pytest.mark.parametrize("way", ["at once", "tasks"])
+@pytest.mark.parametrize("way", ["at once", "tasks", "many"])
 @pytest.mark.parametrize("name", ["sqlite", "redis", "rabbitmq"])
 def test_a_signals_handler_may_close_the_app(name: str, way: str, tmp_path: Path) -> None:
     """Wherever in a publish it comes, nothing waits for ever, and what was confirmed is there."""

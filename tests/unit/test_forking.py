@@ -238,6 +238,33 @@ def test_a_time_limit_does_not_strike_in_the_middle() -> None:
     assert calls == ["registry held", "registry let go", "struck"]
 
 
+def test_a_watchdog_that_looks_at_the_moment_of_a_fork_is_not_waited_for_in_the_child() -> None:
+    """It is not there to let go of what it holds."""
+    shield = Shield()
+    told: list[str] = []
+
+    def handler() -> None:
+        carry(shield)
+        # Taken by the watchdog right before the fork itself, and let go of right after it.
+        forking.enrol(watched, Stage.OPENS)
+        told.extend(fork_and_tell(["through"]))
+
+    class Watched(Recorder):
+        def before_fork(self, timeout: float) -> None:
+            super().before_fork(timeout)
+            shield.lock.acquire()
+
+        def after_fork_in_parent(self) -> None:
+            shield.lock.release()
+            super().after_fork_in_parent()
+
+    watched = Watched("watched", [])
+    thread = threading.Thread(target=handler, daemon=True)
+    thread.start()
+    thread.join(_DONE)
+    assert told == ["through"]
+
+
 def test_somebody_new_waits_for_a_fork_no_longer_than_it_waits_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fork may be waiting for a lock of somebody else's, which the one who is new holds."""
     monkeypatch.setattr(forking, "WAIT", 0.1)
