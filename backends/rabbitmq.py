@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any, Final, TypeVar
 
 from amqp import spec
-from amqp.exceptions import PreconditionFailed
+from amqp.exceptions import AccessRefused, PreconditionFailed
 
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role
 from kq.backends import rabbitmq_acl, tls_parameters
@@ -154,7 +154,18 @@ class RabbitBackend:
                     if lane is None:
                         lane = self._lanes.fresh(deadline - monotonic())
                     lane.link.drain_all()
-                    outgoing = [self._outgoing(lane, batch[index]) for index in left]
+                    ready = []
+                    for index in left:
+                        try:
+                            outgoing.append(self._outgoing(lane, batch[index]))
+                        except (AccessRefused, PreconditionFailed) as error:
+                            # Of the bucket of this one, which is no matter of the others.
+                            found = self._errors.ours(error)
+                            assert found is not None
+                            results[index] = _as_publish_error(found)
+                        else:
+                            ready.append(index)
+                    left = ready
                     answers = lane.publisher.send(outgoing, deadline)
             except Error as error:
                 # After any error the connection's state is unknown: never used again. What it has

@@ -33,6 +33,7 @@ from kq.backends.rabbitmq_topology import (
     is_classic,
     read_count,
     without_history,
+    without_strangers,
 )
 from kq.backends.rabbitmq_watch import Watch
 from kq.backends.rabbitmq_window import Demand, Widen, Windows
@@ -152,7 +153,8 @@ class RabbitFeed:
         failed: list[tuple[Settlement, Error]] = []
         if copies:
             # The new copy is confirmed before the old one goes: both exist for a moment, never neither.
-            for (settlement, _), error in zip(copies, self._publish_copies(copies), strict=True):
+            errors = self._publish_copies([(s.delivery.queue, copy) for s, copy in copies])
+            for (settlement, _), error in zip(copies, errors, strict=True):
                 if error is not None:
                     failed.append((settlement, error))
                     continue
@@ -171,19 +173,22 @@ class RabbitFeed:
             self._held_of[settlement.delivery.queue] -= 1
         return Settling(late, failed)
 
-    def _publish_copies(self, copies: Sequence[tuple[Settlement, Publication]]) -> list[Error | None]:
-        """Publish what takes the place of deliveries, and once more what can be helped."""
+    def _publish_copies(self, copies: Sequence[tuple[str, Publication]]) -> list[Error | None]:
+        """Publish what takes the place of deliveries, each of a queue, and once more what can be helped."""
         errors = self._publish([copy for _, copy in copies])
         again: dict[int, Publication] = {}
         declared: dict[str, Error | None] = {}
-        for index, (settlement, copy) in enumerate(copies):
-            error, queue = errors[index], settlement.delivery.queue
+        for index, (queue, copy) in enumerate(copies):
+            error = errors[index]
             reason = None if error is None else error.details.get("reason")
             if reason == "unroutable":
                 if queue not in declared:
                     declared[queue] = self._declared(self._specs[queue])
                 if declared[queue] is None:
                     again[index] = copy
+            elif error is not None and "headers" in error.details:
+                # With headers that RabbitMQ did take, and ours beside them.
+                again[index] = Publication(copy.queue, without_strangers(copy.envelope), copy.delay)
             elif reason == "full" and copy.delay <= 0 and copy.queue.id == queue:
                 # It would wait for room that only its own acknowledgement makes, if no one else consumes.
                 again[index] = Publication(copy.queue, copy.envelope, _ASIDE)
@@ -254,7 +259,11 @@ class RabbitFeed:
         while True:
             with self._guard:
                 link = self._connected()
+                before = len(self._outstanding)
                 self._watch_over(link)
+                if len(self._outstanding) > before:
+                    # It came with the answer, and nothing of it is left to be read.
+                    return
                 step = max(0.0, min(until - monotonic(), _TICK))
                 step = 0.0 if (pending := link.pending) else step
                 ready = self._lookout.ready(step)
@@ -338,7 +347,9 @@ class RabbitFeed:
             self._watch.waits(queue, now)
 
     def _has_room(self, queue: str) -> bool:
-        return self._held_of[queue] < self._subscriptions.windows[queue] and not self._exclusive(queue)
+        # All that is not settled fills the broker's window, whether somebody has fetched it or not.
+        outstanding = sum(delivery.queue == queue for delivery in self._outstanding.values())
+        return outstanding < self._subscriptions.windows[queue] and not self._exclusive(queue)
 
     def _exclusive(self, queue: str) -> bool:
         """Tell whether messages may wait for another consumer than us: the only one that is active."""
@@ -506,7 +517,7 @@ class RabbitFeed:
             if delivery.deliveries:
                 envelope.headers[DELIVERIES] = delivery.deliveries
             copies.append(Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers))))
-        results = self._publish(copies)
+        results = self._publish_copies(list(zip((delivery.queue for delivery in onward), copies, strict=True)))
         with self._guard:
             link = self._connected()
             sent = set()

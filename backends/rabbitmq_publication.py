@@ -32,6 +32,18 @@ _TABLES_MOST: Final = 500
 _SIMPLE: Final = frozenset({str, int, float, bool, type(None)})
 
 
+class TooLarge(Exception):
+    """A message's headers do not fit into a frame, and RabbitMQ takes them in one.
+
+    Attributes:
+        size: Their bytes.
+    """
+
+    def __init__(self, size: int, most: int) -> None:
+        super().__init__(f"the headers of the message take {size:,} bytes, RabbitMQ takes {most:,}")
+        self.size = size
+
+
 class Writer:
     """Makes frames for one channel.
 
@@ -47,9 +59,16 @@ class Writer:
         self._tables: dict[tuple[tuple[str, type, Any], ...], bytes] = {}
 
     def frames(self, exchange: str, routing_key: str, envelope: Envelope) -> bytes:
-        """Return a message that the broker is to store, and to confirm or to give back."""
+        """Return a message that the broker is to store, and to confirm or to give back.
+
+        Raises:
+            TooLarge: If its headers do not fit into a frame: RabbitMQ would close the connection.
+        """
         body = envelope.body
         flags, properties = self._properties(envelope)
+        most = self._piece - _HEAD.size
+        if len(properties) > most:
+            raise TooLarge(len(properties), most)
         parts: list[bytes | memoryview] = [
             self._method(exchange, routing_key),
             self._frame(_HEADER, _HEAD.pack(60, 0, len(body), flags) + properties),

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from kq.backends.rabbitmq_error import away
 from kq.backends.rabbitmq_link import Link
-from kq.backends.rabbitmq_publication import Writer
+from kq.backends.rabbitmq_publication import TooLarge, Writer
 from kq.envelope import Envelope
 from kq.errors import Internal
 
@@ -81,11 +81,18 @@ class Publisher:
         for index, (exchange, routing_key, envelope) in enumerate(batch):
             if not unwritten and self._is_over(deadline):
                 return self._give_up(range(index, len(batch)), "blocked" if self._link.blocked else "timeout")
-            unwritten.append(self._writer.frames(exchange, routing_key, envelope))
-            size += len(unwritten[-1])
-            self._last_tag += 1
-            self._pending[self._last_tag] = index
             self._sent = index + 1
+            try:
+                frames = self._writer.frames(exchange, routing_key, envelope)
+            except TooLarge as error:
+                self._results[index] = Internal(str(error), details={"reason": "refused", "headers": error.size})
+            else:
+                unwritten.append(frames)
+                size += len(frames)
+                self._last_tag += 1
+                self._pending[self._last_tag] = index
+            if not unwritten:
+                continue
             if size < _WRITE_SIZE and len(unwritten) < _LOOK_EVERY and index + 1 < len(batch):
                 continue
             # A connection that nobody reads any more blocks whoever writes to it.

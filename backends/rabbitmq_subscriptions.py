@@ -112,7 +112,11 @@ class Subscriptions:
         # Who unsubscribes wants to know that nothing more comes.
         self._wait([self._count(queue) for queue in ended])
         while len(self._ended) > _ENDED * len(self.windows):
-            self._link.forget(self._ended.popleft())
+            forgotten = self._ended.popleft()
+            self._link.forget(forgotten)
+            # py-amqp keeps them until an answer that nobody has asked for.
+            channel.callbacks.pop(forgotten, None)
+            channel.cancel_callbacks.pop(forgotten, None)
 
     def _wait(self, answers: Sequence[Any]) -> None:
         for answer in answers:

@@ -59,6 +59,9 @@ BUCKETS: Final[tuple[int, ...]] = tuple(
     if step * 10**decade <= MAX_DELAY * 1000
 )
 
+#: Characters of the longest header that kq writes, which is the end of a traceback; and how many it writes at most.
+_LONG_HEADER: Final = 5_000
+_MOST_HEADERS: Final = 24
 #: The header of a message in a bucket that says how many seconds will be left after it.
 DELAY_LEFT: Final = "x_delay_left"
 
@@ -207,6 +210,16 @@ def without_history(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value for key, value in headers.items() if key not in _HISTORY and not key.startswith(_HISTORY_PREFIXES)
     }
+
+
+def without_strangers(envelope: Envelope) -> Envelope:
+    """Return a message whose headers take too much, with those of kq's that are as short as kq writes them."""
+    kept = {
+        key: value for key, value in envelope.headers.items()
+        if key.startswith("x_") and len(key) < _LONG_HEADER and len(str(value)) <= _LONG_HEADER
+    }  # fmt: skip
+    kept["x_headers_dropped"] = len(envelope.headers) - len(kept)
+    return Envelope(envelope.id, dict(list(kept.items())[-_MOST_HEADERS:]), envelope.properties, envelope.body)
 
 
 def read_count(headers: Mapping[str, Any], key: str) -> int:

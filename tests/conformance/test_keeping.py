@@ -8,8 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from time import monotonic
 from typing import Any
 
+import amqp
 import pytest
 import redis
 
@@ -19,9 +21,10 @@ from kq.backend import Delivery, Settlement
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import BrokerAway, Entry
+from kq.envelope import Envelope, pack
 from kq.errors import Internal
-from kq.outcome import DONE, RELEASE, Outcome
-from tests.broker import Broker
+from kq.outcome import DONE, RELEASE, Failure, Outcome
+from tests.broker import Broker, amqp_channel
 from tests.conformance.conftest import LEASE, ON_RABBITMQ, ON_REDIS, ON_SQLITE, ON_STORES, Bench
 from tests.integration.conftest import wait_for
 
@@ -282,20 +285,124 @@ def test_a_file_that_is_gone_confirms_nothing(broker: Broker, replaced: bool) ->
 
 
 @ON_REDIS
-def test_an_id_that_is_no_text_can_be_settled(bench: Bench) -> None:
-    """Whatever bytes a stranger uses as an id, the message has one end."""
+@pytest.mark.parametrize("key", [b"\xff\xfe", b"\x01zz", b"\x01ab", b"\x01"])
+def test_an_id_that_is_no_text_can_be_settled(bench: Bench, key: bytes) -> None:
+    """Whatever bytes a stranger uses as an id, the message can be held, and has one end."""
     with closing(redis.Redis.from_url(bench.broker.url)) as client:
         prefix = f"{{kq:{bench.queue.id}}}:"
-        client.hset(prefix + "m", b"\xff\xfe", b"raw")
-        client.rpush(prefix + "r:4", b"\xff\xfe")
+        client.hset(prefix + "m", key, b"raw")
+        client.rpush(prefix + "r:4", key)
     feed = bench.feed()
     (delivery,) = bench.take(feed, 1)
     delivery.id.encode()
+    feed.renew()
+    assert not delivery.lost
 
     assert feed.settle([Settlement(delivery, Outcome("dead", 0.0, 0, 0, "undecodable"))]) == ([], [])
     assert bench.backend.info(bench.queue).message_count == 0
     (letter,) = bench.backend.browse(bench.dead, 10, 0)
     assert letter.body == b"raw"
+
+
+@ON_REDIS
+def test_an_odd_id_in_an_envelope_is_no_matter(bench: Bench) -> None:
+    """A message whose envelope has such an id can be dead-lettered."""
+    odd = Envelope("\x01zz", {}, {}, b"1")
+    with closing(redis.Redis.from_url(bench.broker.url)) as client:
+        prefix = f"{{kq:{bench.queue.id}}}:"
+        client.hset(prefix + "m", "plain", pack(odd))
+        client.rpush(prefix + "r:4", "plain")
+    feed = bench.feed()
+    (delivery,) = bench.take(feed, 1)
+    assert feed.settle([Settlement(delivery, Outcome("dead", 0.0, 0, 0, "undecodable"))]) == ([], [])
+    (letter,) = bench.backend.browse(bench.dead, 10, 0)
+    assert letter.id == "\x01zz"
+
+
+@ON_STORES
+def test_a_quiet_queue_is_looked_into_however_busy_another_one_is(bench: Bench) -> None:
+    """Whoever never waits, because another queue takes all places that become free, hears of nothing."""
+    busy, quiet = bench.declare("busy"), bench.declare("quiet")
+    feed = bench.feed(busy, quiet)
+    assert feed.fetch(1, {}) == []
+    bench.publish(*(bench.message(queue=busy) for _ in range(3)))
+    (first,) = bench.take(feed, 1)
+    feed.settle([Settlement(first, RELEASE)])
+    bench.publish(bench.message("rare", queue=quiet))
+    # It would be looked into by itself after five seconds.
+    until = monotonic() + 3.0
+    found: list[str] = []
+    while "rare" not in found and monotonic() < until:
+        for delivery in feed.fetch(1, {}):
+            found.append(delivery.id)
+            feed.settle([Settlement(delivery, RELEASE if delivery.queue == busy.id else DONE)])
+    assert "rare" in found
+
+
+@ON_STORES
+def test_a_wake_up_that_comes_while_there_is_no_room_is_not_forgotten(bench: Bench) -> None:
+    """What was rung for while nothing could be taken is looked into as soon as something can."""
+    one, other = bench.declare("one"), bench.declare("other")
+    feed = bench.feed(one, other)
+    bench.publish(bench.message("a", queue=one))
+    (delivery,) = bench.take(feed, 1)
+    # Both are known to be quiet, and listened to.
+    assert feed.fetch(1, {}) == []
+    feed.wait(0.05)
+    assert feed.fetch(0, {}) == []
+    bench.publish(bench.message("b", queue=other))
+    feed.wait(0.2)
+    feed.settle([Settlement(delivery, DONE)])
+    assert [found.id for found in bench.take(feed, 1, within=2.5)] == ["b"]
+
+
+@ON_RABBITMQ
+def test_a_full_window_is_no_reason_to_connect_anew(bench: Bench) -> None:
+    """What was pushed and is not handed over fills the window as well: that nothing more comes says nothing."""
+    bench.publish(*(bench.message() for _ in range(10)))
+    feed: Any = bench.feed()
+    bench.take(feed, 3)
+    window = feed._subscriptions.windows[bench.queue.id]
+    assert 3 < window < 10
+    wait_for(lambda: feed.fetch(0, {}) == [] and len(feed._outstanding) == window, "what is pushed")
+    assert not feed._has_room(bench.queue.id)
+
+
+@ON_RABBITMQ
+def test_what_comes_back_to_a_full_classic_queue_is_handed_over(bench: Bench) -> None:
+    """It is sent on as a copy that counts; where there is no room for that it waits outside until there is."""
+    queue = bench.declare("full", max_priority=9, max_length=2)
+    bench.publish(*(bench.message(f"first{n}", queue=queue) for n in range(2)))
+    dead = bench.feed(queue)
+    bench.take(dead, 2)
+    bench.publish(*(bench.message(f"then{n}", queue=queue) for n in range(2)))
+    bench.abandon(dead)
+    feed = bench.feed(queue)
+    found = []
+    for _ in range(4):
+        (delivery,) = bench.take(feed, 1)
+        found.append(delivery.id)
+        feed.settle([Settlement(delivery, DONE)])
+    assert sorted(found) == ["first0", "first1", "then0", "then1"]
+
+
+@ON_RABBITMQ
+def test_headers_that_leave_no_room_for_ours_are_dropped(bench: Bench) -> None:
+    """A stranger's message ends as any other, although RabbitMQ takes no more headers than it has."""
+    with amqp_channel() as channel:
+        big = {f"h{n}": "x" * 1000 for n in range(126)}
+        channel.basic_publish(amqp.Message(b"1", application_headers=big), routing_key=bench.queue.id)
+    bench.publish(bench.message("innocent"))
+    feed = bench.feed()
+    deliveries = bench.take(feed, 2)
+    failure = Failure("INTERNAL", "no", True, "t" * 4000)
+    dead = Outcome("dead", 0.0, 1, 0, "max_attempts", failure)
+    assert feed.settle([Settlement(delivery, dead) for delivery in deliveries]) == ([], [])
+    letters = {letter.id: letter.headers for letter in bench.backend.browse(bench.dead, 10, 0)}
+    assert len(letters) == 2
+    (stranger,) = (headers for id, headers in letters.items() if id != "innocent")
+    assert (stranger["x_dead_letter_reason"], stranger["x_headers_dropped"]) == ("max_attempts", 126)
+    assert "h1" not in stranger
 
 
 @contextmanager
