@@ -22,11 +22,12 @@ from kq.backends.redis_address import address_of
 from kq.backends.redis_bell import Bell, Ring, unblock
 from kq.backends.redis_call import SCRIPTS, Call, Caller
 from kq.backends.redis_command import Head
-from kq.backends.redis_connection import Connector
+from kq.backends.redis_connection import Connection, Connector
 from kq.backends.redis_error import Late, RedisErrors, Refusal
 from kq.backends.redis_line import Lines
 from kq.backends.redis_put import CHUNK, Putter
 from kq.backends.store import TAKE_BYTES, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken
+from kq.backends.within import within
 from kq.config import hide_password
 from kq.driver import Tls
 from kq.errors import Error
@@ -277,7 +278,9 @@ class RedisStore:
         """See `Store.wait`."""
         with self._mapped():
             if self._bell is None and queues:
-                self._bell = Bell(self._connector.connect(), _bell_key, self._waker)
+                # In the thread that renews leases: what it waits for must come to an end.
+                connection = within(self._timeout, self._connector.connect, Connection.close)
+                self._bell = Bell(connection, _bell_key, self._waker)
             if self._bell is None:
                 Lookout(self._waker).ready(timeout)
                 self._waker.drain()
@@ -436,14 +439,20 @@ def _bell_key(queue: str) -> str:
 def _to_id(key: bytes) -> str:
     """Return the id under which Redis keeps a message; a stranger's may be any bytes."""
     try:
-        return key.decode()
+        id = key.decode()
     except UnicodeDecodeError:
         return _FOREIGN + key.hex()
+    return _FOREIGN + key.hex() if id.startswith(_FOREIGN) else id
 
 
 def _to_key(id: str) -> bytes:
-    """Return what `_to_id` has made an id of."""
-    return bytes.fromhex(id[len(_FOREIGN) :]) if id.startswith(_FOREIGN) else id.encode()
+    """Return what `_to_id` has made an id of; or the key for an id that a stranger's envelope has."""
+    if id.startswith(_FOREIGN):
+        try:
+            return bytes.fromhex(id[len(_FOREIGN) :])
+        except ValueError:
+            pass
+    return id.encode()
 
 
 def _to_state(text: bytes) -> tuple[int, int, int]:

@@ -48,6 +48,16 @@ class Connection:
     def __del__(self) -> None:
         self.close()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has been closed."""
+        return self.socket.fileno() < 0
+
+    @property
+    def is_of_parent(self) -> bool:
+        """Whether a process made it that has forked this one, and has it as well."""
+        return self._pid != os.getpid()
+
     def close(self) -> None:
         """Close it, also where a forked process has it too. Idempotent."""
         if os.getpid() == self._pid:

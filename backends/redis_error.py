@@ -57,6 +57,11 @@ def is_full(error: Exception) -> bool:
     return isinstance(error, Refusal) and (error.code == "OOM" or "OOM command not allowed" in str(error))
 
 
+def is_read_only(answer: object) -> bool:
+    """Tell whether a server has answered that it is a replica, which is not to be written to."""
+    return isinstance(answer, Refusal) and (answer.code == "READONLY" or "-READONLY" in str(answer))
+
+
 def as_met(error: BaseException, late: str) -> BaseException:
     """Return what an error of a socket's is here, and any other as it is.
 
@@ -84,6 +89,8 @@ class RedisErrors(Mapped):
         if is_full(refusal):
             full = "Redis is full (maxmemory reached); free memory or raise the limit"
             return Internal(full, details={"reason": "full"})
+        if is_read_only(refusal):
+            return BrokerAway(f"{self._where} is read-only: {refusal}", details={"reason": "refused"})
         return self._refused(refusal.code, str(refusal))
 
     def ours(self, error: BaseException) -> Error | None:
@@ -101,8 +108,6 @@ class RedisErrors(Mapped):
         return None
 
     def _refused(self, code: str, text: str) -> Error:
-        if code == "READONLY":
-            return BrokerAway(f"{self._where} is read-only: {text}", details={"reason": "refused"})
         if code in _REFUSALS or any(sign in text for sign in _SIGNS):
             return PermissionDenied(f"{self._where} refuses us: {text}", details={"reason": "refused"})
         return Internal(f"{self._where} refused a command: {text}", details={"reason": "refused"})

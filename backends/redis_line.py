@@ -9,7 +9,7 @@ from typing import Any, Final
 from kq.backends.redis_answer import Answers, error_of
 from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connection
-from kq.backends.redis_error import Broken, Late, NoTransactions, Refusal, as_met
+from kq.backends.redis_error import Broken, Late, NoTransactions, RedisError, Refusal, as_met, is_read_only
 from kq.backends.within import within
 
 #: Seconds that an answer is waited for even where connecting has taken all the time.
@@ -96,6 +96,10 @@ class Lines:
     def _first(self, commands: Sequence[bytes], number: int) -> tuple[Connection, list[Any]]:
         """Return a connection, and what was answered on it."""
         line = _pop(self._idle)
+        if line is not None and line.is_of_parent:
+            # What it says there is the parent's business.
+            self._idle.clear()
+            line = None
         if line is not None:
             # Not with `suppress`, which takes as long as all else here.
             try:
@@ -109,10 +113,13 @@ class Lines:
             raise Late(f"no connection within {self._timeout:g} s") from None
         line.socket.settimeout(max(_LEAST, self._timeout - (monotonic() - began)))
         answers = self._exchange(line, commands, number)
-        line.socket.settimeout(self._timeout)
+        if not line.is_closed:
+            line.socket.settimeout(self._timeout)
         return line, answers
 
     def _put_away(self, line: Connection) -> None:
+        if line.is_closed:
+            return
         self._idle.append(line)
         if self._closed:
             self.close()
@@ -125,8 +132,12 @@ class Lines:
             source = Answers(connected)
             answers = [source.read() for _ in range(number)]
             for answer in answers:
-                if isinstance(answer, Broken):
-                    raise answer
+                if isinstance(answer, RedisError):
+                    if isinstance(answer, Broken):
+                        raise answer
+                    if is_read_only(answer):
+                        # Another server is the one to write to now, and the same name may lead there.
+                        line.close()
         except BaseException as error:
             # Whatever is answered now would be taken for the next call's.
             line.close()

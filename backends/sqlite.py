@@ -32,7 +32,7 @@ from kq.backends.machine import BOOT_ID
 from kq.backends.machine import now as _since_start
 from kq.backends.sqlite_error import SQLiteErrors
 from kq.backends.sqlite_file import Disk, check_place
-from kq.backends.sqlite_listener import Listener
+from kq.backends.sqlite_listener import Listener, forget
 from kq.backends.sqlite_schema import DELAYED, LEASED, READY, prepare
 from kq.backends.sqlite_turn import begin
 from kq.backends.store import (
@@ -88,6 +88,8 @@ class SQLiteStore(TakesNothingAhead):
         #: Which file the connection has open.
         self._identity: tuple[int, int] | None = None
         self._listener: Listener | None = None
+        #: Queues for which somebody may have rung and which `wait` has not returned since.
+        self._rung: set[str] = set()
         self._waker = Waker()
         self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sender.setblocking(False)
@@ -321,9 +323,16 @@ class SQLiteStore(TakesNothingAhead):
             # Something may have arrived between the last look and the registration.
             return list(queues)
         assert self._listener is not None
+        if self._rung.intersection(queues):
+            timeout = 0.0
         ready = Lookout[Any](self._listener, self._waker).ready(timeout)
         self._waker.drain()
-        return list(queues) if self._listener in ready and self._listener.drain() else []
+        if self._listener in ready and self._listener.drain():
+            # It does not say for which of them; those that nobody waits for now are looked at when somebody does.
+            self._rung.update(self._listener.queues)
+        found = [queue for queue in queues if queue in self._rung]
+        self._rung.difference_update(found)
+        return found
 
     def wake(self) -> None:
         """See `Store.wake`."""
@@ -466,6 +475,8 @@ class SQLiteStore(TakesNothingAhead):
 
     def _listen(self, queues: Sequence[str]) -> None:
         listener = self._listener or Listener()
+        # Those of before as well, which are only not waited for at the moment.
+        queues = sorted(listener.queues.union(queues))
         try:
             with self._transaction() as db:
                 db.execute("DELETE FROM listener WHERE path = ?", (listener.path,))
@@ -484,9 +495,7 @@ class SQLiteStore(TakesNothingAhead):
                 self._sender.sendto(b"!", path)
             except (ConnectionRefusedError, FileNotFoundError):
                 gone.append(path)
-                with suppress(OSError):
-                    # Whoever was killed has left its name behind.
-                    os.unlink(path)
+                forget(path)
             except OSError:
                 pass  # most likely its buffer is full of wake-ups already; it says nothing of the owner
         if gone:

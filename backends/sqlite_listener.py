@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +26,18 @@ def _folder() -> str:
     folder = next((folder for folder in folders if len(os.fsencode(folder)) + 1 + _NAME <= _LONGEST), folders[0])
     os.makedirs(folder, mode=0o700, exist_ok=True)
     return folder
+
+
+def forget(path: str) -> None:
+    """Remove the name that somebody who was killed has left behind, if it is one of this user's.
+
+    Args:
+        path: As it stands in the file; whoever may write that may have written anything.
+    """
+    with suppress(OSError, ValueError):
+        ours = os.path.basename(os.path.dirname(path)) == f"kq-{os.getuid()}"
+        if ours and stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
 
 
 class Listener:

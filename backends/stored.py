@@ -6,7 +6,7 @@ It reaches its store through kq's own Kombu transport, as ``channel.store``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
+from math import ceil, isfinite
 from threading import RLock
 from time import monotonic
 from typing import Any, Final
@@ -180,7 +180,7 @@ class StoredBackend:
             letters = store.counts(queue.dead_letter)
             dead = letters.ready + letters.delayed + letters.leased
         stamps = [unpack_or_wrap(raw, "").properties.get("timestamp") for raw in counts.heads]
-        ages = [clock.now() - stamp for stamp in stamps if isinstance(stamp, (int, float))]
+        ages = [clock.now() - stamp for stamp in stamps if isinstance(stamp, (int, float)) and isfinite(stamp)]
         return QueueInfo(
             message_count=counts.ready + counts.delayed + counts.leased,
             ready=counts.ready,

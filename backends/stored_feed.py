@@ -23,6 +23,8 @@ from kq.outcome import EXPIRED, refused
 _LOOK_AGAIN: Final = 5.0
 #: Seconds between two such looks of one feed, so that a feed of many queues stays quiet as well.
 _LOOK_SPACING: Final = 0.75
+#: Seconds between two looks into queues that nobody listens to, because others keep the worker busy.
+_LOOK_ASIDE: Final = 0.05
 #: Messages that are taken at most as soon as there are some, before anybody asks for them.
 _AHEAD: Final = 10
 _NONE: Final[Set[int]] = frozenset()
@@ -43,6 +45,9 @@ class StoredFeed:
         self._settled: set[tuple[str, str, int]] = set()
         self._look_again = max(_LOOK_AGAIN, len(self._specs) * _LOOK_SPACING)
         self._look_at = dict.fromkeys(self._specs, 0.0)
+        #: When each was looked into or listened to last, and when one is looked into that has been neither for long.
+        self._heard_at = dict.fromkeys(self._specs, 0.0)
+        self._look_aside_at = 0.0
         #: Queues of which more could be fetched, and how much.
         self._room: dict[str, int] = {}
         #: What was taken ahead and has not been fetched.
@@ -60,6 +65,7 @@ class StoredFeed:
         deliveries = self._hand_over(credit, caps) if self._early else []
         self._room.clear()
         self._order.rotate(-1)
+        self._look_aside()
         for queue in self._order:
             try:
                 if self._is_in_the_way(queue, credit - len(deliveries), caps):
@@ -80,6 +86,19 @@ class StoredFeed:
             if room > 0 and self._look_at[queue] > monotonic():
                 self._room[queue] = room
         return deliveries
+
+    def _look_aside(self) -> None:
+        """Have a queue looked into that has been neither looked into nor listened to for longest, if for too long.
+
+        Whoever never waits hears of nothing.
+        """
+        now = monotonic()
+        if now < self._look_aside_at:
+            return
+        self._look_aside_at = now + _LOOK_ASIDE
+        queue = min(self._heard_at, key=self._heard_at.__getitem__, default=None)
+        if queue is not None and self._heard_at[queue] < now - _LOOK_ASIDE:
+            self._look_at[queue] = 0.0
 
     def _is_in_the_way(self, queue: str, credit: int, caps: Mapping[str, int]) -> bool:
         """Tell whether it is time to look into a queue, and what may still be taken ahead has the room for it."""
@@ -105,6 +124,7 @@ class StoredFeed:
             size += len(raw)
         if deliveries:
             self._latest = queue
+        self._heard_at[queue] = monotonic()
         if len(deliveries) < limit and size < TAKE_BYTES:
             quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
             self._look_at[queue] = monotonic() + quiet
@@ -301,6 +321,7 @@ class StoredFeed:
             return
         for queue in self._store.wait(sorted(self._room), max(0.0, until), self._ahead()):
             self._look_at[queue] = 0.0
+        self._heard_at.update(dict.fromkeys(self._room, monotonic()))
 
     def _ahead(self) -> Ahead | None:
         """Return what to take as soon as it is there: of the queue that had something last, as far as one can tell."""

@@ -23,14 +23,17 @@ from uuid import uuid4
 from kombu.transport import base, virtual
 from kombu.utils.url import as_url, parse_url
 
+from kq import clock
 from kq.backend import BackendOptions
-from kq.backends.store import BrokerAway, Ending, Entry, Lease, Store
+from kq.backends.store import AGAIN, BrokerAway, Ending, Entry, Lease, Move, Store
 from kq.backends.virtual_exchange import TopicExchange
 from kq.backends.virtual_message import milliseconds, to_envelope, to_payload
 from kq.backends.virtual_topology import TopologyChannel
 from kq.config import hide_password
-from kq.envelope import pack
+from kq.envelope import bury, pack, unpack_or_wrap
 from kq.errors import Error, Internal, Invalid
+from kq.header import NORMAL
+from kq.outcome import EXPIRED, Outcome
 
 #: Messages that one pass delivers to a consumer without a prefetch limit.
 _BATCH: Final = 100
@@ -241,7 +244,7 @@ class Channel(TopologyChannel):
             try:
                 for tag, lease in leases.items():
                     if lease.expired:
-                        self.discard(tag)
+                        self.discard(tag, EXPIRED)
                     else:
                         messages.append(self.Message(to_payload(lease, queue, tag), channel=self))
             except BaseException:
@@ -279,14 +282,35 @@ class Channel(TopologyChannel):
             queue, lease = found
             self.store.settle(queue, [Ending(lease.id, lease.token, action)])
 
-    def discard(self, tag: str) -> None:
-        """Dead-letter a message where its queue says to (``x-dead-letter-exchange``), else drop it."""
+    def _bury(self, queue: str, lease: Lease, target: str, reason: str) -> None:
+        outcome = Outcome("dead", 0.0, lease.attempts, lease.crashes, reason)
+        letter = bury(unpack_or_wrap(lease.raw, lease.id), queue, outcome, clock.now())
+        entry = Entry(letter.id, pack(letter), NORMAL)
+        # Once more under another id, where a letter of this one is there already; or the lease was lost.
+        for again in (entry, entry._replace(id=f"{entry.id}{AGAIN}{uuid4().hex}")):
+            (moved,) = self.store.move(queue, target, [Move(lease.id, lease.token, again)])
+            if isinstance(moved, Error):
+                raise moved
+            if moved:
+                return
+
+    def discard(self, tag: str, reason: str = "rejected") -> None:
+        """Dead-letter a message where its queue says to (``x-dead-letter-exchange``, or as kq's do), else drop it.
+
+        Args:
+            tag: Which.
+            reason: Why, where kq's dead letters say so.
+        """
         found = self.held.get(tag)
         if found is None:
             return
         queue, lease = found
         arguments = self.store.arguments(queue) or {}
         exchange = arguments.get("x-dead-letter-exchange")
+        if exchange is None and arguments.get("dead_letter"):
+            self._bury(queue, lease, str(arguments["dead_letter"]), reason)
+            self.held.pop(tag, None)
+            return
         if exchange is None:
             self.end(tag, "ack")
             return
@@ -467,8 +491,10 @@ class _LeaseKeeper(Thread):
         for queue, pairs in held.items():
             try:
                 transport.store.renew(queue, pairs, transport.lease, self._consumer)
-            except Error:
+            except BrokerAway:
                 break  # unreachable for now: there are two more tries before a lease runs out
+            except Error:
+                continue  # one queue that is out of order is not to cost the others their leases
         return True
 
 

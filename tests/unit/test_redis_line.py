@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kq.backends.redis_address import address_of
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_command import Head
-from kq.backends.redis_connection import Connector
+from kq.backends.redis_connection import Connection, Connector
 from kq.backends.redis_error import Broken, Late, Refusal
 from kq.backends.redis_line import Lines
 
@@ -143,6 +143,25 @@ def lines() -> Iterator[Any]:
     yield make
     for line, server in made:
         line.close()
+        server.close()
+
+
+def test_a_server_that_is_a_replica_by_now_is_left() -> None:
+    """Its connection stays open, and the same name may lead to the new master."""
+    made: list[socket.socket] = []
+
+    def connect() -> Connection:
+        ours, theirs = socket.socketpair()
+        theirs.sendall(b"+OK\r\n" if made else b"-READONLY You can't write against a read only replica.\r\n")
+        made.append(theirs)
+        return Connection(ours)
+
+    lines = Lines(connect, 5.0)
+    (refusal,) = lines.ask([b"SET"])
+    assert isinstance(refusal, Refusal)
+    assert lines.ask([b"SET"]) == [b"OK"]
+    lines.close()
+    for server in made:
         server.close()
 
 
