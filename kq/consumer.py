@@ -107,7 +107,7 @@ class Consumer:
         )
 
     def receive(self, timeout: float | None = None) -> PulledMessage | None:
-        """Return the next message, or None after ``timeout`` seconds (None: wait for ever).
+        """Return the next message, or None after ``timeout``, seconds or a ``timedelta`` (None: wait for ever).
 
         Messages that expired or cannot be decoded go to the dead-letter queue on the way, and so do those that
         ``max_deliveries`` in a row have left unsettled, for whoever held them died.
@@ -115,7 +115,7 @@ class Consumer:
         Raises:
             Invalid: If the consumer is closed, or another thread closes it meanwhile.
         """
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + limit.seconds("timeout", timeout)
         while True:
             try:
                 left = None if deadline is None else max(0.0, deadline - monotonic())

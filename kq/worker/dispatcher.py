@@ -67,6 +67,8 @@ class Dispatcher:
         #: Counted up whenever hands were not empty; for which count it was asked, and said, that the broker knows.
         self._clearance = 1
         self._clearance_asked = self._clearance_given = 0
+        #: How many of those that wait do so because their consumers run as many as they may.
+        self.held_back = 0
 
     @property
     def isolating(self) -> bool:
@@ -119,7 +121,7 @@ class Dispatcher:
 
     def start_anyway(self) -> None:
         """Hand out what was acknowledged beforehand: it runs here or never."""
-        places = [place for place in self._pool.places if place.ready]
+        places = [place for place in self._pool.places if place.ready and place.accepting]
         settled = [flight for flight in self._backlog if flight.settled]
         for number, flight in enumerate(settled if places else []):
             self._backlog.remove(flight)
@@ -129,6 +131,7 @@ class Dispatcher:
     # Company.
 
     def _dispatch_backlog(self, reserved: Place | None) -> None:
+        self.held_back = 0
         if not self._backlog:
             return
         places = [p for p in self._pool.places if p is not reserved and p not in self._taken and p.room]
@@ -145,6 +148,7 @@ class Dispatcher:
             shares[place].append((flight, consumer))
             if len(place.tags) + len(shares[place]) >= place.window:
                 places.remove(place)
+        self.held_back = len(passed)
         self._backlog.extendleft(reversed(passed))
         for place, share in shares.items():
             if share:

@@ -170,7 +170,12 @@ class EventLoop(Thread):
             self._runner.on_out_of_memory()
 
     async def _call(self, run: Run) -> Outcome:
+        began = self._loop.time()
         outcome = await self._executor.run_async(run)
+        timeout = run.consumer.timeout
+        if timeout is not None and self._loop.time() - began > timeout:
+            # It has blocked the loop, which came to its end before it came to its limit.
+            outcome = self._executor.timed_out(run)
         # Here, where nothing else runs in between.
         self._runner.end_fork(outcome)
         return outcome
@@ -184,13 +189,9 @@ class EventLoop(Thread):
             late = True
             task.cancel()
 
-        timeout, began = run.consumer.timeout, self._loop.time()
-        timer = None if timeout is None else self._loop.call_later(timeout, expire)
+        timer = None if run.consumer.timeout is None else self._loop.call_later(run.consumer.timeout, expire)
         try:
-            outcome = await task
-            # One that has blocked the loop comes to its end before the loop comes to its limit.
-            is_over = timeout is not None and not late and self._loop.time() - began > timeout
-            return self._executor.timed_out(run) if is_over else outcome
+            return await task
         except asyncio.CancelledError:
             if late:
                 return self._executor.timed_out(run)

@@ -52,4 +52,4 @@ class WorkerOptions:
         if self.pool not in (None, "processes", "threads"):
             raise Invalid(f"pool: expected processes or threads, got {self.pool!r}")
         for name in ("grace", "connect_timeout"):
-            limit.seconds(name, getattr(self, name))
+            object.__setattr__(self, name, limit.seconds(name, getattr(self, name)))

@@ -341,17 +341,21 @@ class ProcessPool:
         )  # fmt: skip
 
     def _share_out(self) -> None:
-        """Ask for what waits behind slow handlers of one child while another one has nothing to do."""
+        """Ask for what waits behind slow handlers of one child while another one has handlers with nothing to do."""
         hoarders = self._hoarders()
         now = monotonic()
         for child in hoarders:
             if now - child.heard_at >= _SHARE_AFTER:
                 child.heard_at = now
+                # Or the same jobs would be dealt to it once more.
+                child.window = child.window_min
                 child.send(frame.Recall())
                 self._watch(child)
 
     def _hoarders(self) -> list[ChildProcess]:
-        if len(self._children) < 2 or not any(child.room and not child.tags for child in self._children):
+        if len(self._children) < 2 or not any(
+            child.room and len(child.tags) < child.window_min for child in self._children
+        ):
             return []
         return [
             child for child in self._children

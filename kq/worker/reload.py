@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from threading import Thread
 from typing import Any, NoReturn
 
+from kq.worker.start import FOLDER
+
 #: Seconds that loading the app may take.
 _PATIENCE = 120.0
 
@@ -51,21 +53,31 @@ class Trial(Thread):
         self.fingerprint: str | None = None
         self.mistake = ""
 
+    def begin(self) -> None:
+        """Start; where there is no room for a thread, that is the answer."""
+        try:
+            self.start()
+        except (RuntimeError, MemoryError) as error:
+            self.mistake = f"it could not be tried: {error}"
+            self.ended = True
+
     def run(self) -> None:
         """Run the process and keep its answer."""
         try:
             done = subprocess.run(
-                self._command, input=self._input, capture_output=True, text=True, timeout=_PATIENCE, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
+                self._command, input=self._input, capture_output=True, text=True, errors="replace", timeout=_PATIENCE,
+                check=False, cwd=FOLDER,
+            )  # fmt: skip
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             self.mistake = f"it could not be tried: {error}"
         else:
             if done.returncode == 0:
                 self.fingerprint = done.stdout.strip().rpartition("\n")[2]
             else:
                 self.mistake = done.stderr.strip()[-4096:] or f"its trial ended with code {done.returncode}"
-        self.ended = True
-        self._on_end()
+        finally:
+            self.ended = True
+            self._on_end()
 
 
 def start_anew() -> NoReturn:
@@ -77,4 +89,6 @@ def start_anew() -> NoReturn:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
+    if FOLDER is not None:
+        os.chdir(FOLDER)
     os.execv(sys.executable, sys.orig_argv)

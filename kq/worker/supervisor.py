@@ -122,6 +122,11 @@ class Supervisor:
         finally:
             self._pool.lock.release()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing more is taken."""
+        return self._stopping
+
     def lost(self) -> None:
         """Hear that deliveries have been lost; called in a fetcher's thread."""
         self._has_lost = True
@@ -182,7 +187,8 @@ class Supervisor:
             if isinstance(event, Finished):
                 self._finish(event)
             elif isinstance(event, Returned):
-                for tag in event.tags:
+                # Each goes to the front.
+                for tag in reversed(event.tags):
                     self._give_back(tag)
             else:
                 self._examine(event)
@@ -396,6 +402,8 @@ class Supervisor:
         wanted = sum(
             place.window if place.ready and place.accepting else len(place.tags) for place in self._pool.places
         )
+        # Nor is what waits for its own consumers, which run as many as they may.
+        wanted += self._dispatcher.held_back
         # What is finished while the broker is asked for more must be here already: a distant one takes its time.
         wanted += int(_AHEAD * self._pace() * self._intake.round_trip)
         if self._size:

@@ -141,7 +141,9 @@ class Worker:
             Conflict: If a queue exists with other values than declared.
             StartFailed: If the children cannot load the app.
         """
-        give_large_blocks_back()
+        if self._app_path is not None:
+            # The process is the worker's; where it is embedded, memory is its host's affair.
+            give_large_blocks_back()
         with ExitStack() as stack:
             backends = stack.enter_context(self._backends())
             for number, handler in self._install_signals().items():
@@ -185,9 +187,18 @@ class Worker:
     def start(self) -> None:
         """Run in a thread of its own, and return once it fetches.
 
+        Once it has stopped, or has failed to start, it may be started again.
+
         Raises:
+            Invalid: If it runs already.
             Error: What `run` raised, if it did so at the start.
         """
+        if self._thread is not None and self._thread.is_alive():
+            raise Invalid("the worker runs already; stop it first, or make another one")
+        self._stop.clear()
+        self._ready.clear()
+        self._hurry = False
+        self._failure = None
         self._thread = Thread(target=self._run_in_thread, name="kq-worker", daemon=True)
         self._thread.start()
         self._ready.wait()
@@ -373,15 +384,23 @@ class Worker:
                 supervisor.turn(self._patience())
             self._wind_down(pool, supervisor)
         finally:
-            supervisor.take_last(pool.close(0.0 if self._hurry else _END_PATIENCE))
-            supervisor.release_all()
-            if not intake.stop(_SETTLE_PATIENCE):
-                logger.warning(
-                    "a broker did not take the last settlements in time; those messages run again",
-                    extra={"action": "settle_failed"},
-                )
+            with ExitStack() as ends:
+                # The last first; each of them, whatever interrupts another.
+                ends.callback(self._end_intake, intake)
+                ends.callback(supervisor.release_all)
+                ends.callback(lambda: supervisor.take_last(pool.close(0.0 if self._hurry else _END_PATIENCE)))
+                if not supervisor.is_stopping:
+                    # Interrupted: nothing that waits is to start now.
+                    supervisor.stop_fetching()
             if not self._quiet:
                 logger.info("stopped: %s", supervisor.tally, extra={"action": "stopped"})
+
+    def _end_intake(self, intake: Intake) -> None:
+        if not intake.stop(_SETTLE_PATIENCE):
+            logger.warning(
+                "a broker did not take the last settlements in time; those messages run again",
+                extra={"action": "settle_failed"},
+            )
 
     def _fetcher(
         self, driver: Driver, backend: Backend, supervisor: Supervisor, prefetch: int, idleness: Idleness | None
@@ -440,7 +459,7 @@ class Worker:
                 "connect_timeout": self.options.connect_timeout,
             }
             self._trial = Trial(self._app_path, self._registry.overrides, self._app.fingerprint(), options, self._wake)
-            self._trial.start()
+            self._trial.begin()
         if self._trial is not None and self._trial.ended:
             trial, self._trial = self._trial, None
             self._reload(pool, trial)

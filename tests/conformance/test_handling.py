@@ -175,6 +175,19 @@ def test_backoff_is_kept(app: kq.App, queue_id: str) -> None:
     assert sum(gaps) < 0.7 + 3.0
 
 
+def test_a_worker_may_be_started_again(app: kq.App, queue_id: str) -> None:
+    """After a stop, and after a start that failed; while it runs it says that it does."""
+    handled = threading.Semaphore(0)
+    app.consumer(queue_id)(lambda payload: handled.release())
+    worker = app.worker(concurrency=1, grace=timedelta(seconds=5))
+    for _ in range(2):
+        with worker:
+            with pytest.raises(errors.Invalid, match="runs already"):
+                worker.start()
+            app.publish(queue_id, 1)
+            assert handled.acquire(timeout=20)
+
+
 def test_timeout_stops_and_retries(app: kq.App, queue_id: str) -> None:
     """A sync handler past its timeout is stopped; the attempt counts, with kind TIMEOUT."""
     runs: list[int] = []
