@@ -1,4 +1,4 @@
-"""A message's way in: unpacked, not expired, not too large, trusted, with a handler, decoded; or refused for a reason.
+"""A message's way in: unpacked, not too large, trusted, not expired, with a handler, decoded; or refused for a reason.
 
 Workers and pullers admit messages by the same rules, in this order, so that nothing is parsed before it is
 known to be small and, where that is asked for, to be signed.
@@ -81,11 +81,6 @@ class Admission:
             envelope = unpack(raw)
         except ValueError as error:
             raise Refused(UNDECODABLE, str(error)) from None
-        at = envelope.headers.get("x_expires_at")
-        if isinstance(at, (int, float)) and not isinstance(at, bool):
-            late = clock.now() - at
-            if late >= 0:
-                raise Refused(EXPIRED, f"expired {late:.1f} s before a worker came to it")
         if len(envelope.body) > self._max_body:
             size = f"the body has {len(envelope.body):,} bytes, the limit is {self._max_body:,}"
             raise Refused(UNDECODABLE, size)
@@ -96,6 +91,11 @@ class Admission:
             )  # fmt: skip
             if why:
                 raise Refused(UNVERIFIED, why)
+        at = envelope.headers.get("x_expires_at")
+        if isinstance(at, (int, float)) and not isinstance(at, bool):
+            late = clock.now() - at
+            if late >= 0:
+                raise Refused(EXPIRED, f"expired {late:.1f} s before a worker came to it")
         return envelope
 
     def route(self, queue_id: str, envelope: Envelope, index: int = 0) -> Consumer:

@@ -18,7 +18,7 @@ from kq.dead_letter import DeadLetters
 from kq.declaration import Declarations
 from kq.driver import Driver
 from kq.entry import policies_of, signing_of
-from kq.errors import Invalid
+from kq.errors import Conflict, Invalid
 from kq.executor import Executor, HandleMiddleware
 from kq.guard import Guard
 from kq.limit import count
@@ -121,7 +121,12 @@ class App:
             actor=actor if isinstance(actor, Actor) else Actor(settings.actor) if settings.actor else None,
             groups=settings.groups,
         )
-        self.registry.signing = signing or signing_of(document)
+        in_file = signing_of(document)
+        if signing is not None and in_file is not None:
+            raise Conflict(
+                f"signing: said here and at {document.signing.place}; expected one of them, keys and rules together"
+            )
+        self.registry.signing = signing or in_file
         for driver_name, driver in (drivers or {}).items():
             self.registry.add_driver(
                 replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)

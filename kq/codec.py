@@ -199,14 +199,21 @@ def _check_received(value: Any) -> None:
         raise Undecodable(f"the body cannot be taken: {str(error).removeprefix('not encodable: ')}") from None
 
 
+#: A place in a payload: that of what holds it, and where in there; None for the payload itself.
+_Place = tuple["_Place", str | int] | None
+#: Characters of a key that an error shows.
+_SHOWN: Final = 80
+
+
 def _check(data: Any, *, binary: bool) -> None:
     """Walk a payload and refuse what cannot travel unaltered.
 
     Raises:
         Invalid: Naming the place, e.g. ``payload.items[3].price``.
     """
-    # A list of things still to see instead of recursion: depth is the caller's to choose.
-    pending: list[tuple[Any, str, int]] = [(data, "payload", 1)]
+    # A list of things still to see instead of recursion: depth is the caller's to choose. Where they are is put into
+    # words for an error only: the names of a stranger's keys may be long, and there may be many of them.
+    pending: list[tuple[Any, _Place, int]] = [(data, None, 1)]
     while pending:
         value, place, depth = pending.pop()
         if value is None or isinstance(value, (bool, int)):
@@ -216,30 +223,41 @@ def _check(data: Any, *, binary: bool) -> None:
                 _check_text(value, place)
         elif isinstance(value, float):
             if not math.isfinite(value):
-                raise Invalid(f"not encodable: {place} is {value!r}; expected a finite number")
+                raise Invalid(f"not encodable: {_named(place)} is {value!r}; expected a finite number")
         elif isinstance(value, (dict, list, tuple)):
             if depth > MAX_NESTING:
-                raise Invalid(f"not encodable: nested deeper than {MAX_NESTING} levels at {place[:80]}")
+                raise Invalid(f"not encodable: nested deeper than {MAX_NESTING} levels at {_named(place)[:80]}")
             if isinstance(value, dict):
                 for key, item in value.items():
                     if not isinstance(key, str):
-                        raise Invalid(f"not encodable: {place} has the key {key!r}; expected string keys")
-                    _check_text(key, f"a key of {place}")
-                    pending.append((item, f"{place}.{key}", depth + 1))
+                        shown = repr(key)[:_SHOWN]
+                        raise Invalid(f"not encodable: {_named(place)} has the key {shown}; expected string keys")
+                    if not key.isascii():
+                        _check_text(key, place, "a key of ")
+                    pending.append((item, (place, key), depth + 1))
             else:
-                pending.extend((item, f"{place}[{i}]", depth + 1) for i, item in enumerate(value))
+                pending.extend((item, (place, i), depth + 1) for i, item in enumerate(value))
         elif not (binary and isinstance(value, (bytes, bytearray))):
             raise Invalid(
-                f"not encodable: {place} is of type {type(value).__name__}; expected None, bool, int, "
+                f"not encodable: {_named(place)} is of type {type(value).__name__}; expected None, bool, int, "
                 "float, str, list or dict" + (" or bytes" if binary else "")
             )
 
 
-def _check_text(text: str, place: str) -> None:
+def _check_text(text: str, place: _Place, what: str = "") -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Invalid(f"not encodable: {place} holds a lone surrogate, which is no text") from None
+        raise Invalid(f"not encodable: {what}{_named(place)} holds a lone surrogate, which is no text") from None
+
+
+def _named(place: _Place) -> str:
+    """Return a place in words, as ``payload.items[3].price``; of long names their start."""
+    steps = []
+    while place is not None:
+        place, step = place
+        steps.append(f"[{step}]" if isinstance(step, int) else f".{step[:_SHOWN]}")
+    return "payload" + "".join(reversed(steps))
 
 
 def _reason(error: Exception) -> str:

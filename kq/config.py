@@ -133,13 +133,20 @@ def resolve(
             _within(variable, values[setting], setting)
         else:
             section = document.security if setting in _SECURITY else document.settings
-            if setting in section.values:
+            # The groups of a file are those of the file's actor; here somebody else has named another one.
+            is_anothers = setting == "groups" and "actor" in values and origins["actor"] != _place(document, "actor")
+            if setting in section.values and not is_anothers:
                 values[setting] = _convert(setting, section.values[setting], kind)
                 origins[setting] = str(section.places[setting])
     if "broker" not in values and document.main is not None:
         driver = document.drivers[document.main].given
         values["broker"], origins["broker"] = driver.values["url"], str(driver.places["url"])
     return Settings(**values, origins=origins)
+
+
+def _place(document: config_file.Document, setting: str) -> str | None:
+    place = document.security.places.get(setting)
+    return None if place is None else str(place)
 
 
 def variable_of(setting: str) -> str:
@@ -247,7 +254,12 @@ def _convert(name: str, value: Any, kind: type) -> Any:
         return value
     if kind is tuple and isinstance(value, (list, set, frozenset)) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    raise Invalid(f"{name}: expected {_a(kind)}, got {value!r}")
+    if kind is str and isinstance(value, str):
+        # Plain text: what derives from it may show itself otherwise.
+        return str.__str__(value)
+    # A broker's URL may hold a password.
+    got = type(value).__name__ if name == "broker" else repr(value)
+    raise Invalid(f"{name}: expected {_a(kind)}, got {got}")
 
 
 def _parse(variable: str, text: str, kind: type) -> Any:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any
 
 from kq.backend import QueueSpec
 from kq.config_file import Document, Entry
-from kq.driver import MAIN, naming
+from kq.driver import MAIN, Tls, naming
 from kq.entry import CONSUMER_OPTIONS, consumer_of, driver_of, plain, queue_of
 from kq.handler import find_handler
 from kq.queue_spec import queue_spec
 from kq.registry import Registry
 from kq.router import Consumer
 from kq.said import Mistakes, Said, caller, merge
+
+
+def _contents(tls: Tls) -> list[str]:
+    """Return what stands in the files that TLS is made of; of those that cannot be read nothing."""
+    found = []
+    for text in (tls.ca, tls.certificate, tls.key):
+        if text is not None and "-----BEGIN" not in text:
+            with suppress(OSError):
+                found.append(hashlib.sha256(Path(text).read_bytes()).hexdigest())
+    return found
 
 
 class Declarations:
@@ -165,7 +177,9 @@ class Declarations:
                 *document.policies.values(),
             )
         ]
-        whole = repr([astuple(registry.settings)[:-1], specs, drivers, consumers, said])
+        # Read once by whoever connects: a certificate that has been renewed takes a new supervisor.
+        read = [_contents(driver.tls) for driver in registry.drivers.values() if driver.tls is not None]
+        whole = repr([astuple(registry.settings)[:-1], specs, drivers, consumers, said, sorted(map(repr, read))])
         return hashlib.sha256(whole.encode()).hexdigest()
 
     def _add(self, entry: Entry, handler: Any) -> None:

@@ -90,7 +90,7 @@ def unpack(raw: bytes) -> Envelope:
     """
     try:
         return _decoder.decode(raw)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"not an envelope: {error}") from None
 
 
@@ -98,7 +98,7 @@ def identify(raw: bytes, id: str) -> str:
     """Return the id of the envelope that ``raw`` holds, or ``id`` where it holds none; cheaper than `unpack`."""
     try:
         return _identity_decoder.decode(raw).id
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
         return id
 
 
@@ -126,6 +126,12 @@ def _of_death(death: Death) -> dict[str, int]:
     return {key: value for key, value in said.items() if value is not None}
 
 
+#: Headers with what was found out about a death.
+_FINDINGS: Final = frozenset({
+    "x_error_kind", "x_error_message", "x_error_traceback", "x_exit_code", "x_exit_signal", "x_peak_memory",
+})  # fmt: skip
+
+
 def bury(envelope: Envelope, queue: str, outcome: Outcome, now: float) -> Envelope:
     """Return the dead letter of a message: itself, with headers that say why it is dead.
 
@@ -135,7 +141,8 @@ def bury(envelope: Envelope, queue: str, outcome: Outcome, now: float) -> Envelo
         outcome: A ``dead`` one.
         now: Seconds since the epoch.
     """
-    headers = dict(envelope.headers)
+    # What is said here of a death is said of this one, not of an earlier one, and not by a stranger.
+    headers = {key: value for key, value in envelope.headers.items() if key not in _FINDINGS}
     headers.update(
         x_attempts=outcome.attempts,
         x_crashes=outcome.crashes,

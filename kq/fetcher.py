@@ -428,7 +428,7 @@ class Fetcher(Thread):
         while not self._stopping.wait(max(0.0, min(until, self._renew_at) - monotonic())) and monotonic() < until:
             # A renewal that is refused is not to keep everything else from being tried, for ever.
             self._renew_at = monotonic() + self._renew_every * _SOONER
-            with suppress(Error):
+            with suppress(Exception):
                 feed.renew()
                 self._renew_at = monotonic() + self._renew_every
 

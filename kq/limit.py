@@ -44,6 +44,11 @@ _DRIVER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,99}")
 _MESSAGE_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
 
+def is_queue_id(text: str) -> bool:
+    """Tell whether a text is a queue id, be it of a queue of dead letters."""
+    return bool(QUEUE_ID.fullmatch(text) or QUEUE_ID.fullmatch(text.removesuffix(DEAD_SUFFIX)))
+
+
 def queue_id(value: Any) -> str:
     """Return ``value`` if it is a queue id.
 
@@ -51,7 +56,7 @@ def queue_id(value: Any) -> str:
         Invalid: If it is empty or not of the form ``namespace:name``.
     """
     if isinstance(value, str):
-        if QUEUE_ID.fullmatch(value) or QUEUE_ID.fullmatch(value.removesuffix(DEAD_SUFFIX)):
+        if is_queue_id(value):
             return value
         if not value:
             raise Invalid('the queue id is empty; expected "namespace:name", e.g. "app:emails"')

@@ -195,7 +195,9 @@ class Registry:
         if self.signing is None:
             return "there are no keys to verify it with"
         origin = envelope.headers.get("x_original_queue")
-        from_origin = isinstance(origin, str) and origin != spec.id and self.spec(origin).dead_letter == spec.id
+        # Anybody may have written it: what is no queue id is not to be remembered as one.
+        is_queue = isinstance(origin, str) and origin != spec.id and limit.is_queue_id(origin)
+        from_origin = is_queue and self.spec(str(origin)).dead_letter == spec.id
         queue_id = str(origin) if from_origin else spec.id
         return self.signing.distrust(queue_id, envelope, self.guard, replayed=replayed, dead=from_origin)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from base64 import b64encode
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kq.cli.option import FAILED, common, confirm, fail, find_app, table
+from kq.cli.option import FAILED, common, confirm, fail, find_app, printable, table
 
 if TYPE_CHECKING:
     from kq.dead_letter import DeadLetter
@@ -76,7 +77,7 @@ def show(queue: str, message_id: str, as_json: bool, app_path: str | None, broke
         fields["payload"] = json.dumps(fields["payload"], indent=2, ensure_ascii=False)
     for name, value in fields.items():
         if value not in (None, {}, ""):
-            text = "\n  ".join(str(value).splitlines())
+            text = "\n  ".join(printable(line.expandtabs()) for line in str(value).splitlines())
             click.echo(f"{name:16}{text}")
 
 
@@ -150,9 +151,16 @@ def _fields(letter: DeadLetter) -> dict[str, Any]:
 
 
 def _jsonable(value: Any) -> Any:
-    return json.loads(
-        json.dumps(value, default=lambda data: b64encode(data).decode() if isinstance(data, bytes) else str(data))
-    )
+    """Return a value as JSON has it, whatever a stranger has put into it."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else repr(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, bytes):
+        return b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _brief(letter: DeadLetter) -> str:

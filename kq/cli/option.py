@@ -114,7 +114,7 @@ def common(command: _F) -> _F:
             end(error)
         except BrokenPipeError:
             # The reader of our output has gone; it has what it wanted.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            stop_writing()
             sys.exit(0)
         except ConfigurationError:
             if debug:
@@ -130,6 +130,11 @@ def common(command: _F) -> _F:
             fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", FAILED)
 
     return run  # type: ignore[return-value]
+
+
+def stop_writing() -> None:
+    """Have nothing more written to a pipe that nobody reads, not even at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,8 @@ def _acting_as(id: str | None, groups: str | None, meta: tuple[str, ...]) -> Act
     if id is None:
         if meta:
             raise click.UsageError("--actor-meta is about an actor: give --actor as well")
+        if groups is not None and _is_given("groups"):
+            raise click.UsageError("--groups are those of an actor: give --actor as well")
         return Acting(None, ())
     os.environ["KQ_ACTOR"] = id
     if groups is not None:
@@ -158,6 +165,11 @@ def _acting_as(id: str | None, groups: str | None, meta: tuple[str, ...]) -> Act
     from kq.security import Actor
 
     return Acting(Actor(id, pairs("--actor-meta", meta)), names)
+
+
+def _is_given(option: str) -> bool:
+    """Tell whether an option stands on the command line."""
+    return click.get_current_context().get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
 
 
 def pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
@@ -234,14 +246,9 @@ def _serve_as(app: App, acting: Acting) -> None:
     from kq.security.value import mutable
 
     assert acting.actor is not None
-    context = click.get_current_context()
-
-    def is_given(option: str) -> bool:
-        return context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
-
-    if is_given("actor") or (acting.actor.meta and app.registry.settings.actor == acting.actor.id):
+    if _is_given("actor") or (acting.actor.meta and app.registry.settings.actor == acting.actor.id):
         # Another one is not in the groups of the app's own.
-        groups = {"groups": acting.groups} if is_given("actor") or is_given("groups") else {}
+        groups = {"groups": acting.groups} if _is_given("actor") or _is_given("groups") else {}
         app.registry.override(actor=acting.actor.id, actor_meta=mutable(acting.actor.meta), **groups)
 
 
@@ -299,7 +306,11 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[Any]], most: int = 70) 
         click.echo(line(row))
 
 
+def printable(text: str) -> str:
+    """Return a line without control characters: they would be the terminal's to obey, and strangers write them."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def _shorten(text: str, most: int) -> str:
-    # Control characters would be the terminal's to obey, and what a stranger sent is shown here.
-    text = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+    text = printable(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from kq.cli.option import DURATION, USAGE, common, exit_code, fail, find_app, pairs, warn
+from kq.cli.option import DURATION, FAILED, USAGE, common, exit_code, fail, find_app, pairs, stop_writing, warn
 from kq.errors import Error, Invalid
 
 if TYPE_CHECKING:
@@ -65,10 +65,11 @@ def publish(
             _warn_of_name(app, queue)
             _publish_lines(app, queue, jsonl, chosen, {"delay": delay, "expires": expires})
             return
-        text = sys.stdin.read() if data == "-" else str(data)
+        text = ""
         try:
+            text = sys.stdin.read() if data == "-" else str(data)
             payload = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             hint = f"; a text needs quotes of its own: '\"{text}\"'" if text[:1].isalpha() else ""
             fail(f"the data is not JSON: {error}{hint}", USAGE)
         _warn_of_memory(app, queue)
@@ -101,10 +102,10 @@ def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any],
     def send() -> None:
         nonlocal published
         ids = app.publish_many(queue, batch, headers, **options)
-        if not on_terminal:
-            click.echo("\n".join(ids) if ids else "", nl=bool(ids))
         published += len(batch)
         batch.clear()
+        if not on_terminal:
+            click.echo("\n".join(ids) if ids else "", nl=bool(ids))
 
     def pace(_: Any) -> str:
         return f"{published:,} published, {published / max(0.001, monotonic() - started):,.0f}/s"
@@ -139,6 +140,10 @@ def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any],
         fail(f"lines {first} to {number}: {error.message}; {_so_far(published, error)}", USAGE)
     except Error as error:
         fail(f"{error.message}; {_so_far(published, error)}", exit_code(error))
+    except BrokenPipeError:
+        # What the reader of the ids wanted is not what this was to do.
+        stop_writing()
+        fail(f"nobody reads the ids any more; {published:,} messages were published, nothing after that", FAILED)
     click.echo(pace(None), err=True)
 
 
@@ -150,15 +155,21 @@ def _payloads(lines: TextIO) -> Iterator[tuple[int, Any]]:
     """Yield line numbers and payloads; blank lines are passed over."""
     from kq import codec
 
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    number, rest = 0, iter(lines)
+    while True:
+        number += 1
         try:
+            # What is no text is so as soon as it is read.
+            line = next(rest, None)
+            if line is None:
+                return
+            if not line.strip():
+                continue
             payload = json.loads(line)
             if codec.is_empty(payload):
                 raise _BadLine(f"line {number} is empty data ({line.strip()})")
             codec.JSON.encode(payload)
-        except (ValueError, Invalid) as error:
+        except (ValueError, RecursionError, Invalid) as error:
             raise _BadLine(f"line {number} is not a message: {error}") from None
         yield number, payload
 

@@ -60,6 +60,10 @@ class Value(Protocol):
         ...
 
 
+#: How YAML writes that there is no value.
+_NOTHING: Final = frozenset({"~", "null", "Null", "NULL"})
+
+
 @dataclass(frozen=True, slots=True)
 class One:
     """A single value that a function makes of its text.
@@ -76,6 +80,11 @@ class One:
 
     def read(self, node: Node, label: str, reading: Reading) -> Any:
         """See `Value.read`."""
+        if isinstance(node, Scalar) and node.plain and node.text in _NOTHING:
+            # YAML's word for no value is none of a name or a text, whatever else would read it as one.
+            why = f"expected {self.expected}, got {node.text}, which is no value: leave it out, or quote it"
+            reading.problems.add(node.place, f"{label}: {why}")
+            return None
         known = len(reading.problems.found)
         text = reading.text(node, label)
         if text is None:

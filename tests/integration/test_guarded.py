@@ -118,7 +118,11 @@ def test_a_worker_without_permission_does_not_start(local: Guarded) -> None:
     assert f"queue.consume.queue on '{local.queue}'" in refusal(local.run("worker", "--burst", "--groups", "none",
                                                                           "--actor", "service:x"))  # fmt: skip
     assert local.run("worker", "--burst", "--actor", "service:x", "--groups", "workers").returncode == 0
-    # The groups of the file are those of the file's actor.
+    # The groups of the file are those of the file's actor, whoever names another one.
+    assert f"queue.consume.queue on '{local.queue}'" in refusal(local.run("worker", "--burst", KQ_ACTOR="service:x"))
+    assert local.run("worker", "--burst", KQ_ACTOR="service:x", KQ_GROUPS="workers").returncode == 0
+    done = local.run("worker", "--burst", "--groups", "none")
+    assert (done.returncode, "give --actor as well" in done.stderr) == (2, True)
     refusal(local.run("worker", "--burst", "--actor", "service:x"))
 
 

@@ -343,3 +343,17 @@ def test_other_encodings_are_undecodable(content_type: str, content_encoding: st
     """Nothing is decompressed or transcoded; the error names the encoding and the one expected."""
     with pytest.raises(codec.Undecodable, match=f"content encoding '{content_encoding}' is not .*expected {expected}"):
         codec.decode(b"1", content_type, content_encoding, codec.JSON)
+
+
+def test_long_keys_above_many_values_cost_nothing() -> None:
+    """Where something is in a payload is put into words for an error only: a stranger chooses how long they are."""
+    key, many = "k" * 200_000, 200_000
+    payload: dict[str, list[Any]] = {key: [*([] for _ in range(65)), *[1] * many]}
+    body = msgspec.json.encode(payload)
+    assert codec.decode(body, "application/json", "utf-8", codec.JSON) == payload
+    body = msgspec.msgpack.encode(payload)
+    assert codec.decode(body, "application/msgpack", "binary", codec.MSGPACK) == payload
+    with pytest.raises(errors.Invalid) as caught:
+        codec.JSON.encode({key: [1] * many + [math.nan]})
+    assert f"{key[:80]}[{many}] is nan" in str(caught.value)
+    assert len(str(caught.value)) < 300

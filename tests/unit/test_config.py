@@ -163,7 +163,7 @@ def test_bad_variables_are_named(variable: str, text: str, expected: str) -> Non
         ("max_body", 0, "max_body: expected a number from 1 to 8,388,608, got 0"),
         ("max_deliveries", 0, "max_deliveries: expected a number from 1 to 1,000,000, got 0"),
         ("create_queues", 1, "create_queues: expected true or false, got 1"),
-        ("broker", 5, "broker: expected a string, got 5"),
+        ("broker", 5, "broker: expected a string, got int"),
     ],
 )
 def test_bad_arguments_are_named(setting: str, value: Any, expected: str) -> None:
@@ -177,6 +177,19 @@ def test_bad_arguments_are_named(setting: str, value: Any, expected: str) -> Non
 def test_max_body_can_be_raised_to_8_mib(value: int) -> None:
     """Both ends of the range are in it."""
     assert resolve({"max_body": value}, {}).max_body == value
+
+
+def test_a_broker_of_another_type_is_not_shown() -> None:
+    """There may be a password in it; and what derives from text is text."""
+
+    class Dsn(str):
+        def __repr__(self) -> str:
+            return "Dsn"
+
+    with pytest.raises(errors.Invalid, match=r"^broker: expected a string, got bytes$"):
+        resolve({"broker": b"redis://:secret@host"}, {})
+    found = resolve({"broker": Dsn("redis://:secret@host")}, {}).broker
+    assert (type(found), found) == (str, "redis://:secret@host")
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -299,6 +299,8 @@ def test_files_that_include_each_other_are_refused(write: Write) -> None:
         ("{kind: queue.consumer, id: a, queue: b}", "method is missing"),
         ("{kind: queue.consumer, id: a, queue: b, method: c, func: d}", "give either method or func"),
         ("{kind: queue.consumer, id: a, queue: b, method: c, auto_ack: maybe}", "expected true or false"),
+        ("{kind: queue.consumer, id: a, queue: b, method: ~}", "got ~, which is no value: leave it out, or quote it"),
+        ("{kind: queue.queue, name: null}", "got null, which is no value"),
         ("{kind: queue.queue, name: a, retry: {initial: -1}}", "expected a duration"),
         ("{kind: queue.queue, name: a, retry: {jitter: 2}}", "expected full, none or a fraction"),
         ("{kind: queue.queue, name: a, retry: fast}", "expected a mapping of initial"),
