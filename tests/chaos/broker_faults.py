@@ -425,3 +425,15 @@ def _check_copy(stage: Stage, site: SQLiteSite, worker: Program, load: Program, 
     missing = acked - started - stored
     stage.expect(not missing, f"{len(missing)} confirmed messages are not in the file: {sorted(missing)[:5]}")
     shutil.rmtree(folder)
+
+
+@broker_fault(on=("rabbitmq",), quick=("rabbitmq",))
+def slow_handlers_and_a_backlog(stage: Stage) -> None:
+    """Handlers that take long, of workers whose windows are wider than that: nobody takes them for cut off."""
+    workers = [stage.worker("-p", "1", "-c", "3") for _ in range(2)]
+    load = stage.load(messages=12, rate=0, ms=6000)
+    stage.finish(load)
+    stage.drain()
+    stage.expect(not any("gets nothing" in worker.log for worker in workers), "a worker took its connection for dead")
+    stage.balance(duplicates=0)
+    stage.stop_workers()
