@@ -206,6 +206,11 @@ class Executor:
         run.message.release()
         return _after(run, Failure(errors.CANCELED, "the handler was cancelled", True, run.trace))
 
+    def last_resort(self, job: Job, error: BaseException) -> Outcome:
+        """Return the outcome of a job around which kq itself failed: once more after a while, charged."""
+        failure = Failure(errors.INTERNAL, f"kq failed around the handler: {type(error).__name__}", True)
+        return after_failure(failure, self._specs(job.queue).policy, attempts=job.attempts + 1, crashes=job.crashes)
+
     def conclude(self, run: Run, outcome: Outcome) -> Outcome | None:
         """Return the outcome of a run if it counts; None where the message was settled before, which is logged."""
         if run.message.claim():
@@ -240,12 +245,6 @@ def timeout_outcome(
     text = f"handler {consumer.name} ran past its timeout of {consumer.timeout:g} s"
     failure = Failure(errors.TIMEOUT, text, True, trace)
     return after_failure(failure, policy, attempts=attempts + 1, crashes=crashes)
-
-
-def last_resort(job: Job, error: BaseException) -> Outcome:
-    """Return the outcome of a job around which kq itself failed: once more after a while, charged."""
-    failure = Failure(errors.INTERNAL, f"kq failed around the handler: {type(error).__name__}", True)
-    return after_failure(failure, RetryPolicy(), attempts=job.attempts + 1, crashes=job.crashes)
 
 
 def _wrap(middleware: HandleMiddleware, call: Callable[[Message, Any], Any]) -> Callable[[Message, Any], Any]:

@@ -11,7 +11,7 @@ from threading import Thread
 from time import monotonic
 from typing import Protocol
 
-from kq.executor import Executor, Job, Run, last_resort
+from kq.executor import Executor, Job, Run
 from kq.outcome import Outcome
 from kq.worker.slot import SlotTable
 
@@ -162,7 +162,7 @@ class EventLoop(Thread):
                 outcome = self._executor.conclude(prepared, outcome)
         except Exception as error:
             logger.exception("unexpected failure around %s of %s", job.id, job.queue)
-            outcome = last_resort(job, error)
+            outcome = self._executor.last_resort(job, error)
         self._runner.report(job, outcome)
         self._slots.leave(slot)
         self._free.append(slot)

@@ -19,7 +19,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from kq.errors import Invalid
-from kq.executor import Executor, Job, Run, last_resort
+from kq.executor import Executor, Job, Run
 from kq.outcome import DONE, Outcome
 from kq.shield import HandlerTimeout, Shield, carry
 from kq.worker.job_queue import JobQueue
@@ -295,7 +295,7 @@ class _HandlerThread(Thread):
             return self._executor.conclude(prepared, outcome)
         except Exception as error:
             logger.exception("unexpected failure around %s of %s", job.id, job.queue)
-            return last_resort(job, error)
+            return self._executor.last_resort(job, error)
 
     def _run(self, job: Job, run: Run) -> Outcome:
         timeout = run.consumer.timeout
