@@ -147,25 +147,21 @@ class RabbitBackend:
         results: list[Error | None] = [None] * len(batch)
         left = list(range(len(batch)))
         lane = self._lanes.idle()
+        #: By milliseconds, why a bucket cannot be had, which is no matter of what does not need it.
+        refused: dict[int, Error] = {}
         for last in (False, True):
+            # What is being sent; until then there is nothing that could have been answered.
             outgoing: list[Outgoing] = []
             try:
                 with self._errors:
                     if lane is None:
                         lane = self._lanes.fresh(deadline - monotonic())
                     lane.link.drain_all()
-                    ready = []
+                    self._make_buckets(lane, [batch[index].delay for index in left], refused)
                     for index in left:
-                        try:
-                            outgoing.append(self._outgoing(lane, batch[index]))
-                        except (AccessRefused, PreconditionFailed) as error:
-                            # Of the bucket of this one, which is no matter of the others.
-                            found = self._errors.ours(error)
-                            assert found is not None
-                            results[index] = _as_publish_error(found)
-                        else:
-                            ready.append(index)
-                    left = ready
+                        results[index] = refused.get(_bucket_of(batch[index]))
+                    left = [index for index in left if results[index] is None]
+                    outgoing = [_outgoing(batch[index]) for index in left]
                     answers = lane.publisher.send(outgoing, deadline)
             except Error as error:
                 # After any error the connection's state is unknown: never used again. What it has
@@ -205,21 +201,23 @@ class RabbitBackend:
             return results
         return results
 
-    def _outgoing(self, lane: Lane, publication: Publication) -> Outgoing:
-        envelope = publication.envelope
-        if publication.delay <= 0:
-            return Outgoing("", publication.queue.id, envelope)
-        milliseconds = bucket_for(publication.delay)
-        headers = {**envelope.headers, DELAY_LEFT: max(0.0, round(publication.delay - milliseconds / 1000, 3))}
-        if milliseconds not in lane.buckets:
+    def _make_buckets(self, lane: Lane, delays: Sequence[float], refused: dict[int, Error]) -> None:
+        """Have the queues of all buckets that these delays need; where one cannot be had, ``refused`` says why."""
+        for milliseconds in {bucket_for(delay) for delay in delays if delay > 0} - lane.buckets - refused.keys():
             name = bucket_name(milliseconds)
-            with lane.link.brief_channel() as channel:
-                channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
-                channel.queue_declare(name, durable=True, auto_delete=False, arguments=bucket_arguments(milliseconds))
-                channel.queue_bind(name, name)
-            lane.buckets.add(milliseconds)
-        delayed = Envelope(envelope.id, headers, envelope.properties, envelope.body)
-        return Outgoing(bucket_name(milliseconds), publication.queue.id, delayed)
+            try:
+                with lane.link.brief_channel() as channel:
+                    channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
+                    channel.queue_declare(
+                        name, durable=True, auto_delete=False, arguments=bucket_arguments(milliseconds)
+                    )
+                    channel.queue_bind(name, name)
+            except (AccessRefused, PreconditionFailed) as error:
+                found = self._errors.ours(error)
+                assert found is not None
+                refused[milliseconds] = _as_publish_error(found)
+            else:
+                lane.buckets.add(milliseconds)
 
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> RabbitFeed:
         """See `Backend.feed`."""
@@ -447,6 +445,21 @@ def _all_of(link: Link, queue: str) -> Iterator[Any]:
     for consumer in consumers:
         channel.basic_cancel(consumer)
     yield from arrived
+
+
+def _bucket_of(publication: Publication) -> int:
+    """Return the bucket that a message waits in first; 0 for none."""
+    return bucket_for(publication.delay) if publication.delay > 0 else 0
+
+
+def _outgoing(publication: Publication) -> Outgoing:
+    """Return a message as it is sent: to its queue, or to a bucket."""
+    envelope, milliseconds = publication.envelope, _bucket_of(publication)
+    if not milliseconds:
+        return Outgoing("", publication.queue.id, envelope)
+    headers = {**envelope.headers, DELAY_LEFT: max(0.0, round(publication.delay - milliseconds / 1000, 3))}
+    delayed = Envelope(envelope.id, headers, envelope.properties, envelope.body)
+    return Outgoing(bucket_name(milliseconds), publication.queue.id, delayed)
 
 
 def _is_to_be_sent_again(publication: Publication, error: Error | None) -> bool:

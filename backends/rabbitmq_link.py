@@ -15,7 +15,7 @@ from math import inf
 from time import monotonic
 from typing import Any, Final
 
-from amqp.exceptions import RecoverableConnectionError
+from amqp.exceptions import ChannelError, RecoverableConnectionError
 
 from kq.backend import BackendOptions
 from kq.backends.keepalive import keepalive
@@ -145,7 +145,12 @@ class Link:
     def brief_channel(self) -> Iterator[Any]:
         """One more channel for a moment. After an error it is not to be used again: most of them close it."""
         channel = self.open_channel()
-        yield channel
+        try:
+            yield channel
+        except ChannelError:
+            # The broker has closed it, and py-amqp has opened it anew.
+            channel.close()
+            raise
         channel.close()
 
     def write(self, frames: bytes, timeout: float) -> None:

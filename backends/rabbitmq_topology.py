@@ -37,7 +37,7 @@ import amqp
 from kq import clock
 from kq.backend import QueueSpec, unknown_options
 from kq.backends.rabbitmq_frame import legible
-from kq.envelope import COUNTERS, DEAD_COUNTERS, Envelope
+from kq.envelope import COUNTERS, DEAD_COUNTERS, DEAD_EXPIRY, DELIVERIES, Envelope
 from kq.errors import Invalid
 from kq.limit import MAX_DELAY
 
@@ -59,9 +59,13 @@ BUCKETS: Final[tuple[int, ...]] = tuple(
     if step * 10**decade <= MAX_DELAY * 1000
 )
 
-#: Characters of the longest header that kq writes, which is the end of a traceback; and how many it writes at most.
+#: The headers that kq writes, all of which fit into a frame; and bytes of the longest, which is a traceback's end.
+_OURS: Final = frozenset({
+    "x_kq", *COUNTERS, *DEAD_COUNTERS, DELIVERIES, "x_due_at", "x_delay_left", "x_expires_at", DEAD_EXPIRY, "x_sig",
+    "x_original_queue", "x_dead_letter_reason", "x_dead_letter_time", "x_error_kind", "x_error_message",
+    "x_error_traceback", "x_exit_code", "x_exit_signal", "x_peak_memory",
+})  # fmt: skip
 _LONG_HEADER: Final = 5_000
-_MOST_HEADERS: Final = 24
 #: The header of a message in a bucket that says how many seconds will be left after it.
 DELAY_LEFT: Final = "x_delay_left"
 
@@ -213,13 +217,14 @@ def without_history(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_strangers(envelope: Envelope) -> Envelope:
-    """Return a message whose headers take too much, with those of kq's that are as short as kq writes them."""
+    """Return a message whose headers take too much with kq's own only, as short as kq writes them."""
     kept = {
         key: value for key, value in envelope.headers.items()
-        if key.startswith("x_") and len(key) < _LONG_HEADER and len(str(value)) <= _LONG_HEADER
+        if key in _OURS and (isinstance(value, (int, float))
+                             or (isinstance(value, str) and len(value.encode("utf-8", "replace")) <= _LONG_HEADER))
     }  # fmt: skip
-    kept["x_headers_dropped"] = len(envelope.headers) - len(kept)
-    return Envelope(envelope.id, dict(list(kept.items())[-_MOST_HEADERS:]), envelope.properties, envelope.body)
+    dropped = len(envelope.headers) - len(kept)
+    return Envelope(envelope.id, {**kept, "x_headers_dropped": dropped}, envelope.properties, envelope.body)
 
 
 def read_count(headers: Mapping[str, Any], key: str) -> int:

@@ -276,6 +276,7 @@ class RedisStore:
 
     def wait(self, queues: Sequence[str], timeout: float, ahead: Ahead | None = None) -> list[str]:
         """See `Store.wait`."""
+        self._leave_to_parent()
         with self._mapped():
             if self._bell is None and queues:
                 # In the thread that renews leases: what it waits for must come to an end.
@@ -304,6 +305,7 @@ class RedisStore:
 
     def collect(self, *, withdraw: bool = False) -> list[tuple[Ahead, Taken]]:
         """See `Store.collect`."""
+        self._leave_to_parent()
         bell = self._bell
         if bell is not None and bell.ahead is not None:
             with self._mapped():
@@ -317,6 +319,13 @@ class RedisStore:
                 self._pass_on(self._rung)
         early, self._early = self._early, []
         return early
+
+    def _leave_to_parent(self) -> None:
+        """Forget a bell of a process that has forked this one, and what it has heard and taken."""
+        if self._bell is not None and self._bell.is_of_parent:
+            self._bell = None
+            self._rung.clear()
+            self._early.clear()
 
     def _withdrawn(self, bell: Bell) -> Ring:
         assert bell.number is not None

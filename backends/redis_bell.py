@@ -69,6 +69,11 @@ class Bell:
         self.number: int | None = number if can else None
 
     @property
+    def is_of_parent(self) -> bool:
+        """Whether a process waits on it that has forked this one."""
+        return self._connection.is_of_parent
+
+    @property
     def is_asked(self) -> bool:
         """Whether a call waits for its answer."""
         return bool(self._asked)

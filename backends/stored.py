@@ -224,24 +224,31 @@ class StoredBackend:
         counts = store.counts(dead.id)
         # What dies meanwhile comes behind all of these.
         left = counts.ready + counts.delayed
-        while left > 0 and (page := store.browse(dead.id, min(_PAGE, left), kept)):
-            left -= len(page)
-            before = moved
+        #: What could not be moved: somebody else has taken it, or it stays, and is passed over when it is seen again.
+        tried: set[str] = set()
+        while left > 0 and (page := store.browse(dead.id, _PAGE, kept)):
             moves = []
             for id, raw in page:
+                if id in tried:
+                    kept += 1
+                    continue
+                if not left:
+                    break
+                left -= 1
                 envelope = unpack_or_wrap(raw, id)
                 origin = envelope.headers.get("x_original_queue", target.id)
                 if origin == target.id and (wanted is None or envelope.id in wanted):
                     envelope = revive(envelope)
                     moves.append(Move(id, None, Entry(envelope.id, pack(envelope), envelope.priority)))
+                else:
+                    kept += 1
             for lot in in_lots(moves):
                 answers = store.move(dead.id, target.id, lot)
                 failed = next((answer for answer in answers if isinstance(answer, Error)), None)
                 if failed is not None:
                     raise failed
                 moved += sum(answer is True for answer in answers)
-            # The next ones have moved up.
-            kept += len(page) - (moved - before)
+                tried.update(move.id for move, answer in zip(lot, answers, strict=True) if not answer)
         return moved
 
     def check(self, handler_timeout: float | None = None) -> list[str]:

@@ -99,6 +99,8 @@ class StoredFeed:
         queue = min(self._heard_at, key=self._heard_at.__getitem__, default=None)
         if queue is not None and self._heard_at[queue] < now - _LOOK_ASIDE:
             self._look_at[queue] = 0.0
+            # Also where there is no room for its messages: then it is the next one's turn.
+            self._heard_at[queue] = now
 
     def _is_in_the_way(self, queue: str, credit: int, caps: Mapping[str, int]) -> bool:
         """Tell whether it is time to look into a queue, and what may still be taken ahead has the room for it."""

@@ -134,7 +134,8 @@ def resolve(
         else:
             section = document.security if setting in _SECURITY else document.settings
             # The groups of a file are those of the file's actor; here somebody else has named another one.
-            is_anothers = setting == "groups" and "actor" in values and origins["actor"] != _place(document, "actor")
+            theirs = document.security.places.get("actor")
+            is_anothers = setting == "groups" and theirs is not None and origins.get("actor") != str(theirs)
             if setting in section.values and not is_anothers:
                 values[setting] = _convert(setting, section.values[setting], kind)
                 origins[setting] = str(section.places[setting])
@@ -142,11 +143,6 @@ def resolve(
         driver = document.drivers[document.main].given
         values["broker"], origins["broker"] = driver.values["url"], str(driver.places["url"])
     return Settings(**values, origins=origins)
-
-
-def _place(document: config_file.Document, setting: str) -> str | None:
-    place = document.security.places.get(setting)
-    return None if place is None else str(place)
 
 
 def variable_of(setting: str) -> str:

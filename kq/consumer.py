@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
+from math import inf
 from queue import Empty, Queue
 from time import monotonic
 from typing import Any
@@ -106,7 +108,7 @@ class Consumer:
             on_deliveries=self._arrived,
         )
 
-    def receive(self, timeout: float | None = None) -> PulledMessage | None:
+    def receive(self, timeout: float | timedelta | None = None) -> PulledMessage | None:
         """Return the next message, or None after ``timeout``, seconds or a ``timedelta`` (None: wait for ever).
 
         Messages that expired or cannot be decoded go to the dead-letter queue on the way, and so do those that
@@ -115,7 +117,10 @@ class Consumer:
         Raises:
             Invalid: If the consumer is closed, or another thread closes it meanwhile.
         """
-        deadline = None if timeout is None else monotonic() + limit.seconds("timeout", timeout)
+        if isinstance(timeout, (int, float)) and timeout < 0:
+            # What is left of a time that is over.
+            timeout = 0.0
+        deadline = None if timeout is None else monotonic() + limit.seconds("timeout", timeout, maximum=inf)
         while True:
             try:
                 left = None if deadline is None else max(0.0, deadline - monotonic())

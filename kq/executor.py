@@ -209,7 +209,11 @@ class Executor:
     def last_resort(self, job: Job, error: BaseException) -> Outcome:
         """Return the outcome of a job around which kq itself failed: once more after a while, charged."""
         failure = Failure(errors.INTERNAL, f"kq failed around the handler: {type(error).__name__}", True)
-        return after_failure(failure, self._specs(job.queue).policy, attempts=job.attempts + 1, crashes=job.crashes)
+        policy = self._specs(job.queue).policy
+        consumer = self._router.resolve(job.queue, None, job.consumer)
+        if consumer is not None:
+            policy = consumer.policy(policy)
+        return after_failure(failure, policy, attempts=job.attempts + 1, crashes=job.crashes)
 
     def conclude(self, run: Run, outcome: Outcome) -> Outcome | None:
         """Return the outcome of a run if it counts; None where the message was settled before, which is logged."""

@@ -133,9 +133,7 @@ class GroupCommit:
                 # The others go when their own time is over.
                 self._lead(group, ticket.deadline)
             else:
-                # From here on it is the other thread's, also where this one is interrupted.
-                aside, group = group, []
-                self._lead_aside(aside, ticket)
+                self._lead_aside(group, ticket)
         except BaseException:
             self._let_go(group, ticket)
             raise
@@ -193,16 +191,20 @@ class GroupCommit:
         """Commit in a thread of its own, and wait for it no longer than the caller can.
 
         For where a call may take longer than it should: connecting, finding the broker's address, declaring a queue;
-        or where the caller's time is nearly over, and that of the others is not.
+        or where the caller's time is nearly over, and that of the others is not. ``group`` is empty once it is that
+        thread's, also where this one is interrupted.
         """
         failure: list[BaseException] = []
+        aside = list(group)
 
         def lead() -> None:
+            with self._lock:
+                self._under_way.add(id(aside))
             try:
-                self._lead(group, max(ticket.deadline for ticket in group))
+                self._lead(aside, max(ticket.deadline for ticket in aside))
             except BaseException as error:
                 failure.append(error)
-                self._let_go(group, mine)
+                self._let_go(aside, mine)
 
         try:
             Thread(target=lead, name="kq-commit", daemon=True).start()
@@ -210,6 +212,8 @@ class GroupCommit:
             # No room for one more. Then here, however long it takes.
             lead()
         with self._lock:
+            self._under_way.discard(id(group))
+            group.clear()
             self._turn.wait_for(lambda: mine.results is not None or failure, mine.deadline - monotonic())
         if failure:
             raise failure[0]

@@ -180,17 +180,17 @@ class Producer:
 
         What is being published on behalf of tasks is waited for, ``publish_timeout`` seconds at most.
         """
-        patience = self._registry.settings.publish_timeout
+        until = monotonic() + self._registry.settings.publish_timeout
         with self._threads_lock:
             commits, self._async_commits = self._async_commits, {}
             threads, self._threads = self._threads, {}
             submitted = list(self._submitted)
         for async_commit in commits.values():
-            async_commit.close(patience)
+            async_commit.close(max(0.0, until - monotonic()))
         if get_ident() in self._submitting:
             self._left_open += threads.values()
         else:
-            _shut_down(threads.values(), submitted, patience)
+            _shut_down(threads.values(), submitted, max(0.0, until - monotonic()))
         if self._own:
             self._registry.close()
 

@@ -6,7 +6,7 @@ import difflib
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -182,7 +182,10 @@ def _so_far(published: int, error: Error) -> str:
 def _count_lines(lines: TextIO) -> int | None:
     if not lines.seekable():
         return None
-    count = sum(1 for line in lines if line.strip())
+    count: int | None = None
+    # A line that is no text is named where it is read.
+    with suppress(ValueError):
+        count = sum(1 for line in lines if line.strip())
     lines.seek(0)
     return count
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from kq.outcome import Death
 from kq.worker.slot import SlotTable
-from kq.worker.start import FOLDER
+from kq.worker.start import folder
 
 #: Bytes that the system is to hold of what a child has not read yet; it may allow less.
 _SEND_BUFFER = 1 << 20
@@ -80,7 +80,7 @@ class Process:
                 popen = subprocess.Popen(
                     [sys.executable, "-m", "kq.worker.child", *map(str, numbers)],
                     pass_fds=(theirs.fileno(), slots.fd),
-                    cwd=FOLDER,
+                    cwd=folder(),
                     stdin=subprocess.DEVNULL,
                     # A session of its own: the terminal's Ctrl-C is the supervisor's, and one kill
                     # reaches whatever a handler has started.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from threading import Thread
 from typing import Any, NoReturn
 
-from kq.worker.start import FOLDER
+from kq.worker.start import folder
 
 #: Seconds that loading the app may take.
 _PATIENCE = 120.0
@@ -66,7 +66,7 @@ class Trial(Thread):
         try:
             done = subprocess.run(
                 self._command, input=self._input, capture_output=True, text=True, errors="replace", timeout=_PATIENCE,
-                check=False, cwd=FOLDER,
+                check=False, cwd=folder(),
             )  # fmt: skip
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             self.mistake = f"it could not be tried: {error}"
@@ -89,6 +89,6 @@ def start_anew() -> NoReturn:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
-    if FOLDER is not None:
-        os.chdir(FOLDER)
+    if (start := folder()) is not None:
+        os.chdir(start)
     os.execv(sys.executable, sys.orig_argv)

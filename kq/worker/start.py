@@ -14,5 +14,10 @@ def _current() -> str | None:
         return None
 
 
-#: Imported before the app is. None where there is no such folder.
-FOLDER: Final = _current()
+#: Noted before the app is imported.
+_FOLDER: Final = _current()
+
+
+def folder() -> str | None:
+    """Return the folder; None where it is gone, and things start wherever this process is."""
+    return _FOLDER if _FOLDER is not None and os.path.isdir(_FOLDER) else None

@@ -122,6 +122,8 @@ class Worker:
         self._replace = False
         self._trial: Trial | None = None
         self._dump = False
+        #: What the app, and the files that its connections were made with, were like when it started.
+        self._fingerprint = ""
         #: Whether it has stopped in order to be started anew, with new code and configuration.
         self.restart = False
         self._ready = Event()
@@ -144,6 +146,7 @@ class Worker:
         if self._app_path is not None:
             # The process is the worker's; where it is embedded, memory is its host's affair.
             give_large_blocks_back()
+            self._fingerprint = self._app.fingerprint()
         with ExitStack() as stack:
             backends = stack.enter_context(self._backends())
             for number, handler in self._install_signals().items():
@@ -458,7 +461,7 @@ class Worker:
                 "queues": None if queues is None else list(queues),
                 "connect_timeout": self.options.connect_timeout,
             }
-            self._trial = Trial(self._app_path, self._registry.overrides, self._app.fingerprint(), options, self._wake)
+            self._trial = Trial(self._app_path, self._registry.overrides, self._fingerprint, options, self._wake)
             self._trial.begin()
         if self._trial is not None and self._trial.ended:
             trial, self._trial = self._trial, None
@@ -475,7 +478,7 @@ class Worker:
                 "replaced cannot start until this is mended: %s",
                 trial.mistake, extra={"action": "reload_failed"},
             )  # fmt: skip
-        elif trial.fingerprint == self._app.fingerprint() and not self._threads:
+        elif trial.fingerprint == self._fingerprint and not self._threads:
             logger.info("replacing the children", extra={"action": "reload"})
             pool.replace()
         else:

@@ -357,6 +357,42 @@ def test_a_wake_up_that_comes_while_there_is_no_room_is_not_forgotten(bench: Ben
 
 
 @ON_RABBITMQ
+def test_what_was_answered_before_answers_nothing_later(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a batch comes to grief before any of it is sent, it is not taken for what was answered before."""
+    backend: Any = bench.backend
+    bench.publish(*(bench.message() for _ in range(3)))
+
+    def break_down(*arguments: object) -> None:
+        raise OSError("the wire is cut")
+
+    monkeypatch.setattr(backend, "_make_buckets", break_down)
+    results = backend.publish([bench.message("plain"), bench.message("delayed", delay=60)], 5.0)
+    assert [error.details["reason"] for error in results] == ["unavailable"] * 2
+    assert backend.info(bench.queue).ready == 3
+
+
+@ON_RABBITMQ
+def test_a_bucket_that_cannot_be_had_is_no_matter_of_others(bench: Bench) -> None:
+    """Only what is delayed by as much is refused, and no channel is left open each time."""
+    name = "kq.delay.20000000"
+    backend: Any = bench.backend
+    with amqp_channel() as channel:
+        channel.exchange_declare(name, "direct", durable=False, auto_delete=False)
+    try:
+        for _ in range(3):
+            other = bench.message("delayed", delay=20_000)
+            results = backend.publish([bench.message(), other, other, bench.message()], 10.0)
+            assert [result is None for result in results] == [True, False, False, True]
+            assert results[1].details["reason"] == "refused"
+        (lane,) = backend._lanes._idle
+        assert len(lane.link.connection.channels) <= 3
+    finally:
+        with amqp_channel() as channel:
+            channel.exchange_delete(name)
+    assert backend.info(bench.queue).ready == 6
+
+
+@ON_RABBITMQ
 def test_a_full_window_is_no_reason_to_connect_anew(bench: Bench) -> None:
     """What was pushed and is not handed over fills the window as well: that nothing more comes says nothing."""
     bench.publish(*(bench.message() for _ in range(10)))
