@@ -224,12 +224,20 @@ class StoredBackend:
         counts = store.counts(dead.id)
         # What dies meanwhile comes behind all of these.
         left = counts.ready + counts.delayed
-        #: What could not be moved: somebody else has taken it, or it stays, and is passed over when it is seen again.
-        tried: set[str] = set()
-        while left > 0 and (page := store.browse(dead.id, _PAGE, kept)):
+        #: What stays, and what could not be moved, which stays or has been taken: passed over when it is seen again.
+        seen: set[str] = set()
+        left_before = 0
+        while left > 0:
+            page = store.browse(dead.id, _PAGE, kept)
+            if not page:
+                if left == left_before:
+                    break
+                # Somebody has taken some of those that are passed over: once more from the beginning.
+                left_before, kept = left, 0
+                continue
             moves = []
             for id, raw in page:
-                if id in tried:
+                if id in seen:
                     kept += 1
                     continue
                 if not left:
@@ -242,13 +250,14 @@ class StoredBackend:
                     moves.append(Move(id, None, Entry(envelope.id, pack(envelope), envelope.priority)))
                 else:
                     kept += 1
+                    seen.add(id)
             for lot in in_lots(moves):
                 answers = store.move(dead.id, target.id, lot)
                 failed = next((answer for answer in answers if isinstance(answer, Error)), None)
                 if failed is not None:
                     raise failed
                 moved += sum(answer is True for answer in answers)
-                tried.update(move.id for move, answer in zip(lot, answers, strict=True) if not answer)
+                seen.update(move.id for move, answer in zip(lot, answers, strict=True) if not answer)
         return moved
 
     def check(self, handler_timeout: float | None = None) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from math import inf
 from queue import Empty, Queue
 from time import monotonic
 from typing import Any
@@ -117,10 +116,12 @@ class Consumer:
         Raises:
             Invalid: If the consumer is closed, or another thread closes it meanwhile.
         """
+        if isinstance(timeout, timedelta):
+            timeout = timeout.total_seconds()
         if isinstance(timeout, (int, float)) and timeout < 0:
             # What is left of a time that is over.
             timeout = 0.0
-        deadline = None if timeout is None else monotonic() + limit.seconds("timeout", timeout, maximum=inf)
+        deadline = None if timeout is None else monotonic() + limit.seconds("timeout", timeout)
         while True:
             try:
                 left = None if deadline is None else max(0.0, deadline - monotonic())

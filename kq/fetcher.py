@@ -303,6 +303,8 @@ class Fetcher(Thread):
         if monotonic() >= self._renew_at:
             feed.renew()
             self._renew_at = monotonic() + self._renew_every
+            # Before anything is fetched: what was lost may come with it.
+            self._say_lost()
 
     def _carry_out(self, feed: Feed, batch: list[Settlement]) -> Settling:
         try:

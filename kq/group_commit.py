@@ -199,7 +199,12 @@ class GroupCommit:
 
         def lead() -> None:
             with self._lock:
+                if mine.results is not None:
+                    # Whoever was to wait for it has been interrupted before this began, and has let go of it.
+                    return
+                self._under_way.discard(id(group))
                 self._under_way.add(id(aside))
+                group.clear()
             try:
                 self._lead(aside, max(ticket.deadline for ticket in aside))
             except BaseException as error:
@@ -212,8 +217,6 @@ class GroupCommit:
             # No room for one more. Then here, however long it takes.
             lead()
         with self._lock:
-            self._under_way.discard(id(group))
-            group.clear()
             self._turn.wait_for(lambda: mine.results is not None or failure, mine.deadline - monotonic())
         if failure:
             raise failure[0]

@@ -353,6 +353,9 @@ class Supervisor:
 
     def _admit(self) -> None:
         assert self._intake is not None
+        if self._has_lost:
+            # What has just arrived may be what was lost before, and runs here.
+            self._look_for_lost()
         while self._arrivals:
             for delivery in self._arrivals.popleft():
                 if delivery.lost:

@@ -21,7 +21,7 @@ from kq.backend import Delivery, Settlement
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import BrokerAway, Entry
-from kq.envelope import Envelope, pack
+from kq.envelope import Envelope, clean, pack
 from kq.errors import Internal
 from kq.outcome import DONE, RELEASE, Failure, Outcome
 from tests.broker import Broker, amqp_channel
@@ -317,6 +317,22 @@ def test_an_odd_id_in_an_envelope_is_no_matter(bench: Bench) -> None:
     assert feed.settle([Settlement(delivery, Outcome("dead", 0.0, 0, 0, "undecodable"))]) == ([], [])
     (letter,) = bench.backend.browse(bench.dead, 10, 0)
     assert letter.id == "\x01zz"
+
+
+@ON_STORES
+def test_a_replay_passes_over_what_stays_and_misses_nothing(bench: Bench) -> None:
+    """What cannot be moved, and what came from elsewhere, hides no letter, wherever a page ends."""
+    bench.publish(bench.message("waits"))
+    mine, elsewhere = {"x_original_queue": bench.queue.id}, {"x_original_queue": "app:elsewhere"}
+    letters = [bench.message("waits", queue=bench.dead, headers=mine)]
+    letters += [bench.message(f"other{n}", queue=bench.dead, headers=elsewhere) for n in range(199)]
+    letters += [bench.message(f"mine{n}", queue=bench.dead, headers=mine) for n in range(3)]
+    for letter in letters:
+        bench.publish(letter)
+
+    assert bench.backend.replay(bench.dead, None, bench.queue, clean) == 3
+    assert bench.backend.info(bench.queue).ready == 4
+    assert bench.backend.replay(bench.dead, ["mine1", "waits"], bench.queue, clean) == 0
 
 
 @ON_STORES
