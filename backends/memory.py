@@ -391,8 +391,14 @@ class MemoryStore(TakesNothingAhead):
 
     def _more_in(self, queue: _Queue, now: float) -> int | None:
         moments = [message.until for message in queue.held.values()]
-        if queue.delayed:
-            moments.append(queue.delayed[0][0])
+        while queue.delayed:
+            due, place, id = queue.delayed[0]
+            message = queue.messages.get(id)
+            if message is not None and message.place == place and id not in queue.held:
+                moments.append(due)
+                break
+            # Purged, or moved.
+            heapq.heappop(queue.delayed)
         return None if not moments else max(1, round((min(moments) - now) * 1000 + 0.5))
 
     def _in_order(self, queue: _Queue) -> list[str]:

@@ -220,7 +220,8 @@ if not plain then
   if wrong then return wrong end
   for i, key in ipairs(lines) do lines[i] = P .. key end
 end
-if not string.match(call('GET', P .. 'n') or '0', '^%d+$') then
+local given = call('GET', P .. 'n') or '0'
+if not string.match(given, '^%d+$') then
   return redis.error_reply('ERR ' .. P .. 'n should hold a number, larger than any in ' .. P .. 't')
 end
 
@@ -287,7 +288,9 @@ end
 local out = {}
 local token = 0
 if #ids > 0 then
-  token = call('INCRBY', P .. 'n', #ids) - #ids + 1
+  -- Not before the time in microseconds: what is lost with a deleted queue, or a server, is not counted anew.
+  token = math.max(tonumber(given) + 1, at * 1000)
+  call('INCRBY', P .. 'n', number(token + #ids - 1 - tonumber(given)))
   local states, ends = {}, {}
   if not plain then
     states, ends = call('HMGET', P .. 's', unpack(ids)), call('HMGET', P .. 'x', unpack(ids))

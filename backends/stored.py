@@ -107,7 +107,8 @@ class StoredBackend:
                         f"queue {queue.id} exists with {name}={found[name]!r}, declared here with {name}={value!r}; "
                         "declare it alike, or delete the queue first"
                     )
-        self._max_length[queue.id] = queue.max_length if found is None else found.get("max_length")
+        # Somebody who is not kq may have made the queue, without a word about that.
+        self._max_length[queue.id] = (found or {}).get("max_length", queue.max_length)
         if queue.dead_letter is not None:
             store.declare(queue.dead_letter, {})
 

@@ -17,7 +17,7 @@ import redis
 
 import kq
 from kq import clock, errors
-from kq.backend import Delivery, Settlement
+from kq.backend import Delivery, QueueSpec, Settlement
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import BrokerAway, Entry
@@ -370,6 +370,36 @@ def test_a_wake_up_that_comes_while_there_is_no_room_is_not_forgotten(bench: Ben
     feed.wait(0.2)
     feed.settle([Settlement(delivery, DONE)])
     assert [found.id for found in bench.take(feed, 1, within=2.5)] == ["b"]
+
+
+@ON_STORES
+def test_a_lease_on_a_deleted_queue_is_none_on_the_next_one_of_its_name(bench: Bench) -> None:
+    """Tokens are never given twice: who has one of before ends nobody's lease, and learns that its own is lost."""
+    first = bench.feed()
+    bench.publish(bench.message("same"))
+    (before,) = bench.take(first, 1)
+    bench.delete(bench.queue.id)
+    bench.backend.declare(bench.queue, create=True, exact=True)
+    bench.publish(bench.message("same"))
+    (now,) = bench.take(bench.feed(), 1)
+    first.renew()
+
+    assert before.lost
+    assert first.settle([Settlement(before, DONE)]).late
+    assert not now.lost
+    assert bench.backend.info(bench.queue).in_flight == 1
+
+
+@ON_STORES
+def test_a_limit_holds_on_a_queue_that_somebody_else_has_made(bench: Bench) -> None:
+    """Who made it without a word of the limit has not said that there is none."""
+    id = bench.broker.queue_id("made")
+    store: Any = bench.feed()._store  # type: ignore[attr-defined]
+    store.declare(id, {})
+    queue = QueueSpec(id, max_length=2)
+    bench.backend.declare(queue, create=True, exact=True)
+    results = bench.backend.publish([bench.message(queue=queue) for _ in range(3)], 10.0)
+    assert [result is None for result in results] == [True, True, False]
 
 
 @ON_RABBITMQ
