@@ -149,6 +149,9 @@ class Channel(TopologyChannel):
     def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **kwargs: Any) -> Any:
         if exchange:
             self._load_topology()
+            if kwargs.get("mandatory") and not self._lookup(exchange, routing_key):
+                text = f"no queue takes a message for {routing_key!r} from the exchange {exchange!r}"
+                raise Internal(text, details={"reason": "unroutable"})
         return super().basic_publish(message, exchange, routing_key, **kwargs)
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
@@ -315,7 +318,8 @@ class Channel(TopologyChannel):
             self.end(tag, "ack")
             return
         payload = to_payload(lease, queue, tag)
-        key = arguments.get("x-dead-letter-routing-key") or queue
+        # As AMQP has it: by the key that it was published with, unless the queue names another one.
+        key = arguments.get("x-dead-letter-routing-key") or payload["properties"]["delivery_info"]["routing_key"]
         payload["properties"].pop("expiration", None)
         payload["properties"]["delivery_info"] = {"exchange": exchange, "routing_key": key}
         if exchange:
@@ -339,10 +343,12 @@ class Channel(TopologyChannel):
         return self.store.arguments(queue) is not None
 
     def queue_delete(self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: Any) -> None:
-        if if_empty and self._size(queue):
-            return
-        if if_unused and self.store.counts(queue).consumers:
-            return
+        if if_empty or if_unused:
+            counts = self.store.counts(queue)
+            if if_empty and counts.ready + counts.delayed + counts.leased:
+                return
+            if if_unused and counts.consumers:
+                return
         self.unbind_everywhere(queue)
         self.store.delete(queue)
 
@@ -456,7 +462,8 @@ class Transport(virtual.Transport):
 
     def keep_leases(self) -> None:
         """Have the leases of all channels renewed from now on."""
-        if self._keeper is None:
+        # It is not there in a process that was forked from the one that has it.
+        if self._keeper is None or not self._keeper.is_alive():
             self._keeper = _LeaseKeeper(self)
             self._keeper.start()
 

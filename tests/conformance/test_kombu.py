@@ -9,6 +9,7 @@ import kombu
 import pytest
 from kombu import Exchange, Producer, Queue
 
+import kq
 import kq.backends
 from kq.errors import Internal
 from tests.broker import Broker
@@ -125,3 +126,46 @@ def test_a_full_queue_is_a_channel_error(program: Program) -> None:
         program.producer.publish("b", routing_key=queue.name)
     assert isinstance(caught.value, Internal)
     assert program.drain(queue) == ["a"]
+
+
+def test_a_reject_goes_by_the_messages_own_key(program: Program) -> None:
+    """As AMQP has it: the dead-letter exchange sees the key that the message was published with."""
+    events, graveyard = (Exchange(program.broker.queue_id(name), type="topic") for name in ("events", "graveyard"))
+    work = program.queue(exchange=events, key="orders.*", queue_arguments={"x-dead-letter-exchange": graveyard.name})
+    dead = program.queue(exchange=graveyard, key="orders.new")
+    program.producer.publish("rejected", exchange=events, routing_key="orders.new")
+    work.get().reject()
+    assert program.drain(dead) == ["rejected"]
+
+
+def test_what_is_rejected_on_a_queue_of_kqs_is_a_dead_letter(program: Program) -> None:
+    """With its reason, and in its order, as on RabbitMQ."""
+    queue_id = program.broker.queue_id()
+    with kq.App("test", broker=program.broker.url) as app:
+        ids = app.publish_many(queue_id, [1, 2])
+        queue = Queue(queue_id, Exchange(""), routing_key=queue_id)(program.channel)
+        for _ in ids:
+            queue.get().reject()
+        letters = app.dead(queue_id).list()
+        assert [(letter.id, letter.payload, letter.reason) for letter in letters] == [
+            (ids[0], 1, "rejected"), (ids[1], 2, "rejected"),
+        ]  # fmt: skip
+
+
+def test_what_must_be_routed_and_cannot_be_is_an_error(program: Program) -> None:
+    """`mandatory` is a question whether anybody will ever see the message."""
+    exchange = Exchange(program.broker.queue_id("exchange"), type="direct")
+    queue = program.queue(exchange=exchange, key="somebody")
+    program.producer.publish("a", exchange=exchange, routing_key="somebody", mandatory=True)
+    with pytest.raises(Internal, match="no queue takes"):
+        program.producer.publish("b", exchange=exchange, routing_key="nobody", mandatory=True)
+    assert program.drain(queue) == ["a"]
+
+
+def test_what_is_delayed_is_in_a_queue(program: Program) -> None:
+    """It is not empty, and is not deleted as if it were."""
+    queue_id = program.broker.queue_id()
+    with kq.App("test", broker=program.broker.url) as app:
+        app.publish(queue_id, 1, delay=600)
+        program.channel.queue_delete(queue_id, if_empty=True)
+        assert app.info(queue_id).delayed == 1
