@@ -17,6 +17,7 @@ import msgspec
 from kq import errors, limit
 from kq.admission import Admission, Distrust, Refused
 from kq.backend import QueueSpec
+from kq.envelope import unpack
 from kq.failure_log import logger
 from kq.handler import HERE
 from kq.message import Message, Settled, enter, leave
@@ -127,7 +128,8 @@ class Executor:
         """
         spec = self._specs(job.queue)
         try:
-            envelope = self._admission.open(spec, job.raw, job.replayed)
+            # What is acknowledged was admitted before that, and is not to be too old by now.
+            envelope = unpack(job.raw) if job.settled else self._admission.open(spec, job.raw, job.replayed)
             consumer = self._admission.route(job.queue, envelope, job.consumer)
             payload = self._admission.decode(spec, envelope)
         except Refused as refused:

@@ -194,6 +194,8 @@ class Fetcher(Thread):
                 self._say_lost()
             except Error as error:
                 self._say_lost()
+                # What waits for the others is not to wait for a broker that is away, if that has nothing to settle.
+                self._say_settled()
                 self._back_off(error)
             except Exception:
                 logger.exception("unexpected failure in the fetcher", extra={"action": "fetcher_failed"})

@@ -319,7 +319,11 @@ class Registry:
         self.backend(spec.driver).declare(
             spec, create=self.create_queues or self.is_declared(spec.id), exact=self.is_exact(spec.id)
         )
-        self._confirmed[spec.driver].add(spec.id)
+        confirmed = self._confirmed[spec.driver]
+        if len(confirmed) >= _ASSUMED_MOST:
+            # Some publishers have a new queue for each client: declared once more is no matter.
+            confirmed.clear()
+        confirmed.add(spec.id)
 
     def ensure_declared(self, spec: QueueSpec) -> None:
         """Have a queue declared, as `ensure` does, if the app says that there is such a queue."""

@@ -61,7 +61,7 @@ def worker(
     from kq.worker.log import configure
     from kq.worker.option import WorkerOptions
     from kq.worker.pool import StartFailed
-    from kq.worker.prefork import prefork
+    from kq.worker.prefork import fill_standard_streams, prefork
     from kq.worker.reload import start_anew
     from kq.worker.worker import Worker
 
@@ -74,15 +74,17 @@ def worker(
             "name the app, as package.module:attribute, e.g. kq worker shop:app; "
             "or a configuration file that declares consumers, e.g. kq worker --config kq.yaml"
         )
+    fill_standard_streams()
     # Before the app's module can do so, and once more when it is known what its file says.
     configure(given["log_level"], given["log_format"], loaded=False)
     with prefork(_forks(broker, given), given["concurrency"]) as forks:
         found = load(path, broker)
         try:
-            options = WorkerOptions(**_with_file(given, found.document.worker.values))
+            in_file = _unsaid(given).intersection(found.document.worker.values)
+            options = WorkerOptions(**{**given, **{name: found.document.worker.values[name] for name in in_file}})
             found.declarations.load_handlers()
             configure(options.log_level, options.log_format, loaded=True)
-            running = Worker(found, app_path=path or "", options=options, forks=forks)
+            running = Worker(found, app_path=path or "", options=options, forks=forks, in_file=in_file)
             running.run()
         except Invalid as error:
             raise ConfigurationError(error.message) from error
@@ -106,8 +108,7 @@ def _forks(broker: str | None, given: Mapping[str, Any]) -> int:
     return given["processes"] or os.cpu_count() or 1
 
 
-def _with_file(given: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options, from the file where neither the command line nor the environment says anything."""
+def _unsaid(given: Mapping[str, Any]) -> set[str]:
+    """Return the options of which neither the command line nor the environment says anything."""
     source = click.get_current_context().get_parameter_source
-    unsaid = {name for name in given if source(name) is ParameterSource.DEFAULT}
-    return {name: file.get(name, value) if name in unsaid else value for name, value in given.items()}
+    return {name for name in given if source(name) is ParameterSource.DEFAULT}

@@ -122,9 +122,10 @@ class Dispatcher:
     def start_anyway(self) -> None:
         """Hand out what was acknowledged beforehand: it runs here or never."""
         places = [place for place in self._pool.places if place.ready and place.accepting]
-        settled = [flight for flight in self._backlog if flight.settled]
-        for number, flight in enumerate(settled if places else []):
-            self._backlog.remove(flight)
+        lines = (self._backlog, self._alone)
+        settled = [(line, flight) for line in lines for flight in line if flight.settled]
+        for number, (line, flight) in enumerate(settled if places else []):
+            line.remove(flight)
             consumer = self._turns[flight.delivery.queue].take_anyway()
             self._submit(places[number % len(places)], [(flight, consumer)])
 

@@ -27,6 +27,16 @@ _TITLE: Final = b"kq.worker.child, forked"
 _ARG_START: Final = 45
 
 
+def fill_standard_streams() -> None:
+    """Open those descriptors of the standard streams that are closed.
+
+    Else a socket or a table of a child that is started later might have the number, which is the child's output.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
 @contextmanager
 def prefork(count: int, concurrency: int) -> Iterator[list[Process]]:
     """Fork this process, and end at the end those forks that nobody has taken from the list.

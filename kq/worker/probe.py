@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Final
 
 from kq.errors import Error
 from kq.target import open_app
 from kq.worker.option import WorkerOptions
 from kq.worker.worker import Worker
+
+#: Options of a worker by which it may be unable to start.
+_ASKED: Final = ("queues", "connect_timeout", "pool")
 
 
 def main(app_path: str) -> int:
@@ -23,8 +27,10 @@ def main(app_path: str) -> int:
     try:
         app = open_app(app_path, running["overrides"])
         app.declarations.check_drivers()
+        file = app.document.worker.values
+        options = {**{name: file[name] for name in _ASKED if name in file}, **running["options"]}
         # It refuses what it could not work on.
-        worker = Worker(app, app_path=app_path, options=WorkerOptions(**running["options"]), quiet=True)
+        worker = Worker(app, app_path=app_path, options=WorkerOptions(**options), quiet=True)
         if app.fingerprint() != running["fingerprint"]:
             worker.rehearse()
     except Error as error:

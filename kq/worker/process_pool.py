@@ -408,7 +408,8 @@ class ProcessPool:
         if self._timeout_of is not None:
             for child in self._children:
                 for slot in child.slots.running():
-                    limit = self._timeout_of(slot.tag)
+                    # One that has been killed for it is waited for.
+                    limit = None if child.late else self._timeout_of(slot.tag)
                     if limit is not None:
                         timeout = min(timeout, max(0.0, slot.started_at + limit + KILL_AFTER + 0.01 - now))
                 if child.tags:

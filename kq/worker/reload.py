@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from threading import Thread
 from typing import Any, NoReturn
 
@@ -27,7 +28,8 @@ class Trial(Thread):
         app_path: ``module:attribute``; empty for the app that the configuration file describes.
         overrides: Settings that the command line changed, by name.
         fingerprint: What `App.fingerprint` says of the worker that runs.
-        options: Of its `WorkerOptions` those that say what it consumes and how long it tries to connect.
+        options: Of its `WorkerOptions` those that say what it consumes, how, and how long it tries to connect, but for
+            what stands in the configuration file.
         on_end: Called in this thread when the answer is there.
 
     Attributes:
@@ -87,8 +89,10 @@ def start_anew() -> NoReturn:
     if hasattr(signal, "SIGHUP"):
         # Being ignored outlives the change; a HUP in between would end the new one before it listens.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # They may be closed, or nobody may read them; they are None where they were closed from the start.
+        with suppress(Exception):
+            stream.flush()
     if (start := folder()) is not None:
         os.chdir(start)
     os.execv(sys.executable, sys.orig_argv)

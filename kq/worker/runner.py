@@ -23,6 +23,7 @@ from kq.executor import Executor, Job, Run
 from kq.outcome import DONE, Outcome
 from kq.shield import HandlerTimeout, Shield, carry
 from kq.worker.job_queue import JobQueue
+from kq.worker.process import flush
 from kq.worker.slot import UNSENT_MAX, SlotTable
 from kq.worker.wire_queue import Wire, WireQueue
 
@@ -170,9 +171,10 @@ class Runner:
         It would settle a message that is its original's affair, and run what waits in its copy of the queue.
         """
         if os.getpid() != self._pid:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(outcome is not DONE)
+            try:
+                flush()
+            finally:
+                os._exit(outcome is not DONE)
 
     def break_off(self, error: BaseException) -> None:
         """Say that this thread cannot go on, because of an exception that is being handled."""

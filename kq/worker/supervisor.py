@@ -258,7 +258,8 @@ class Supervisor:
         Else the same message would run here twice at the same time.
         """
         flight = self._adrift.get((delivery.queue, delivery.id))
-        if flight is None:
+        if flight is None or flight.settled:
+            # One that its handler has settled ends as was said then.
             return False
         was = flight.delivery
         if not _is_same(was, delivery):

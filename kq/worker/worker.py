@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import Event, Thread, current_thread, main_thread
 from time import monotonic
@@ -86,6 +86,7 @@ class Worker:
         quiet: Whether to keep the start and the end out of the log.
         forks: Processes that wait to become the first children. Those that are used are taken from the list, and
             those that do not fit the options are ended; any others are still the caller's.
+        in_file: Which options are those of the configuration file, where they may be others at the next reload.
 
     Raises:
         Invalid: If there is nothing to consume, or the pool does not fit.
@@ -100,6 +101,7 @@ class Worker:
         idle_until: float | None = None,
         quiet: bool = False,
         forks: list[Process] | None = None,
+        in_file: Collection[str] = (),
     ) -> None:
         self._app = app
         self._app_path = app_path
@@ -107,6 +109,7 @@ class Worker:
         self._idle_until = idle_until
         self._quiet = quiet
         self._forks = [] if forks is None else forks
+        self._in_file = frozenset(in_file)
         self._registry = app.registry
         self._consumers = self._choose()
         self._specs = {queue: self._registry.spec(queue) for queue in self._consumers}
@@ -460,7 +463,10 @@ class Worker:
             options = {
                 "queues": None if queues is None else list(queues),
                 "connect_timeout": self.options.connect_timeout,
+                "pool": self.options.pool,
             }
+            # What the file said then it may say otherwise now.
+            options = {name: value for name, value in options.items() if name not in self._in_file}
             self._trial = Trial(self._app_path, self._registry.overrides, self._fingerprint, options, self._wake)
             self._trial.begin()
         if self._trial is not None and self._trial.ended:

@@ -283,6 +283,29 @@ def test_reload_is_all_or_nothing(local: Project) -> None:
     assert worker.wait(PATIENCE) == 0
 
 
+def test_a_reload_tries_what_the_file_says_of_the_worker_now(local: Project) -> None:
+    """Not what it said when the worker started: that may be wrong by now, or right no more."""
+    local.write("handlers.py", "import logging\ndef f(payload): logging.getLogger().info('got %s', payload)\n")
+    file = (
+        "namespace: shop\nworker: {{queues: ['shop:{0}']}}\n"
+        "entries: [{{id: w, kind: queue.consumer, queue: {1}, method: f}}]\n"
+    )
+    local.write("kq.yaml", file.format("q", "q"))
+    worker = local.worker("-p", "1")
+    local.write("kq.yaml", file.format("tpyo", "q"))
+    worker.send_signal(signal.SIGHUP)
+    local.until("nothing is reloaded")
+    assert "nothing to consume" in local.log()
+
+    local.write("kq.yaml", file.format("r", "r"))
+    worker.send_signal(signal.SIGHUP)
+    local.until("kq worker of", 2)
+    local.run("publish", "shop:r", "1")
+    local.until("got 1")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(PATIENCE) == 0
+
+
 def test_term_wins_over_a_reload(local: Project) -> None:
     """TERM ends a worker that is finishing what runs in order to start anew, and lets that finish."""
     os.mkfifo(local.folder / "gate")
