@@ -324,7 +324,11 @@ class Channel(TopologyChannel):
         payload["properties"]["delivery_info"] = {"exchange": exchange, "routing_key": key}
         if exchange:
             self._load_topology()
-        for target in self._lookup(exchange, key):
+            targets = self._lookup(exchange, key)
+        else:
+            # The default exchange has no queue made.
+            targets = [key] if key and self._has_queue(key) else []
+        for target in targets:
             self._put(target, payload)
         self.end(tag, "ack")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from math import inf
 from queue import Empty, Queue
 from time import monotonic
 from typing import Any
@@ -121,7 +122,8 @@ class Consumer:
         if isinstance(timeout, (int, float)) and timeout < 0:
             # What is left of a time that is over.
             timeout = 0.0
-        deadline = None if timeout is None else monotonic() + limit.seconds("timeout", timeout)
+        seconds = None if timeout is None else limit.seconds("timeout", timeout, maximum=inf)
+        deadline = None if seconds is None else monotonic() + min(seconds, limit.MAX_DELAY)
         while True:
             try:
                 left = None if deadline is None else max(0.0, deadline - monotonic())

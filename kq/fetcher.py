@@ -194,8 +194,9 @@ class Fetcher(Thread):
                 self._say_lost()
             except Error as error:
                 self._say_lost()
-                # What waits for the others is not to wait for a broker that is away, if that has nothing to settle.
-                self._say_settled()
+                if _is_away(error):
+                    # What waits for the others is not to wait for it, if it has nothing to settle.
+                    self._say_settled()
                 self._back_off(error)
             except Exception:
                 logger.exception("unexpected failure in the fetcher", extra={"action": "fetcher_failed"})
@@ -415,8 +416,7 @@ class Fetcher(Thread):
             self._away_for = why
             logger.warning("%s is away: %s; trying again", self._broker, error, extra={"action": "broker_away"})
         # What it refuses for one queue may be fine for the others, whose leases must be kept.
-        answers = error.details.get("reason") not in ("unavailable", "timeout")
-        self._wait_renewing(delay * random.uniform(0.75, 1.0), self._feed if answers else None)
+        self._wait_renewing(delay * random.uniform(0.75, 1.0), None if _is_away(error) else self._feed)
 
     def _wait_renewing(self, seconds: float, feed: Feed | None) -> None:
         """Wait before the next try, and keep the leases of a feed meanwhile; None where its broker is away.
@@ -449,6 +449,11 @@ class Fetcher(Thread):
             )
         finally:
             feed.close()
+
+
+def _is_away(error: Error) -> bool:
+    """Tell whether a broker does not answer at all."""
+    return error.details.get("reason") in ("unavailable", "timeout")
 
 
 def _in_parts(batch: list[Settlement]) -> list[list[Settlement]]:

@@ -80,11 +80,11 @@ def worker(
     with prefork(_forks(broker, given), given["concurrency"]) as forks:
         found = load(path, broker)
         try:
-            in_file = _unsaid(given).intersection(found.document.worker.values)
-            options = WorkerOptions(**{**given, **{name: found.document.worker.values[name] for name in in_file}})
+            unsaid, file = _unsaid(given), found.document.worker.values
+            options = WorkerOptions(**{**given, **{name: file[name] for name in unsaid.intersection(file)}})
             found.declarations.load_handlers()
             configure(options.log_level, options.log_format, loaded=True)
-            running = Worker(found, app_path=path or "", options=options, forks=forks, in_file=in_file)
+            running = Worker(found, app_path=path or "", options=options, forks=forks, in_file=unsaid)
             running.run()
         except Invalid as error:
             raise ConfigurationError(error.message) from error

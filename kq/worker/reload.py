@@ -29,7 +29,7 @@ class Trial(Thread):
         overrides: Settings that the command line changed, by name.
         fingerprint: What `App.fingerprint` says of the worker that runs.
         options: Of its `WorkerOptions` those that say what it consumes, how, and how long it tries to connect, but for
-            what stands in the configuration file.
+            what is the configuration file's to say.
         on_end: Called in this thread when the answer is there.
 
     Attributes:

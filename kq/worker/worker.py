@@ -86,7 +86,7 @@ class Worker:
         quiet: Whether to keep the start and the end out of the log.
         forks: Processes that wait to become the first children. Those that are used are taken from the list, and
             those that do not fit the options are ended; any others are still the caller's.
-        in_file: Which options are those of the configuration file, where they may be others at the next reload.
+        in_file: Which options are the configuration file's to say, if it does, now and at each reload.
 
     Raises:
         Invalid: If there is nothing to consume, or the pool does not fit.
@@ -465,7 +465,7 @@ class Worker:
                 "connect_timeout": self.options.connect_timeout,
                 "pool": self.options.pool,
             }
-            # What the file said then it may say otherwise now.
+            # What is the file's to say it may say otherwise now, or for the first time.
             options = {name: value for name, value in options.items() if name not in self._in_file}
             self._trial = Trial(self._app_path, self._registry.overrides, self._fingerprint, options, self._wake)
             self._trial.begin()

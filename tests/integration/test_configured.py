@@ -290,7 +290,7 @@ def test_a_reload_tries_what_the_file_says_of_the_worker_now(local: Project) -> 
         "namespace: shop\nworker: {{queues: ['shop:{0}']}}\n"
         "entries: [{{id: w, kind: queue.consumer, queue: {1}, method: f}}]\n"
     )
-    local.write("kq.yaml", file.format("q", "q"))
+    local.write("kq.yaml", file.format("q", "q").replace("worker:", "settings: {}\n#"))
     worker = local.worker("-p", "1")
     local.write("kq.yaml", file.format("tpyo", "q"))
     worker.send_signal(signal.SIGHUP)
