@@ -11,7 +11,7 @@ import pytest
 
 import kq
 from kq import errors
-from kq.backend import Delivery, Settlement
+from kq.backend import Backend, Delivery, Feed, Settlement
 from kq.config import Settings
 from kq.driver import Driver
 from kq.fetcher import Fetcher
@@ -20,14 +20,20 @@ from kq.queue_spec import default_spec
 from kq.scheme import open_backend
 
 
-def test_after_an_outage_leases_are_renewed_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What became due while the broker was away is not put off: the leases may be about to end."""
+def one_message(monkeypatch: pytest.MonkeyPatch) -> tuple[str, kq.App, Backend, Feed]:
+    """Return a broker's URL, an app that has published a message to ``app:a`` there, a backend, and its only feed."""
     url = f"memory://{uuid4().hex}"
     app = kq.App("fetcher", broker=url)
     app.publish("app:a", 1)
     backend = open_backend(Settings(broker=url), "test")
     feed = backend.feed([default_spec("app:a")], 10)
     monkeypatch.setattr(backend, "feed", lambda queues, prefetch: feed)
+    return url, app, backend, feed
+
+
+def test_after_an_outage_leases_are_renewed_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What became due while the broker was away is not put off: the leases may be about to end."""
+    url, _, backend, feed = one_message(monkeypatch)
     arrived, back = Event(), Event()
     calls: list[str] = []
     back_at = inf
@@ -68,12 +74,7 @@ def test_after_an_outage_leases_are_renewed_before_anything_else(monkeypatch: py
 
 def test_what_is_settled_while_more_is_fetched_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A settlement that comes between two looks of the fetcher's is carried out at once, not at the next renewal."""
-    url = f"memory://{uuid4().hex}"
-    app = kq.App("fetcher", broker=url)
-    app.publish("app:a", 1)
-    backend = open_backend(Settings(broker=url), "test")
-    feed = backend.feed([default_spec("app:a")], 10)
-    monkeypatch.setattr(backend, "feed", lambda queues, prefetch: feed)
+    url, app, backend, feed = one_message(monkeypatch)
     arrived: list[Delivery] = []
     settled = Event()
     fetch, settle = feed.fetch, feed.settle
