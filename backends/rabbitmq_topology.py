@@ -59,15 +59,16 @@ BUCKETS: Final[tuple[int, ...]] = tuple(
     if step * 10**decade <= MAX_DELAY * 1000
 )
 
+#: The header of a message in a bucket that says how many seconds will be left after it.
+DELAY_LEFT: Final = "x_delay_left"
+
 #: The headers that kq writes, all of which fit into a frame; and bytes of the longest, which is a traceback's end.
 _OURS: Final = frozenset({
-    "x_kq", *COUNTERS, *DEAD_COUNTERS, DELIVERIES, "x_due_at", "x_delay_left", "x_expires_at", DEAD_EXPIRY, "x_sig",
+    "x_kq", *COUNTERS, *DEAD_COUNTERS, DELIVERIES, "x_due_at", DELAY_LEFT, "x_expires_at", DEAD_EXPIRY, "x_sig",
     "x_original_queue", "x_dead_letter_reason", "x_dead_letter_time", "x_error_kind", "x_error_message",
     "x_error_traceback", "x_exit_code", "x_exit_signal", "x_peak_memory",
 })  # fmt: skip
 _LONG_HEADER: Final = 5_000
-#: The header of a message in a bucket that says how many seconds will be left after it.
-DELAY_LEFT: Final = "x_delay_left"
 
 #: A message may come this much later than asked, as a part of its delay, to save a step...
 _LATE_PART: Final = 0.02

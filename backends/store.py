@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
+from uuid import uuid4
 
 from kq.backend import Capabilities, Role
 from kq.errors import Error, Internal
@@ -64,6 +65,11 @@ class Move(NamedTuple):
     id: str
     token: int | None
     entry: Entry
+
+
+def under_another_id(entry: Entry) -> Entry:
+    """Return a dead letter as it is stored where another one of its id is there already."""
+    return entry._replace(id=f"{entry.id}{AGAIN}{uuid4().hex}")
 
 
 def in_lots(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:

@@ -12,7 +12,19 @@ from uuid import uuid4
 
 from kq import clock
 from kq.backend import Delivery, QueueSpec, Settlement, Settling
-from kq.backends.store import AGAIN, TAKE_BYTES, Ahead, BrokerAway, Ending, Entry, Lease, Move, Store, Taken, in_lots
+from kq.backends.store import (
+    TAKE_BYTES,
+    Ahead,
+    BrokerAway,
+    Ending,
+    Entry,
+    Lease,
+    Move,
+    Store,
+    Taken,
+    in_lots,
+    under_another_id,
+)
 from kq.envelope import bury, identify, pack, unpack_or_wrap
 from kq.errors import Error
 from kq.header import NORMAL
@@ -374,7 +386,7 @@ def _burial(queue: QueueSpec, settlement: Settlement) -> Move:
 
 
 def _renamed(move: Move) -> Move:
-    return move._replace(entry=move.entry._replace(id=f"{move.entry.id}{AGAIN}{uuid4().hex}"))
+    return move._replace(entry=under_another_id(move.entry))
 
 
 def _ending(queue: QueueSpec, settlement: Settlement) -> Ending | None:

@@ -25,7 +25,7 @@ from kombu.utils.url import as_url, parse_url
 
 from kq import clock
 from kq.backend import BackendOptions
-from kq.backends.store import AGAIN, BrokerAway, Ending, Entry, Lease, Move, Store
+from kq.backends.store import BrokerAway, Ending, Entry, Lease, Move, Store, under_another_id
 from kq.backends.virtual_exchange import TopicExchange
 from kq.backends.virtual_message import milliseconds, to_envelope, to_payload
 from kq.backends.virtual_topology import TopologyChannel
@@ -290,8 +290,8 @@ class Channel(TopologyChannel):
         letter = bury(unpack_or_wrap(lease.raw, lease.id), queue, outcome, clock.now())
         entry = Entry(letter.id, pack(letter), NORMAL)
         # Once more under another id, where a letter of this one is there already; or the lease was lost.
-        for again in (entry, entry._replace(id=f"{entry.id}{AGAIN}{uuid4().hex}")):
-            (moved,) = self.store.move(queue, target, [Move(lease.id, lease.token, again)])
+        for stored in (entry, under_another_id(entry)):
+            (moved,) = self.store.move(queue, target, [Move(lease.id, lease.token, stored)])
             if isinstance(moved, Error):
                 raise moved
             if moved:

@@ -109,7 +109,7 @@ class Consumer:
         )
 
     def receive(self, timeout: float | timedelta | None = None) -> PulledMessage | None:
-        """Return the next message, or None after ``timeout``, seconds or a ``timedelta`` (None: wait for ever).
+        """Return the next message, or None after ``timeout``, seconds or a ``timedelta`` (None: for ever).
 
         Messages that expired or cannot be decoded go to the dead-letter queue on the way, and so do those that
         ``max_deliveries`` in a row have left unsettled, for whoever held them died.

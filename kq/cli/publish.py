@@ -6,9 +6,9 @@ import difflib
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -27,7 +27,7 @@ _NEAR = 0.85
 @click.command()
 @click.argument("queue")
 @click.argument("data", required=False, metavar="[JSON | -]")
-@click.option("--jsonl", type=click.File("r", encoding="utf-8"), metavar="FILE", envvar="KQ_JSONL", show_envvar=True,
+@click.option("--jsonl", type=click.File("rb"), metavar="FILE", envvar="KQ_JSONL", show_envvar=True,
               help="Publish one message for each line of a file (- for stdin).")  # fmt: skip
 @click.option("-H", "--header", "headers", multiple=True, metavar="K=V", envvar="KQ_HEADER", show_envvar=True,
               help="A header; K=V is text, K:=V is JSON. May be given several times.")  # fmt: skip
@@ -41,7 +41,7 @@ _NEAR = 0.85
 def publish(
     queue: str,
     data: str | None,
-    jsonl: TextIO | None,
+    jsonl: BinaryIO | None,
     headers: tuple[str, ...],
     delay: float | None,
     expires: float | None,
@@ -92,7 +92,7 @@ def _warn_of_name(app: App, queue: str) -> None:
         warn(f"the app knows no queue {queue}; did you mean {near[0]}?")
 
 
-def _publish_lines(app: App, queue: str, lines: TextIO, headers: dict[str, Any], options: dict[str, Any]) -> None:
+def _publish_lines(app: App, queue: str, lines: BinaryIO, headers: dict[str, Any], options: dict[str, Any]) -> None:
     published = 0
     started = monotonic()
     batch: list[Any] = []
@@ -151,23 +151,18 @@ class _BadLine(Exception):
     """A line that is no message."""
 
 
-def _payloads(lines: TextIO) -> Iterator[tuple[int, Any]]:
+def _payloads(lines: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yield line numbers and payloads; blank lines are passed over."""
     from kq import codec
 
-    number, rest = 0, iter(lines)
-    while True:
-        number += 1
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            # What is no text is so as soon as it is read.
-            line = next(rest, None)
-            if line is None:
-                return
-            if not line.strip():
-                continue
-            payload = json.loads(line)
+            text = line.decode()
+            payload = json.loads(text)
             if codec.is_empty(payload):
-                raise _BadLine(f"line {number} is empty data ({line.strip()})")
+                raise _BadLine(f"line {number} is empty data ({text.strip()})")
             codec.JSON.encode(payload)
         except (ValueError, RecursionError, Invalid) as error:
             raise _BadLine(f"line {number} is not a message: {error}") from None
@@ -179,13 +174,10 @@ def _so_far(published: int, error: Error) -> str:
     return f"{total:,} messages were published before that"
 
 
-def _count_lines(lines: TextIO) -> int | None:
+def _count_lines(lines: BinaryIO) -> int | None:
     if not lines.seekable():
         return None
-    count: int | None = None
-    # A line that is no text is named where it is read.
-    with suppress(ValueError):
-        count = sum(1 for line in lines if line.strip())
+    count = sum(1 for line in lines if line.strip())
     lines.seek(0)
     return count
 

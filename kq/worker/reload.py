@@ -11,10 +11,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from threading import Thread
 from typing import Any, NoReturn
 
+from kq.worker.process import flush
 from kq.worker.start import folder
 
 #: Seconds that loading the app may take.
@@ -89,10 +89,7 @@ def start_anew() -> NoReturn:
     if hasattr(signal, "SIGHUP"):
         # Being ignored outlives the change; a HUP in between would end the new one before it listens.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for stream in (sys.stdout, sys.stderr):
-        # They may be closed, or nobody may read them; they are None where they were closed from the start.
-        with suppress(Exception):
-            stream.flush()
+    flush()
     if (start := folder()) is not None:
         os.chdir(start)
     os.execv(sys.executable, sys.orig_argv)

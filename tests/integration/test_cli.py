@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Shop
+from tests.integration.conftest import PATIENCE, Shop
 
 
 def test_publish_prints_the_id(shop: Shop) -> None:
@@ -49,11 +52,29 @@ def test_publish_json_lines(shop: Shop) -> None:
     assert shop.app.info(shop.queue).ready == 1200
 
 
-@pytest.mark.parametrize("bad", ["{broken", '""', '{"a": NaN}'])
-def test_publish_stops_at_the_first_bad_line(local_shop: Shop, bad: str) -> None:
+def test_publishing_lines_is_not_done_when_nobody_reads_the_ids(local_shop: Shop) -> None:
+    """It ends with an error and says how far it came: what is left is not published."""
+    lines = local_shop.folder / "lines.jsonl"
+    lines.write_text("1\n" * 1200)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "kq", "publish", local_shop.queue, "--jsonl", str(lines)],
+        cwd=local_shop.folder, env=local_shop.environment, stdout=writer, stderr=subprocess.PIPE, text=True,
+        timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    os.close(writer)
+
+    assert done.returncode == 1
+    assert "nobody reads the ids any more; 500 messages were published" in done.stderr
+    assert local_shop.app.info(local_shop.queue).ready == 500
+
+
+@pytest.mark.parametrize("bad", [b"{broken", b'""', b'{"a": NaN}', b'"\xff"', b"[" * 100_000])
+def test_publish_stops_at_the_first_bad_line(local_shop: Shop, bad: bytes) -> None:
     """A bad line ends it with its number; what came before is published, and said to be."""
     lines = local_shop.folder / "lines.jsonl"
-    lines.write_text('{"n": 1}\n{"n": 2}\n' + bad + '\n{"n": 4}\n')
+    lines.write_bytes(b'{"n": 1}\n{"n": 2}\n' + bad + b'\n{"n": 4}\n')
 
     done = local_shop.run("publish", local_shop.queue, "--jsonl", str(lines))
 

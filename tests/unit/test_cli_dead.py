@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -15,10 +16,14 @@ def test_any_letter_can_be_printed_as_json() -> None:
     """What strangers put into headers, which JSON has no word for, hides no letter."""
     letter = replace(
         LETTER,
-        headers={"b": b"\x00\xff", "t": datetime(2026, 1, 2, tzinfo=timezone.utc), "d": Decimal("1.5"), "l": [b"x"]},
-    )
+        headers={
+            "b": b"\x00\xff", "t": datetime(2026, 1, 2, tzinfo=timezone.utc), "d": Decimal("1.5"), "l": [b"x"],
+            "k": {b"\x01": 1}, "n": math.nan,
+        },
+    )  # fmt: skip
 
     fields = json.loads(json.dumps(_fields(letter)))
 
-    assert fields["headers"] == {"b": "AP8=", "t": "2026-01-02 00:00:00+00:00", "d": "1.5", "l": ["eA=="]}
+    assert fields["headers"] == {"b": "AP8=", "t": "2026-01-02 00:00:00+00:00", "d": "1.5", "l": ["eA=="],
+                                 "k": {"b'\\x01'": 1}, "n": "nan"}  # fmt: skip
     assert (fields["payload"], fields["body"]) == ("AP8=", "AP8=")

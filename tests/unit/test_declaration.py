@@ -208,6 +208,26 @@ def test_what_both_say_fits_beside_the_others(configured: MakeApp) -> None:
         app.declarations.load_handlers()
 
 
+def test_the_fingerprint_knows_what_stands_in_certificates(tmp_path: Path) -> None:
+    """They are read when somebody connects: a renewed one is news to whoever is connected."""
+    certificate = tmp_path / "tls.crt"
+    tls = kq.Tls(certificate=str(certificate))
+    found = []
+    for text in ("first", "first", "renewed"):
+        certificate.write_text(text)
+        driver = kq.Driver("rediss://localhost", tls=tls)
+        found.append(kq.App("test", broker="memory://", drivers={"o": driver}).fingerprint())
+    assert found[0] == found[1] != found[2]
+
+
+def test_keys_in_a_file_and_in_python_are_a_conflict(tmp_path: Path) -> None:
+    """They are not merged, and neither is dropped."""
+    file = tmp_path / "kq.yaml"
+    file.write_text("namespace: a\nsigning: {keys: {k1: '" + "a" * 64 + "'}}\n")
+    with pytest.raises(errors.Conflict, match=r"signing: said here and at .*kq\.yaml"):
+        kq.App("test", broker="memory://", config=str(file), signing=kq.Signing({"k1": "k" * 64}, "k1"))
+
+
 def test_the_fingerprint_knows_drivers_of_python() -> None:
     """A worker has to start anew when a driver changes, wherever it was said."""
     prints = {kq.App("test", broker="memory://", drivers={"o": f"memory://{n}"}).fingerprint() for n in (1, 1, 2)}
