@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from heapq import nsmallest
+from math import inf
 from time import monotonic
 from typing import Any, Final, TypeVar
 
@@ -60,6 +61,9 @@ _WORKER_TIMEOUT: Final = 10.0
 _LEAST_TIMEOUT: Final = 2.0
 #: Looks at a queue without anything coming of it, a `_PAUSE` each, after which somebody else must have it for itself.
 _IN_VAIN: Final = 50
+#: Seconds before messages that were refused are sent again, each time: a queue that another process has just declared
+#: is told of before it takes messages.
+_PAUSES: Final = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 class RabbitBackend:
@@ -149,13 +153,18 @@ class RabbitBackend:
         lane = self._lanes.idle()
         #: By milliseconds, why a bucket cannot be had, which is no matter of what does not need it.
         refused: dict[int, Error] = {}
-        for last in (False, True):
+        pauses = iter(_PAUSES)
+        pause = 0.0
+        reconnected = False
+        while True:
             # What is being sent; until then there is nothing that could have been answered.
             outgoing: list[Outgoing] = []
             try:
                 with self._errors:
                     if lane is None:
                         lane = self._lanes.fresh(deadline - monotonic())
+                    if pause:
+                        lane.link.drain(pause)
                     lane.link.drain_all()
                     self._make_buckets(lane, [batch[index].delay for index in left], refused)
                     for index in left:
@@ -177,8 +186,9 @@ class RabbitBackend:
                 for index in left:
                     results[index] = failed
                 hopeless = isinstance(error, PermissionDenied) or failed.details["reason"] == "unroutable"
-                if last or hopeless or not left or monotonic() >= deadline:
+                if reconnected or hopeless or not left or monotonic() >= deadline:
                     return results
+                reconnected = True
                 continue
             except BaseException:
                 # Interrupted, perhaps in the middle of a frame.
@@ -188,7 +198,8 @@ class RabbitBackend:
             for index, answer in zip(left, answers, strict=True):
                 results[index] = answer
             again = [index for index in left if _is_to_be_sent_again(batch[index], results[index])]
-            if again and not last:
+            pause = next(pauses, inf) if again else inf
+            if monotonic() + pause < deadline:
                 # The queue of a bucket is made again.
                 lane.buckets.clear()
                 left = again
@@ -199,7 +210,6 @@ class RabbitBackend:
             else:
                 self._lanes.put_back(lane)
             return results
-        return results
 
     def _make_buckets(self, lane: Lane, delays: Sequence[float], refused: dict[int, Error]) -> None:
         """Have the queues of all buckets that these delays need; where one cannot be had, ``refused`` says why."""

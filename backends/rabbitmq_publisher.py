@@ -139,7 +139,7 @@ class Publisher:
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
         for index in self._take(tag, multiple):
-            self._results[index] = away("RabbitMQ refused the message: the queue is full", "full")
+            self._results[index] = away("RabbitMQ refused the message: the queue is full, or not there yet", "full")
 
     def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
         # Comes before the confirm of the same message, which says nothing of it.

@@ -146,6 +146,11 @@ class _Transport(pyamqp.Transport):  # type: ignore[misc, unused-ignore]
 class PlainClient(kombu.Connection):  # type: ignore[misc, unused-ignore]
     """A Kombu connection without encryption."""
 
+    def _init_params(self, **params: Any) -> None:
+        # Where it is plain `amqp` Kombu looks for the package librabbitmq, each time: an import, which a child that is
+        # forked in the middle of it would wait for in vain.
+        super()._init_params(**{**params, "transport": "pyamqp"})
+
     def get_transport_cls(self) -> type[_Transport]:
         """Return the transport, whatever the URL in use is."""
         return _Transport

@@ -7,7 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Barrier
+from time import monotonic
 from urllib.parse import urlsplit
 
 import kombu
@@ -121,7 +125,7 @@ def received(url: str, queue_id: str) -> set[str]:
 
 
 _FORKS_WHILE_OTHERS_PUBLISH = """
-import os, sys, threading, kq
+import os, sys, threading, traceback, kq
 
 app = kq.App("test", broker=sys.argv[1])
 queue, over = sys.argv[2], threading.Event()
@@ -141,6 +145,8 @@ for n in range(10):
         try:
             app.publish_many(queue, [f"child {n}-{i}" for i in range(5)])
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     codes.append(os.waitpid(pid, 0)[1])
@@ -157,8 +163,6 @@ def test_a_fork_may_come_in_the_middle_of_a_publish(name: str, tmp_path: Path) -
     """Children that are forked while other threads publish, for the first time too, publish at once."""
     broker = find(name, tmp_path)
     queue_id = broker.queue_id()
-    with kq.App("test", broker=broker.url) as app:
-        app.publish(queue_id, "parent")
     done = subprocess.run(
         [sys.executable, "-c", _FORKS_WHILE_OTHERS_PUBLISH, broker.url, queue_id],
         capture_output=True, text=True, timeout=100, check=False,
@@ -168,6 +172,35 @@ def test_a_fork_may_come_in_the_middle_of_a_publish(name: str, tmp_path: Path) -
 
     assert done.stdout == f"{[0] * 10}\n", done.stderr
     assert seen == {"parent", *(f"child {n}-{i}" for n in range(10) for i in range(5))}
+
+
+@pytest.mark.parametrize("name", ["sqlite", "redis", "rabbitmq"])
+def test_several_are_the_first_to_publish_to_a_queue(name: str, tmp_path: Path) -> None:
+    """RabbitMQ tells of a queue that another one declares before that takes messages: refuses them, for a moment."""
+    broker = find(name, tmp_path)
+    ids = [broker.queue_id(f"q{n}") for n in range(25)]
+    with ExitStack() as stack:
+        apps = [stack.enter_context(kq.App(f"test{n}", broker=broker.url)) for n in range(8)]
+        for app in apps:
+            app.publish(ids[0], "connected")
+        pool = stack.enter_context(ThreadPoolExecutor(len(apps)))
+        barrier = Barrier(len(apps))
+
+        def publish(app: kq.App, n: int) -> None:
+            for queue_id in ids[1:]:
+                barrier.wait(60)
+                # The one just a little after the other.
+                until = monotonic() + n * 0.004
+                while monotonic() < until:
+                    pass
+                app.publish(queue_id, n)
+
+        for future in [pool.submit(publish, app, n) for n, app in enumerate(apps)]:
+            future.result(60)
+        counts = [apps[0].info(queue_id).ready for queue_id in ids]
+    broker.forget()
+
+    assert counts == [len(apps)] * len(ids)
 
 
 _CLOSED_BY_A_SIGNAL = """

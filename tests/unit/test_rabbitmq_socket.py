@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from struct import pack
@@ -13,7 +14,7 @@ from amqp.exceptions import UnexpectedFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kq.backends.rabbitmq_socket import Frame, ReadsInTime, _Socket
+from kq.backends.rabbitmq_socket import Frame, PlainClient, ReadsInTime, _Socket
 from kq.waker import Lookout
 
 FRAMES = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 65535), st.binary(max_size=200)), max_size=20)
@@ -110,6 +111,8 @@ def test_a_frame_with_the_wrong_end_is_an_error(ends: tuple[socket.socket, socke
 def connected() -> Iterator[tuple[_Socket, socket.socket]]:
     """A transport, as py-amqp connects it, and the other end."""
     with socket.create_server(("127.0.0.1", 0)) as server:
+        # What the other end accepts has this as well: so much is taken that nobody reads, whatever the system's limit.
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         transport = _Socket(
             f"127.0.0.1:{server.getsockname()[1]}", connect_timeout=5.0, ssl=False, read_timeout=5.0, write_timeout=5.0
         )
@@ -119,6 +122,23 @@ def connected() -> Iterator[tuple[_Socket, socket.socket]]:
             assert theirs.recv(8) == b"AMQP\x00\x00\x09\x01"
             yield transport, theirs
         transport.close()
+
+
+def test_a_connection_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import that another thread is in the middle of is one that the child of a fork waits for in vain."""
+    asked = []
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    for url in ("amqp://localhost//", "amqp://localhost//;amqp://elsewhere//"):
+        client: Any = PlainClient(url)
+        client.maybe_switch_next()
+        client.release()
+    assert asked == []
 
 
 def test_a_read_that_waits_for_nothing(connected: tuple[_Socket, socket.socket]) -> None:
