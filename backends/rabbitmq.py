@@ -8,7 +8,7 @@ messages are consumed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from heapq import nsmallest
@@ -64,6 +64,8 @@ _IN_VAIN: Final = 50
 #: Seconds before messages that were refused are sent again, each time: a queue that another process has just declared
 #: is told of before it takes messages.
 _PAUSES: Final = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
+#: Queues that have been waited for so and are remembered, at most.
+_REMEMBERED: Final = 1000
 
 
 class RabbitBackend:
@@ -89,6 +91,8 @@ class RabbitBackend:
         self._secured = None if tls is None else secured(encryption.context(tls), tls.server_name, self._url)
         self._options = options
         self._lanes = Lanes(self._connect)
+        #: Queues that refused messages for as long as `_PAUSES`.
+        self._waited_for: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<RabbitBackend {hide_password(self._url)}>"
@@ -185,10 +189,10 @@ class RabbitBackend:
                 failed = _as_publish_error(error)
                 for index in left:
                     results[index] = failed
-                hopeless = isinstance(error, PermissionDenied) or failed.details["reason"] == "unroutable"
-                if reconnected or hopeless or not left or monotonic() >= deadline:
+                if reconnected or isinstance(error, PermissionDenied) or not left or monotonic() >= deadline:
                     return results
                 reconnected = True
+                pause = 0.0
                 continue
             except BaseException:
                 # Interrupted, perhaps in the middle of a frame.
@@ -199,17 +203,27 @@ class RabbitBackend:
                 results[index] = answer
             again = [index for index in left if _is_to_be_sent_again(batch[index], results[index])]
             pause = next(pauses, inf) if again else inf
-            if monotonic() + pause < deadline:
+            if pause and pause < inf:
+                # Others may wait for this one: once for each queue, which may be full after all.
+                again = [index for index in again if _name_of(batch[index]) not in self._waited_for]
+            if again and monotonic() + pause < deadline:
                 # The queue of a bucket is made again.
                 lane.buckets.clear()
                 left = again
                 continue
+            self._have_waited_for(batch[index] for index in again)
             if any(answer is not None and answer.details["reason"] == "timeout" for answer in answers):
                 # Silence may mean that the connection is dead: the next publish is to have a new one.
                 lane.drop()
             else:
                 self._lanes.put_back(lane)
             return results
+
+    def _have_waited_for(self, refused: Iterable[Publication]) -> None:
+        names = {_name_of(publication) for publication in refused}
+        if len(self._waited_for) + len(names) > _REMEMBERED:
+            self._waited_for.clear()
+        self._waited_for |= names
 
     def _make_buckets(self, lane: Lane, delays: Sequence[float], refused: dict[int, Error]) -> None:
         """Have the queues of all buckets that these delays need; where one cannot be had, ``refused`` says why."""
@@ -477,10 +491,17 @@ def _is_to_be_sent_again(publication: Publication, error: Error | None) -> bool:
     if error is None:
         return False
     reason = error.details["reason"]
-    # Somebody has deleted the queue of a bucket; or a quorum queue has no leader yet, which is told as if it were full.
-    return (reason == "unroutable" and publication.delay > 0) or (
-        reason == "full" and publication.queue.max_length is None
-    )
+    # Somebody has deleted the queue of a bucket; or a quorum queue, which a bucket has as well, has no leader yet, and
+    # says so as if it were full.
+    if publication.delay > 0:
+        return reason in ("unroutable", "full")
+    return reason == "full" and publication.queue.max_length is None
+
+
+def _name_of(publication: Publication) -> str:
+    """Return the name of the queue that a message goes to first."""
+    milliseconds = _bucket_of(publication)
+    return bucket_name(milliseconds) if milliseconds else publication.queue.id
 
 
 def _time(letter: Envelope) -> float:

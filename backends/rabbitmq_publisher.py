@@ -104,7 +104,8 @@ class Publisher:
             while len(self._pending) >= _WINDOW and not self._is_over(deadline):
                 self._link.drain(_LOOK)
             if len(self._pending) >= _WINDOW:
-                return self._give_up(range(index + 1, len(batch)), "timeout")
+                why = "blocked" if self._link.blocked else "timeout"
+                return self._give_up(range(index + 1, len(batch)), why)
         while self._pending and not self._is_over(deadline):
             self._link.drain(max(0.0, min(_LOOK, deadline - monotonic())))
         if self._pending:

@@ -203,6 +203,28 @@ def test_several_are_the_first_to_publish_to_a_queue(name: str, tmp_path: Path) 
     assert counts == [len(apps)] * len(ids)
 
 
+def test_a_queue_that_others_limit_is_waited_for_once(rabbitmq: Broker) -> None:
+    """Whoever does not know of the limit cannot tell that the queue is full; others would wait for it each time."""
+    queue_id = rabbitmq.queue_id()
+    with kq.App("owner", broker=rabbitmq.url) as owner, kq.App("other", broker=rabbitmq.url) as other:
+        owner.queue(queue_id, max_length=1)
+        owner.publish(queue_id, 1)
+        refused = []
+        for _ in range(3):
+            began = monotonic()
+            with pytest.raises(kq.errors.Internal) as caught:
+                # A quorum queue takes a few more than it should.
+                while True:
+                    began = monotonic()
+                    other.publish(queue_id, 2)
+            assert caught.value.details["reason"] == "full"
+            refused.append(monotonic() - began)
+    rabbitmq.forget()
+
+    assert 1.5 < refused[0] < 5
+    assert max(refused[1:]) < 1
+
+
 _CLOSED_BY_A_SIGNAL = """
 import asyncio, itertools, signal, sys, kq
 
