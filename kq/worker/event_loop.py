@@ -99,7 +99,10 @@ class EventLoop(Thread):
                     kept.append(job)
                 else:
                     tags.append(job.tag)
-        self._waiting.extend(kept)
+        if kept:
+            self._waiting.extend(kept)
+            # The loop may have found nothing meanwhile.
+            self._loop.call_soon_threadsafe(self._start)
         return tags
 
     def stop(self) -> None:
@@ -170,10 +173,10 @@ class EventLoop(Thread):
             self._runner.on_out_of_memory()
 
     async def _call(self, run: Run) -> Outcome:
-        began = self._loop.time()
+        began = monotonic()
         outcome = await self._executor.run_async(run)
         timeout = run.consumer.timeout
-        if timeout is not None and self._loop.time() - began > timeout:
+        if timeout is not None and monotonic() - began > timeout:
             # It has blocked the loop, which came to its end before it came to its limit.
             outcome = self._executor.timed_out(run)
         # Here, where nothing else runs in between.
@@ -186,12 +189,13 @@ class EventLoop(Thread):
 
         def expire() -> None:
             nonlocal late
-            late = True
-            task.cancel()
+            # Whatever the handler makes of it.
+            late = task.cancel()
 
         timer = None if run.consumer.timeout is None else self._loop.call_later(run.consumer.timeout, expire)
         try:
-            return await task
+            outcome = await task
+            return self._executor.timed_out(run) if late else outcome
         except asyncio.CancelledError:
             if late:
                 return self._executor.timed_out(run)

@@ -302,6 +302,7 @@ class _HandlerThread(Thread):
     def _run(self, job: Job, run: Run) -> Outcome:
         timeout = run.consumer.timeout
         now = monotonic()
+        is_late = False
         self.job = job
         try:
             try:
@@ -312,12 +313,14 @@ class _HandlerThread(Thread):
                         self._deadline = now + timeout
                 outcome = self._executor.run(run)
                 self._runner.end_fork(outcome)
-                return outcome
             finally:
                 if timeout is not None:
                     with self._shield.lock:
+                        # Its limit has struck, or is due, whatever the handler has made of it.
+                        is_late = self._deadline is None
                         self._deadline = None
                         self._shield.is_due = False
+            return self._executor.timed_out(run) if is_late else outcome
         except HandlerTimeout:
             return self._executor.timed_out(run)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 from collections.abc import Callable
@@ -241,6 +242,31 @@ def test_an_async_handler_that_blocks_its_loop_is_late_as_well(app: kq.App, queu
 
     (letter,) = app.dead(queue_id).list()
     assert letter.error_kind == "TIMEOUT"
+
+
+def test_a_limit_that_a_handler_swallows_is_no_success(broker: Broker, app: kq.App, queue_id: str) -> None:
+    """What was cut off is not done, whatever the handler makes of the exception, and however busy the loop is."""
+
+    @app.consumer(queue_id, timeout=0.3, max_attempts=1)
+    async def handle(payload: Any) -> None:
+        sleep(0.02)  # noqa: ASYNC251 - what it must not do
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    sync_id = broker.queue_id("sync")
+
+    @app.consumer(sync_id, timeout=0.2, max_attempts=1)
+    def handle_at_once(payload: Any) -> None:
+        with contextlib.suppress(BaseException):
+            while True:
+                sleep(0.005)
+
+    app.publish_many(queue_id, list(range(8)))
+    app.publish(sync_id, 8)
+    drain(app)
+
+    letters = [*app.dead(queue_id).list(), *app.dead(sync_id).list()]
+    assert [letter.error_kind for letter in letters] == ["TIMEOUT"] * 9
 
 
 def test_settlement_is_single_shot(app: kq.App, queue_id: str) -> None:
