@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from threading import Event, Lock, Thread
-from time import monotonic
+from time import monotonic, sleep
 
 from kq.admission import Admission
 from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement, Settling
@@ -34,6 +34,8 @@ _DEAD_AT_ONCE = 64
 _BACKOFF_REFUSED = 30.0
 #: How much of the time between two renewals may pass before the next try, where one has failed or the broker is away.
 _SOONER = 0.25
+#: Seconds before a broker that is away at the end is asked again to take what is settled.
+_LAST_AGAIN = 0.2
 
 
 class Fetcher(Thread):
@@ -103,6 +105,7 @@ class Fetcher(Thread):
         self._feed: Feed | None = None
         self._waiting = False
         self._stopping = Event()
+        self._end_by = 0.0
         self._renew_at = 0.0
         self._failures = 0
         #: Why the broker is away, as has been said.
@@ -175,10 +178,19 @@ class Fetcher(Thread):
             self._news = True
         self._wake()
 
-    def stop(self, timeout: float) -> bool:
-        """Settle what has been handed in, release the rest, and end; False if that took too long."""
+    def end(self, until: float) -> None:
+        """Begin to settle what has been handed in, to release the rest, and to end.
+
+        Args:
+            until: Until when, of `time.monotonic`, a broker that is away is asked again to take what is settled.
+        """
+        self._end_by = until
         self._stopping.set()
         self._wake()
+
+    def stop(self, timeout: float) -> bool:
+        """End, as `end` does, within so many seconds; False if that took too long."""
+        self.end(monotonic() + timeout)
         if self.is_alive():
             self.join(timeout)
         return not self.is_alive()
@@ -442,13 +454,23 @@ class Fetcher(Thread):
             return
         self._failed = [(0.0, wait, settlement) for _, wait, settlement in self._failed]
         try:
-            self._settle(feed)
-        except Error as error:
-            logger.warning(
-                "%s did not take the last settlements: %s", self._broker, error, extra={"action": "settle_failed"}
-            )
+            self._settle_last(feed)
         finally:
             feed.close()
+
+    def _settle_last(self, feed: Feed) -> None:
+        """Settle what has been handed in; where the broker is away, again as long as there is time."""
+        while True:
+            try:
+                self._settle(feed)
+            except Error as error:
+                if _is_away(error) and monotonic() + _LAST_AGAIN < self._end_by:
+                    sleep(_LAST_AGAIN)
+                    continue
+                logger.warning(
+                    "%s did not take the last settlements: %s", self._broker, error, extra={"action": "settle_failed"}
+                )
+            return
 
 
 def _is_away(error: Error) -> bool:

@@ -101,7 +101,7 @@ class Intake:
         until = monotonic() + timeout
         for fetcher in self._fetchers:
             # All begin to end before one is waited for.
-            fetcher.stop(0.0)
+            fetcher.end(until)
         # Each is waited for, also after one that took too long.
         ended = [fetcher.stop(max(0.0, until - monotonic())) for fetcher in self._fetchers]
         return all(ended)

@@ -76,7 +76,7 @@ class Supervisor:
         self._adrift: dict[tuple[str, str], Flight] = {}
         self._has_lost = False
         #: How runs of such deliveries ended that nobody could be told of.
-        self._ends: OrderedDict[tuple[str, str], tuple[Delivery, Outcome]] = OrderedDict()
+        self._ends: OrderedDict[tuple[str, str], tuple[tuple[int, int, int], Outcome]] = OrderedDict()
         self._next_tag = 1
         self._arrivals: deque[list[Delivery]] = deque()
         #: Bytes of what is in hand, and of a message on average.
@@ -243,14 +243,14 @@ class Supervisor:
 
     def _remember_end(self, delivery: Delivery, outcome: Outcome) -> None:
         """Remember how a run ended that can settle nothing: its message may be on its way back to us."""
-        self._ends[delivery.queue, delivery.id] = (delivery, outcome)
+        self._ends[delivery.queue, delivery.id] = (_marks(delivery), outcome)
         while len(self._ends) > _ENDS:
             self._ends.popitem(last=False)
 
     def _end_of(self, delivery: Delivery) -> Outcome | None:
         """Return how a delivery has ended that was lost while it ran here, and came back after that."""
         was, outcome = self._ends.pop((delivery.queue, delivery.id), (None, None))
-        return outcome if was is not None and _is_same(was, delivery) else None
+        return outcome if was == _marks(delivery) else None
 
     def _takes_the_place(self, delivery: Delivery) -> bool:
         """Tell whether a delivery is one that was lost while it runs here, and have that run settle it.
@@ -481,6 +481,11 @@ class Supervisor:
             )  # fmt: skip
         else:
             self.tally.released += 1
+
+
+def _marks(delivery: Delivery) -> tuple[int, int, int]:
+    """Return what tells a delivery from others of the same id, and is small: many are remembered."""
+    return hash(delivery.raw), delivery.attempts, delivery.crashes
 
 
 def _is_same(was: Delivery, delivery: Delivery) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import inf
+from queue import Queue
 from threading import Event
 from time import monotonic
 from typing import Any
@@ -103,4 +104,35 @@ def test_what_is_settled_while_more_is_fetched_is_not_forgotten(monkeypatch: pyt
     finally:
         fetcher.stop(10)
         backend.close()
+    assert app.info("app:a").message_count == 0
+
+
+def test_what_is_done_when_it_ends_is_settled_once_the_broker_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what has been handled would run again because its worker was stopped during a short outage."""
+    url, app, backend, feed = one_message(monkeypatch)
+    arrived = Queue[Delivery]()
+    asked = 0
+    settle = feed.settle
+
+    def settle_when_back(settlements: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked <= 3:
+            raise errors.Internal("away", details={"reason": "unavailable"})
+        return settle(settlements)
+
+    monkeypatch.setattr(feed, "settle", settle_when_back)
+    fetcher = Fetcher(
+        backend, [default_spec("app:a")], driver=Driver(url, reconnect_initial=30.0), prefetch=10, lease=600,
+        on_deliveries=lambda deliveries: arrived.put(deliveries[0]),
+    )  # fmt: skip
+    fetcher.hold(5)
+    fetcher.start()
+    fetcher.settle([Settlement(arrived.get(timeout=20), DONE)])
+    fetcher.finished("app:a")
+    try:
+        assert fetcher.stop(20)
+    finally:
+        backend.close()
+    assert asked == 4
     assert app.info("app:a").message_count == 0
