@@ -61,6 +61,13 @@ class _World:
         self.places = count(1)
         self.tokens = count(1)
         self.topology = ("{}", 0)
+        #: How often it has been told that something came.
+        self.told = 0
+
+    def tell(self) -> None:
+        """Say that something has come. Under the lock."""
+        self.told += 1
+        self.changed.notify_all()
 
 
 _worlds: dict[str, _World] = defaultdict(_World)
@@ -100,6 +107,7 @@ class MemoryStore(TakesNothingAhead):
             self._world = _worlds[name]
         self._name = name
         self._woken = False
+        self._heard = 0
 
     def ping(self) -> None:
         """See that this is the process that the messages live in."""
@@ -145,13 +153,14 @@ class MemoryStore(TakesNothingAhead):
             found = self._world.queues.get(queue)
             if found is None:
                 return None
+            # Whoever waits has to wait for this lock as well.
+            self._world.tell()
             for accepted, entry in enumerate(entries):
                 if entry.id in found.messages:
                     continue
                 if max_length is not None and len(found.messages) - len(found.held) >= max_length:
                     return accepted
                 self._add(found, entry)
-            self._world.changed.notify_all()
             return len(entries)
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:
@@ -194,7 +203,7 @@ class MemoryStore(TakesNothingAhead):
             if found is None:
                 return [False] * len(endings)
             settled = [self._end(found, ending) for ending in endings]
-            self._world.changed.notify_all()
+            self._world.tell()
             return settled
 
     def completed(self, queue: str, ids: Sequence[str]) -> set[str]:
@@ -208,7 +217,7 @@ class MemoryStore(TakesNothingAhead):
         """See `Store.move`."""
         with self._world.changed:
             moved: list[bool | Error] = [self._move(source, target, move) for move in moves]
-            self._world.changed.notify_all()
+            self._world.tell()
             return moved
 
     def _move(self, source: str, target: str, move: Move) -> bool:
@@ -305,10 +314,14 @@ class MemoryStore(TakesNothingAhead):
     def wait(self, queues: Sequence[str], timeout: float, ahead: Ahead | None = None) -> list[str]:
         """See `Store.wait`."""
         with self._world.changed:
-            if not self._woken and not any(self._has_ready(queue) for queue in queues):
-                self._world.changed.wait(timeout)
+            world = self._world
+            if not self._woken and self._heard == world.told and not any(map(self._has_ready, queues)):
+                world.changed.wait(timeout)
             self._woken = False
-            return [queue for queue in queues if self._has_ready(queue)]
+            # What has come need not be ready: when it will be is for a take to say.
+            has_come = self._heard != world.told
+            self._heard = world.told
+            return [queue for queue in queues if has_come or self._has_ready(queue)]
 
     def wake(self) -> None:
         """See `Store.wake`."""

@@ -26,7 +26,7 @@ from kq.backends.redis_connection import Connection, Connector
 from kq.backends.redis_error import Late, RedisErrors, Refusal
 from kq.backends.redis_line import Lines
 from kq.backends.redis_put import CHUNK, Putter
-from kq.backends.store import TAKE_BYTES, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken
+from kq.backends.store import TAKE_BYTES, TAKE_MOST, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken
 from kq.backends.within import within
 from kq.config import hide_password
 from kq.driver import Tls
@@ -167,7 +167,7 @@ class RedisStore:
         return self._taken(queue, self._run("TAKE", [prefix(queue)], self._take_arguments(queue, limit, lease)))
 
     def _take_arguments(self, queue: str, limit: int, lease: int) -> tuple[int, ...]:
-        return min(limit, CHUNK), lease, TAKE_BYTES, int(queue in self._large)
+        return min(limit, TAKE_MOST), lease, TAKE_BYTES, int(queue in self._large)
 
     def _taken(self, queue: str, answer: bytes) -> Taken:
         """Return what a take has answered, and the bodies that it has left out."""

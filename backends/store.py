@@ -20,6 +20,8 @@ from kq.errors import Error, Internal
 
 #: Bytes of messages after which one `Store.take` takes no more, so that large ones fill nobody's memory.
 TAKE_BYTES: Final = 8 * 2**20
+#: Messages of one take that say that there may be more, however many were asked for: some stores return no more.
+TAKE_MOST: Final = 500
 
 
 #: Stands in the keys of dead letters whose id another one has already, behind the id. No publisher's id has it.

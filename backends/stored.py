@@ -120,13 +120,19 @@ class StoredBackend:
         by_queue: dict[str, list[int]] = {}
         for index, publication in enumerate(batch):
             by_queue.setdefault(publication.queue.id, []).append(index)
+        away: BrokerAway | None = None
         for queue, indexes in by_queue.items():
             entries = [_entry(batch[index]) for index in indexes]
             try:
+                if away is not None:
+                    raise away
                 accepted = self._put(store, queue, entries, deadline)
             except Error as error:
                 for index in indexes:
                     results[index] = error
+                if isinstance(error, BrokerAway):
+                    # From the others as well: each would wait for it as long.
+                    away = error
                 continue
             if accepted == len(entries):
                 continue

@@ -14,6 +14,7 @@ from kq import clock
 from kq.backend import Delivery, QueueSpec, Settlement, Settling
 from kq.backends.store import (
     TAKE_BYTES,
+    TAKE_MOST,
     Ahead,
     BrokerAway,
     Ending,
@@ -139,7 +140,7 @@ class StoredFeed:
         if deliveries:
             self._latest = queue
         self._heard_at[queue] = monotonic()
-        if len(deliveries) < limit and size < TAKE_BYTES:
+        if len(deliveries) < min(limit, TAKE_MOST) and size < TAKE_BYTES:
             quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
             self._look_at[queue] = monotonic() + quiet
         else:

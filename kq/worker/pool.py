@@ -114,6 +114,11 @@ class Pool(Protocol):
         """Whether it may have to do something before anything happens, so that a `poll` must end in time."""
         ...
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether there is no place that is ready, and several tries in a row to have one have failed."""
+        ...
+
     def wake(self) -> None:
         """End a `poll`, the present or the next one. Safe in any thread and in signal handlers."""
         ...

@@ -328,6 +328,13 @@ class ProcessPool:
         self._children.remove(child)
         self.places.remove(child)
 
+    @property
+    def is_stuck(self) -> bool:
+        """See `Pool.is_stuck`."""
+        if self._failed_starts < _START_TRIES * self._size:
+            return False
+        return not any(place.ready for place in self.places)
+
     def _count_failed_start(self, number: int, why: str) -> None:
         self._failed_starts += 1
         if self._failed_starts >= _START_TRIES * self._size and not self._has_worked:

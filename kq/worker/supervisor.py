@@ -153,6 +153,9 @@ class Supervisor:
             self._admit()
             if self._stopping:
                 self._release_waiting()
+            elif self._pool.is_stuck:
+                # Others may have places for it.
+                self._hold_nothing()
             else:
                 self._dispatcher.dispatch()
                 self._ask()
@@ -420,6 +423,16 @@ class Supervisor:
     def _release_waiting(self) -> None:
         for flight in self._dispatcher.take_all():
             self.release(flight)
+
+    def _hold_nothing(self) -> None:
+        """Hold nothing as long as nothing can run, but for what was acknowledged beforehand: it runs here or never."""
+        assert self._intake is not None
+        self._intake.hold(0)
+        for flight in self._dispatcher.take_all():
+            if flight.settled:
+                self._dispatcher.put(flight, front=False)
+            else:
+                self.release(flight)
 
     def _settle(self, flight: Flight, outcome: Outcome) -> None:
         assert self._intake is not None

@@ -93,6 +93,11 @@ class ThreadPool:
         """See `Pool.needs_watching`: threads report by themselves."""
         return False
 
+    @property
+    def is_stuck(self) -> bool:
+        """See `Pool.is_stuck`: what has no process needs no start."""
+        return False
+
     def wake(self) -> None:
         """See `Pool.wake`."""
         self._events.put(None)

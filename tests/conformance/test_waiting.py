@@ -47,6 +47,28 @@ def test_what_came_meanwhile_is_put_back(bench: Bench) -> None:
     assert all(delivery.deliveries <= charge(bench) for delivery in deliveries)
 
 
+@ON_STORES
+def test_what_is_due_later_is_heard_of(bench: Bench) -> None:
+    """Whoever waits for something else learns when it will be due, and does not only look now and then."""
+    feed = bench.feed()
+    wait(feed)
+    bench.publish(bench.message("a", delay=0.3))
+
+    assert [delivery.id for delivery in bench.take(feed, 1, within=1.5)] == ["a"]
+
+
+@ON_STORES
+def test_what_a_full_queue_has_taken_is_heard_of(bench: Bench) -> None:
+    """Also where it has taken only some of what was published at once."""
+    bench.queue = bench.declare("small", max_length=3)
+    feed = bench.feed()
+    wait(feed)
+    errors = bench.backend.publish([bench.message() for _ in range(5)], 10.0)
+
+    assert [error is None for error in errors] == [True] * 3 + [False] * 2
+    assert len(bench.take(feed, 3, within=1.5)) == 3
+
+
 def test_what_came_meanwhile_is_left_behind(bench: Bench) -> None:
     """A feed that is closed keeps nothing."""
     feed = bench.feed()

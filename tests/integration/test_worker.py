@@ -458,6 +458,25 @@ def test_hup_with_broken_code_keeps_the_old(local_shop: Shop) -> None:
     assert worker.poll() is None
 
 
+def test_what_no_child_can_run_is_given_back(local_shop: Shop) -> None:
+    """Where no child can be started any more, other workers get what this one has in hand."""
+    shop = local_shop
+    worker = shop.worker("-p", "1", "-c", "1")
+    shop.app.publish_many(shop.queue, [{"n": n, "do": "sleep", "seconds": 1} for n in range(3)])
+    victim = shop.until("started")[0]
+    source = (shop.folder / "shop.py").read_text()
+    (shop.folder / "shop.py").write_text("1 / 0\n")
+    os.kill(victim["pid"], signal.SIGKILL)
+
+    # After five tries, with longer and longer waits between them.
+    wait_for(lambda: "next try in 8.0 s" in shop.log(), "the failed starts")
+    wait_for(lambda: shop.app.info(shop.queue).in_flight == 0, "the messages to be back")
+    assert worker.poll() is None
+    (shop.folder / "shop.py").write_text(source)
+    shop.worker("-p", "1")
+    shop.until("done", 3)
+
+
 def test_at_most_once_is_not_never(local_shop: Shop) -> None:
     """With auto_ack a graceful stop still runs what was acknowledged; nothing runs twice."""
     shop = local_shop

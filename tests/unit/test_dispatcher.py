@@ -21,6 +21,7 @@ class Places:
         self.places = [Place(number, window, ready=True) for number in range(1, count + 1)]
         self.lock = Lock()
         self.needs_watching = False
+        self.is_stuck = False
 
     def start(self) -> None: ...
     def wake(self) -> None: ...
