@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from itertools import count, islice
 from threading import Condition, Lock
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import msgspec
 
 from kq.backend import Capabilities, Role
 from kq.backends.store import Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken, TakesNothingAhead
 from kq.errors import Error
+
+#: Stale items of a heap that are no matter.
+_STALE: Final = 1000
 
 
 class _Message(msgspec.Struct):
@@ -356,6 +359,11 @@ class MemoryStore(TakesNothingAhead):
         queue.messages.pop(id, None)
         queue.held.pop(id, None)
         queue.waiting.discard(id)
+        if len(queue.ready) > _STALE + 2 * len(queue.waiting):
+            # Nobody may ever take from a queue of dead letters, by which what is stale would go.
+            messages = ((queue.messages[id], id) for id in queue.waiting)
+            queue.ready = [(-message.entry.priority, message.place, id) for message, id in messages]
+            heapq.heapify(queue.ready)
 
     def _end(self, queue: _Queue, ending: Ending) -> bool:
         message = queue.held.get(ending.id)
