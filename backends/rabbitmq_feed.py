@@ -163,6 +163,9 @@ class RabbitFeed:
         if failed:
             stay = {id(settlement) for settlement, _ in failed}
             ours = [s for s in ours if id(s) not in stay]
+        if not ours:
+            # Nothing to ask a broker for that may be away.
+            return Settling(late, failed)
         with self._guard:
             link = self._connected()
             rejected = {s.delivery.receipt.tag for s in ours if self._goes_back(s)}
