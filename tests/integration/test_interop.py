@@ -224,7 +224,7 @@ def test_a_queue_that_others_limit_is_waited_for_once(rabbitmq: Broker) -> None:
     rabbitmq.forget()
 
     assert 1.5 < refused[0] < 5
-    assert max(refused[1:]) < 1
+    assert max(refused[1:]) < 1.5
 
 
 _CLOSED_BY_A_SIGNAL = """
