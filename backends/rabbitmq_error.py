@@ -36,7 +36,7 @@ class RabbitErrors(Mapped):
             return away(f"{self._where}: {error}", "refused")
         if isinstance(error, Error):
             return None
-        if isinstance(error, NotAllowed) and "limit" in _text(error):
+        if isinstance(error, NotAllowed) and "limit (" in _text(error):
             # Of connections, of the virtual host or of the user: the next moment may be another one.
             return away(f"{self._where} refuses us for now: {_text(error)}", "refused")
         if isinstance(error, (AccessRefused, NotAllowed)):

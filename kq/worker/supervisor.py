@@ -110,7 +110,7 @@ class Supervisor:
         if not self._pool.lock.acquire(blocking=False):
             return False
         try:
-            if self._stopping:
+            if self._stopping or self._pool.is_stuck:
                 return False
             self._admit()
             self._dispatcher.dispatch()
@@ -425,11 +425,12 @@ class Supervisor:
             self.release(flight)
 
     def _hold_nothing(self) -> None:
-        """Hold nothing as long as nothing can run, but for what was acknowledged beforehand: it runs here or never."""
+        """Hold nothing as long as nothing can run, but for what was acknowledged: it runs here or never."""
         assert self._intake is not None
         self._intake.hold(0)
         for flight in self._dispatcher.take_all():
-            if flight.settled:
+            if flight.settled or flight.suspected:
+                # Or what may have taken the last process with it: it runs alone next, or nobody would ever be charged.
                 self._dispatcher.put(flight, front=False)
             else:
                 self.release(flight)

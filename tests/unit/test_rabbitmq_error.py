@@ -30,7 +30,7 @@ def test_a_limit_of_connections_is_no_lack_of_permission() -> None:
     assert caught.value.retryable
     assert "connection limit (3)" in caught.value.message
     with pytest.raises(PermissionDenied), ERRORS:
-        raise NotAllowed("vhost shop not found", (10, 40), "Connection.open")
+        raise NotAllowed("access to vhost 'unlimited' refused for user 'guest'", (10, 40), "Connection.open")
 
 
 def test_a_mistake_of_ours_is_no_broker_that_is_away() -> None:
