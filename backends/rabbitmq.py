@@ -91,7 +91,7 @@ class RabbitBackend:
         self._secured = None if tls is None else secured(encryption.context(tls), tls.server_name, self._url)
         self._options = options
         self._lanes = Lanes(self._connect)
-        #: Queues that refused messages for as long as `_PAUSES`.
+        #: Queues that refused messages for as long as `_PAUSES`, or as there was time.
         self._waited_for: set[str] = set()
 
     def __repr__(self) -> str:
@@ -211,7 +211,8 @@ class RabbitBackend:
                 lane.buckets.clear()
                 left = again
                 continue
-            self._have_waited_for(batch[index] for index in again)
+            if again:
+                self._have_waited_for(batch[index] for index in again)
             if any(answer is not None and answer.details["reason"] == "timeout" for answer in answers):
                 # Silence may mean that the connection is dead: the next publish is to have a new one.
                 lane.drop()

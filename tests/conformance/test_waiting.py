@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -13,6 +14,7 @@ import redis
 
 from kq.backend import Delivery, Feed, Settlement
 from kq.backends.redis import prefix
+from kq.backends.store import TAKE_MOST, BrokerAway
 from kq.backends.stored import StoredBackend
 from kq.backends.stored_feed import StoredFeed
 from kq.errors import Error
@@ -67,6 +69,35 @@ def test_what_a_full_queue_has_taken_is_heard_of(bench: Bench) -> None:
 
     assert [error is None for error in errors] == [True] * 3 + [False] * 2
     assert len(bench.take(feed, 3, within=2.5)) == 3
+
+
+@ON_STORES
+def test_a_take_that_is_full_says_that_there_may_be_more(bench: Bench) -> None:
+    """However many were asked for: Redis gives no more at once, and the rest would wait for the next look."""
+    bench.publish(*[bench.message() for _ in range(3 * TAKE_MOST)])
+    feed = bench.feed(prefetch=10 * TAKE_MOST)
+
+    found = [delivery for _ in range(3) for delivery in feed.fetch(2 * TAKE_MOST, {})]
+
+    assert len({delivery.id for delivery in found}) == 3 * TAKE_MOST
+
+
+@ON_STORES
+def test_a_broker_that_is_away_is_waited_for_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each queue of a batch: whoever publishes has a deadline."""
+    other = bench.declare("other")
+    backend: Any = bench.backend
+    asked = []
+
+    def fail(queue: str, entries: object, max_length: int | None) -> int:
+        asked.append(queue)
+        raise BrokerAway("away", details={"reason": "timeout"})
+
+    monkeypatch.setattr(backend._store(), "put", fail)
+    errors = backend.publish([bench.message(), bench.message(queue=other), bench.message()], 10.0)
+
+    assert [error.details["reason"] for error in errors] == ["timeout"] * 3
+    assert asked == [bench.queue.id]
 
 
 def test_what_came_meanwhile_is_left_behind(bench: Bench) -> None:

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Event, Semaphore
+from uuid import uuid4
 
 import pytest
 
+import kq
 from kq.backend import Delivery, QueueSpec
+from kq.driver import Driver
 from kq.executor import Job
+from kq.fetcher import Fetcher
 from kq.intake import Intake
+from kq.outcome import Death
 from kq.router import Consumer
-from kq.worker.pool import Place
+from kq.worker.pool import Died, Place
+from kq.worker.pool import Event as PoolEvent
 from kq.worker.supervisor import Supervisor
 from tests.unit.test_dispatcher import Places
 
@@ -18,10 +25,15 @@ QUEUE = QueueSpec("app:q", dead_letter="app:q.dead")
 class Watched(Places):
     """A pool that counts how often it was woken, and that can break."""
 
-    def __init__(self) -> None:
-        super().__init__(2, window=4)
+    def __init__(self, count: int = 2, window: int = 4) -> None:
+        super().__init__(count, window)
         self.woken = 0
         self.broken = False
+        self.events: list[PoolEvent] = []
+
+    def poll(self, timeout: float) -> list[PoolEvent]:
+        events, self.events = self.events, []
+        return events
 
     def wake(self) -> None:
         self.woken += 1
@@ -91,3 +103,41 @@ def test_what_goes_wrong_in_a_fetchers_thread_ends_the_worker() -> None:
     assert pool.woken == 1
     with pytest.raises(RuntimeError, match="broken"):
         supervisor.turn(0.0)
+
+
+def test_without_children_only_suspects_are_kept() -> None:
+    """Others may have places for the rest; but whoever gave a suspect back would never know who was guilty."""
+    url = f"memory://{uuid4().hex}"
+    arrived = Semaphore(0)
+    with kq.App("supervisor", broker=url) as app:
+        pool = Watched(1, window=2)
+        consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload)
+        supervisor = Supervisor(
+            pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=20, prefetch=100
+        )
+
+        def arrive(deliveries: list[Delivery]) -> None:
+            supervisor.arrived(deliveries)
+            arrived.release(len(deliveries))
+
+        fetcher = Fetcher(
+            app.registry.backend(), [QUEUE], driver=Driver(url), prefetch=10, lease=600, on_deliveries=arrive
+        )
+        supervisor.attach(Intake({"app:q": fetcher}))
+        app.publish_many("app:q", [1, 2, 3])
+        fetcher.hold(3)
+        fetcher.start()
+        for _ in range(3):
+            assert arrived.acquire(timeout=20)
+        supervisor.turn(0.0)
+        (place,) = pool.places
+        assert len(place.tags) == 2
+        pool.events = [Died(place, Death(exit_signal=9), list(place.tags), [])]
+        place.ready, pool.is_stuck = False, True
+        supervisor.turn(0.0)
+        settled = Event()
+        fetcher.when_settled(settled.set)
+        assert settled.wait(20)
+        info = app.info("app:q")
+        assert fetcher.stop(20)
+    assert (info.in_flight, info.ready) == (2, 1)
