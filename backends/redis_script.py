@@ -289,7 +289,8 @@ local out = {}
 local token = 0
 if #ids > 0 then
   -- Not before the time in microseconds: what is lost with a deleted queue, or a server, is not counted anew.
-  token = math.max(tonumber(given) + 1, at * 1000)
+  local clock = call('TIME')
+  token = math.max(tonumber(given) + 1, tonumber(clock[1]) * 1000000 + tonumber(clock[2]))
   call('INCRBY', P .. 'n', number(token + #ids - 1 - tonumber(given)))
   local states, ends = {}, {}
   if not plain then

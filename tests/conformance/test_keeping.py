@@ -373,6 +373,21 @@ def test_a_wake_up_that_comes_while_there_is_no_room_is_not_forgotten(bench: Ben
 
 
 @ON_STORES
+def test_no_lease_of_a_queue_that_is_deleted_and_made_again_is_one_of_before(bench: Bench) -> None:
+    """However soon that is: by their tokens leases are told apart."""
+    backend: Any = bench.backend
+    store = backend._store()
+    tokens = []
+    for _ in range(100):
+        store.declare(bench.queue.id, {})
+        store.put(bench.queue.id, [Entry("same", b"x", 4)], None)
+        tokens.append(store.take(bench.queue.id, 1, 30_000).leases[0].token)
+        store.delete(bench.queue.id)
+
+    assert tokens == sorted(set(tokens))
+
+
+@ON_STORES
 def test_a_lease_on_a_deleted_queue_is_none_on_the_next_one_of_its_name(bench: Bench) -> None:
     """Tokens are never given twice: who has one of before ends nobody's lease, and learns that its own is lost."""
     first = bench.feed()
