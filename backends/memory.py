@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from threading import Condition, Lock
 from time import monotonic
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 import msgspec
 
 from kq.backend import Capabilities, Role
-from kq.backends.store import Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken, TakesNothingAhead
+from kq.backends.store import AGAIN, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken, TakesNothingAhead
 from kq.errors import Error
 
 #: Stale items of a heap that are no matter.
@@ -285,6 +285,18 @@ class MemoryStore(TakesNothingAhead):
             seen = set(ids) | found.held.keys()
             ids += [id for id in found.messages if id not in seen]
             return [(id, found.messages[id].entry.raw) for id in islice(ids, offset, offset + limit)]
+
+    def look(self, queue: str, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """See `Store.look`."""
+        with self._world.changed:
+            found = self._world.queues.get(queue)
+            if found is None:
+                return iter(())
+            wanted = set(ids)
+            same = [*ids, *(id for id in found.messages if AGAIN in id and id.partition(AGAIN)[0] in wanted)]
+            return iter(
+                [(id, found.messages[id].entry.raw) for id in same if id in found.messages and id not in found.held]
+            )
 
     def remove(self, queue: str, ids: Sequence[str] | None) -> int:
         """See `Store.remove`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from time import monotonic
 from typing import Any, ClassVar, Final
 
@@ -26,7 +26,19 @@ from kq.backends.redis_connection import Connection, Connector
 from kq.backends.redis_error import Late, RedisErrors, Refusal
 from kq.backends.redis_line import Lines
 from kq.backends.redis_put import CHUNK, Putter
-from kq.backends.store import TAKE_BYTES, TAKE_MOST, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken
+from kq.backends.store import (
+    AGAIN,
+    TAKE_BYTES,
+    TAKE_MOST,
+    Ahead,
+    BrokerAway,
+    Counts,
+    Ending,
+    Entry,
+    Lease,
+    Move,
+    Taken,
+)
 from kq.backends.within import within
 from kq.config import hide_password
 from kq.driver import Tls
@@ -39,6 +51,10 @@ _AGAIN: Final = 0.05
 _LARGE: Final = 1024
 _HMGET: Final = Head("HMGET")
 _RPUSH: Final = Head("RPUSH")
+#: Messages that one call looks for in lists, which takes the longer the more there are: others want their turn.
+_FEW: Final = 20
+#: Ids that one call passes over.
+_PAGE: Final = 10_000
 
 _TOPOLOGY: Final = "kq:topology"
 
@@ -254,15 +270,32 @@ class RedisStore:
 
     def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
         """See `Store.browse`."""
-        found = self._run("BROWSE", [prefix(queue)], [limit, offset])
+        found = self._run("BROWSE", [prefix(queue)], [limit, offset, TAKE_BYTES])
         return [(_to_id(found[i]), found[i + 1]) for i in range(0, len(found), 2)]
+
+    def look(self, queue: str, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """See `Store.look`."""
+        unique = dict.fromkeys(ids)
+        yield from self._look(queue, [_to_key(id) for id in unique])
+        again: list[bytes] = []
+        offset = 0
+        while page := self._run("AGAIN", [prefix(queue)], [_PAGE, offset, AGAIN]):
+            number, *keys = page
+            offset += number
+            again += (key for key in keys if _to_id(key).partition(AGAIN)[0] in unique)
+        yield from self._look(queue, again)
+
+    def _look(self, queue: str, keys: Sequence[str | bytes]) -> Iterator[tuple[str, bytes]]:
+        for i in range(0, len(keys), _FEW):
+            found = self._run("LOOK", [prefix(queue)], keys[i : i + _FEW])
+            yield from ((_to_id(found[i]), found[i + 1]) for i in range(0, len(found), 2))
 
     def remove(self, queue: str, ids: Sequence[str] | None) -> int:
         """See `Store.remove`."""
         if ids is None:
             return int(self._run("CLEAR", [prefix(queue)], []))
         unique = [_to_key(id) for id in dict.fromkeys(ids)]
-        parts = [unique[i : i + CHUNK] for i in range(0, len(unique), CHUNK)]
+        parts = [unique[i : i + _FEW] for i in range(0, len(unique), _FEW)]
         return sum(int(self._run("REMOVE", [prefix(queue)], part)) for part in parts)
 
     def read_topology(self) -> tuple[str, int]:
@@ -286,9 +319,13 @@ class RedisStore:
                 Lookout(self._waker).ready(timeout)
                 self._waker.drain()
             elif not self._rung:
-                take = b"" if ahead is None or self._bell.is_asked else self._take_call(ahead)
                 try:
-                    self._hear(self._bell.wait(queues, timeout, ahead, take))
+                    if self._bell.number is not None and not self._bell.covers(queues):
+                        # There is room again in one that nobody listens to.
+                        self._hear(self._withdrawn(self._bell))
+                    if not (self._rung or self._early):
+                        take = b"" if ahead is None or self._bell.is_asked else self._take_call(ahead)
+                        self._hear(self._bell.wait(queues, timeout, ahead, take))
                 except BaseException:
                     self._drop_bell()
                     raise

@@ -112,6 +112,26 @@ local function unwait(prefix, id)  -- take a waiting message off its list; true 
   return call('LREM', prefix .. 'r:' .. n, 1, id) == 1
 end
 """,
+    "each_page": """
+local function each_page(limit, skip, see)  -- of the ids of waiting messages, in the order of delivery
+  local function page(size, range)
+    if limit > 0 and skip < size then
+      local ids = range(skip, math.min(size, skip + limit) - 1)
+      limit = limit - #ids
+      skip = 0
+      see(ids)
+    else
+      skip = math.max(0, skip - size)
+    end
+  end
+  for n = 9, 0, -1 do
+    local b, r = P .. 'b:' .. n, P .. 'r:' .. n
+    page(call('ZCARD', b), function(i, j) return call('ZRANGE', b, i, j) end)
+    page(call('LLEN', r), function(i, j) return call('LRANGE', r, i, j) end)
+  end
+  page(call('ZCARD', P .. 'd'), function(i, j) return call('ZRANGE', P .. 'd', i, j) end)
+end
+""",
 }
 
 #: ARGV: arguments as JSON. Returns the arguments it was made with before, or nil.
@@ -320,7 +340,8 @@ if #ids > 0 then
   call('ZADD', l, unpack(leases))
   call('HSET', t, unpack(tokens))
   if limit > 0 and (#ids >= limit or size >= most) then
-    if call('EXISTS', r, P .. 'b:4', unpack(lines)) > 0 then wake(P) end
+    -- Whoever has all it wanted may have no room for what becomes due, either.
+    if call('EXISTS', r, P .. 'b:4', P .. 'd', unpack(lines)) > 0 then wake(P) end
   end
 end
 
@@ -499,29 +520,47 @@ for _, raw in ipairs(heads) do out[#out + 1] = raw end
 return out
 """
 
-#: ARGV: limit, offset. Returns id, raw of each waiting message in the order of delivery.
+#: ARGV: limit, offset, bytes after which there are to be no more. Returns id, raw of each waiting message in the order
+#: of delivery.
 BROWSE: Final = """
-local limit, skip = tonumber(ARGV[1]), tonumber(ARGV[2])
+local limit, skip, left = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local out = {}
-local function page(size, range)
-  if limit > 0 and skip < size then
-    for _, id in ipairs(range(skip, math.min(size, skip + limit) - 1)) do
-      local raw = call('HGET', P .. 'm', id)
-      out[#out + 1] = id
-      out[#out + 1] = raw or id
-      limit = limit - 1
-    end
-    skip = 0
-  else
-    skip = math.max(0, skip - size)
+each_page(limit, skip, function(ids)
+  for _, id in ipairs(ids) do
+    if left <= 0 then return end
+    local raw = call('HGET', P .. 'm', id) or id
+    out[#out + 1] = id
+    out[#out + 1] = raw
+    left = left - #raw
+  end
+end)
+return out
+"""
+
+#: ARGV: limit, offset, a mark. Returns how many waiting messages were passed over, and the ids among them that have the
+#: mark; nothing where there are no more.
+AGAIN: Final = """
+local out, passed = {0}, 0
+each_page(tonumber(ARGV[1]), tonumber(ARGV[2]), function(ids)
+  passed = passed + #ids
+  for _, id in ipairs(ids) do
+    if string.find(id, ARGV[3], 1, true) then out[#out + 1] = id end
+  end
+end)
+out[1] = passed
+return passed > 0 and out or {}
+"""
+
+#: ARGV: ids. Returns id, raw of each of these that waits.
+LOOK: Final = """
+local out = {}
+for _, id in ipairs(ARGV) do
+  local raw = call('HEXISTS', P .. 't', id) == 0 and call('HGET', P .. 'm', id)
+  if raw then
+    out[#out + 1] = id
+    out[#out + 1] = raw
   end
 end
-for n = 9, 0, -1 do
-  local b, r = P .. 'b:' .. n, P .. 'r:' .. n
-  page(call('ZCARD', b), function(i, j) return call('ZRANGE', b, i, j) end)
-  page(call('LLEN', r), function(i, j) return call('LRANGE', r, i, j) end)
-end
-page(call('ZCARD', P .. 'd'), function(i, j) return call('ZRANGE', P .. 'd', i, j) end)
 return out
 """
 

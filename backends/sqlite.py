@@ -36,6 +36,7 @@ from kq.backends.sqlite_listener import Listener, forget
 from kq.backends.sqlite_schema import DELAYED, LEASED, READY, prepare
 from kq.backends.sqlite_turn import begin
 from kq.backends.store import (
+    AGAIN,
     TAKE_BYTES,
     Ahead,
     BrokerAway,
@@ -282,14 +283,39 @@ class SQLiteStore(TakesNothingAhead):
 
     def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
         """See `Store.browse`."""
+        found: list[tuple[str, bytes]] = []
+        size = 0
         with self._reading() as db:
-            # Which ones first: what is sorted and passed over is not to be read as a whole.
-            return db.execute(
-                f"SELECT id, {_RAW} FROM message WHERE place IN (SELECT place FROM message WHERE queue = ? "
-                "AND state <> 2 ORDER BY state, priority DESC, place LIMIT ? OFFSET ?) "
-                "ORDER BY state, priority DESC, place",
-                (queue, limit, offset),
-            ).fetchall()
+            # Each state by its own index: what is passed over is neither sorted nor read.
+            for state, order in ((0, "priority DESC, place"), (1, "moment")):
+                rows = db.execute(
+                    f"SELECT id, {_RAW} FROM message WHERE place IN (SELECT place FROM message "
+                    f"WHERE queue = ? AND state = {state} ORDER BY {order} LIMIT ? OFFSET ?) ORDER BY {order}",
+                    (queue, limit - len(found), offset),
+                )
+                for row in rows:
+                    found.append(row)
+                    size += len(row[1])
+                    if size >= TAKE_BYTES:
+                        return found
+                if len(found) == limit:
+                    break
+                offset = 0 if found else max(0, offset - _count(db, queue, f"state = {state}"))
+        return found
+
+    def look(self, queue: str, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """See `Store.look`."""
+        unique = list(dict.fromkeys(ids))
+        again = f"SELECT id FROM message WHERE queue = ? AND id > ? || '{AGAIN}' AND id < ? || '{chr(ord(AGAIN) + 1)}'"
+        with self._reading() as db:
+            same = [key for id in unique for (key,) in db.execute(again, (queue, id, id))]
+        for key in (*unique, *same):
+            with self._reading() as db:
+                row = db.execute(
+                    f"SELECT id, {_RAW} FROM message WHERE queue = ? AND id = ? AND state <> 2", (queue, key)
+                ).fetchone()
+            if row is not None:
+                yield row
 
     def remove(self, queue: str, ids: Sequence[str] | None) -> int:
         """See `Store.remove`."""

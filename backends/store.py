@@ -11,7 +11,7 @@ unsettled delivery on its account.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 from uuid import uuid4
 
@@ -28,6 +28,8 @@ TAKE_MOST: Final = 500
 AGAIN: Final = "\x02"
 
 
+#: Messages that are looked at in one `Store.browse`, at most.
+PAGE: Final = 5000
 #: Messages, and bytes of them, that one `Store.move` carries at most, but for a single one.
 _LOT: Final = 64
 _LOT_BYTES: Final = 4 * 2**20
@@ -74,16 +76,26 @@ def under_another_id(entry: Entry) -> Entry:
     return entry._replace(id=f"{entry.id}{AGAIN}{uuid4().hex}")
 
 
-def in_lots(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
+def in_lots(moves: Iterable[Move]) -> Iterator[list[Move]]:
     """Divide moves, in their order, into as many as one call carries."""
-    start = size = 0
-    for n, move in enumerate(moves):
-        if n > start and (n - start == _LOT or size + len(move.entry.raw) > _LOT_BYTES):
-            yield moves[start:n]
-            start, size = n, 0
+    lot: list[Move] = []
+    size = 0
+    for move in moves:
+        if lot and (len(lot) == _LOT or size + len(move.entry.raw) > _LOT_BYTES):
+            yield lot
+            lot, size = [], 0
+        lot.append(move)
         size += len(move.entry.raw)
-    if moves:
-        yield moves[start:]
+    if lot:
+        yield lot
+
+
+def pages(store: Store, queue: str) -> Iterator[tuple[str, bytes]]:
+    """Yield (id, raw) of all messages of a queue that wait; see `Store.browse`."""
+    offset = 0
+    while page := store.browse(queue, PAGE, offset):
+        yield from page
+        offset += len(page)
 
 
 class Lease(NamedTuple):
@@ -265,7 +277,17 @@ class Store(Protocol):
         ...
 
     def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
-        """Return (id, raw) of waiting messages in the order in which they would be taken."""
+        """Return (id, raw) of waiting messages in the order in which they would be taken.
+
+        Fewer than there are where they come to more than `TAKE_BYTES`; none where there are no more.
+        """
+        ...
+
+    def look(self, queue: str, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield (id, raw) of waiting messages: of these ids first, then of those kept `under_another_id` of them.
+
+        Each is read when it is asked for; what has gone by then is left out.
+        """
         ...
 
     def remove(self, queue: str, ids: Sequence[str] | None) -> int:

@@ -5,7 +5,7 @@ It reaches its store through kq's own Kombu transport, as ``channel.store``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, isfinite
 from threading import RLock
 from time import monotonic
@@ -16,8 +16,9 @@ import kombu
 from kq import clock
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role, unknown_options
 from kq.backends import kombu_lock  # noqa: F401
-from kq.backends.store import AGAIN, BrokerAway, Entry, Move, Store, in_lots
+from kq.backends.store import BrokerAway, Entry, Store, pages
 from kq.backends.stored_feed import StoredFeed
+from kq.backends.stored_replay import Replay
 from kq.backends.tls_parameters import separate
 from kq.config import hide_password
 from kq.envelope import Envelope, identify, pack, unpack_or_wrap
@@ -28,8 +29,6 @@ _LEASE_PART: Final = 0.5
 _LEAST_TIMEOUT: Final = 2.0
 #: How much of a caller's time a single call may take: what it failed of is to be said before that is over.
 _CALL_PART: Final = 0.9
-#: Messages that one look into a queue of dead letters reads.
-_PAGE: Final = 200
 
 
 class StoredBackend:
@@ -204,68 +203,36 @@ class StoredBackend:
 
     def browse(self, queue: QueueSpec, limit: int, offset: int) -> list[Envelope]:
         """See `Backend.browse`."""
-        return [unpack_or_wrap(raw, id) for id, raw in self._store().browse(queue.id, limit, offset)]
+        store = self._store()
+        letters: list[Envelope] = []
+        while len(letters) < limit and (page := store.browse(queue.id, limit - len(letters), offset + len(letters))):
+            letters += (unpack_or_wrap(raw, id) for id, raw in page)
+        return letters
 
     def find(self, queue: QueueSpec, id: str) -> Envelope | None:
         """See `Backend.find`."""
-        letters = (unpack_or_wrap(raw, key) for key, raw in _pages(self._store(), queue.id))
-        return next((letter for letter in letters if letter.id == id), None)
+        store = self._store()
+        # A stranger may have stored it under any other id.
+        for pairs in (store.look(queue.id, [id]), pages(store, queue.id)):
+            for key, raw in pairs:
+                if identify(raw, key) == id:
+                    return unpack_or_wrap(raw, key)
+        return None
 
     def remove(self, queue: QueueSpec, ids: Sequence[str] | None) -> int:
         """See `Backend.remove`."""
         store = self._store()
         if ids is None:
             return store.remove(queue.id, None)
-        wanted = set(ids)
         # Several letters may have one id: then all but the first are kept under others.
-        again = [key for key, raw in _pages(store, queue.id) if AGAIN in key and identify(raw, key) in wanted]
-        return store.remove(queue.id, [*ids, *again])
+        return store.remove(queue.id, [key for key, _ in store.look(queue.id, ids)])
 
     def replay(
         self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec, revive: Callable[[Envelope], Envelope]
     ) -> int:
         """See `Backend.replay`."""
-        store = self._store()
-        wanted = None if ids is None else set(ids)
-        moved = kept = 0
-        counts = store.counts(dead.id)
-        # What dies meanwhile comes behind all of these.
-        left = counts.ready + counts.delayed
-        #: What stays, and what could not be moved, which stays or has been taken: passed over when it is seen again.
-        seen: set[str] = set()
-        left_before = 0
-        while left > 0:
-            page = store.browse(dead.id, _PAGE, kept)
-            if not page:
-                if left == left_before:
-                    break
-                # Somebody has taken some of those that are passed over: once more from the beginning.
-                left_before, kept = left, 0
-                continue
-            moves = []
-            for id, raw in page:
-                if id in seen:
-                    kept += 1
-                    continue
-                if not left:
-                    break
-                left -= 1
-                envelope = unpack_or_wrap(raw, id)
-                origin = envelope.headers.get("x_original_queue", target.id)
-                if origin == target.id and (wanted is None or envelope.id in wanted):
-                    envelope = revive(envelope)
-                    moves.append(Move(id, None, Entry(envelope.id, pack(envelope), envelope.priority)))
-                else:
-                    kept += 1
-                    seen.add(id)
-            for lot in in_lots(moves):
-                answers = store.move(dead.id, target.id, lot)
-                failed = next((answer for answer in answers if isinstance(answer, Error)), None)
-                if failed is not None:
-                    raise failed
-                moved += sum(answer is True for answer in answers)
-                seen.update(move.id for move, answer in zip(lot, answers, strict=True) if not answer)
-        return moved
+        replay = Replay(self._store(), dead.id, target.id, revive)
+        return replay.all() if ids is None else replay.these(ids)
 
     def check(self, handler_timeout: float | None = None) -> list[str]:
         """See `Backend.check`."""
@@ -289,13 +256,3 @@ class StoredBackend:
 def _entry(publication: Publication) -> Entry:
     envelope = publication.envelope
     return Entry(envelope.id, pack(envelope), envelope.priority, ceil(publication.delay * 1000))
-
-
-def _pages(store: Store, queue: str) -> Iterator[tuple[str, bytes]]:
-    offset = 0
-    while True:
-        page = store.browse(queue, _PAGE, offset)
-        yield from page
-        if len(page) < _PAGE:
-            return
-        offset += len(page)
