@@ -50,7 +50,8 @@ _NOTES: Final = """
 # keeps the client's introduction out of ACL LOG, and +info +config|get let kq check judge the server's settings.
 # With +multi +exec, and for a publisher +llen on its lists (r:*), a message of more than 64 KB is stored in half the
 # time, not copied by a script.
-# With +client|id +client|unblock a worker has a message one round trip earlier; it may end other clients' waits then.
+# With +client|id +client|unblock a worker has a message one round trip earlier, and hears at once, not within 3 s, of
+# one for a queue that it has room for again; it may end other clients' waits then.
 # Plain Kombu programs on kq-redis:// declare exchanges as well, which takes +hmget +hget +hset on ~kq:topology."""
 
 

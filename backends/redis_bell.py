@@ -78,6 +78,10 @@ class Bell:
         """Whether a call waits for its answer."""
         return bool(self._asked)
 
+    def covers(self, queues: Sequence[str]) -> bool:
+        """Tell whether the call that waits for its answer, if there is one, listens for all of these."""
+        return not self._asked or set(queues).issubset(self._asked.values())
+
     def wait(self, queues: Sequence[str], timeout: float, ahead: Ahead | None, take: bytes) -> Ring | None:
         """Wait until somebody rings, the waker wakes, or ``timeout`` seconds.
 

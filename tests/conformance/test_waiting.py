@@ -158,6 +158,39 @@ def test_each_queue_is_heard(make_bench: Callable[..., Bench]) -> None:
         assert feed.settle([Settlement(delivery, DONE)]) == ([], [])
 
 
+def test_a_queue_that_has_room_again_is_heard(make_bench: Callable[..., Bench]) -> None:
+    """At once, however long what was asked before would still wait for the others."""
+    bench = make_bench()
+    other = make_bench()
+    feed = bench.feed(bench.queue, other.queue)
+    assert feed.fetch(50, {other.queue.id: 0}) == []
+    feed.wait(0.05)
+    # Looked into, and found empty, before anybody listens to it.
+    assert feed.fetch(50, {}) == []
+    feed.wait(0.05)
+    assert feed.fetch(50, {}) == []
+    other.publish(other.message("a"))
+
+    began = monotonic()
+    assert [delivery.id for delivery in bench.take(feed, 1)] == ["a"]
+    assert monotonic() - began < 1.5
+
+
+@ON_STORES
+def test_what_is_due_later_is_known_to_whoever_has_room(bench: Bench) -> None:
+    """The one that has heard of it may have none when it is due."""
+    busy, idle = bench.feed(), bench.feed()
+    wait(busy, 1)
+    wait(idle, 1)
+    published = monotonic()
+    bench.publish(bench.message("later", delay=1.0), bench.message("now"))
+    (now,) = bench.take(busy, 1)
+    assert (now.id, busy.settle([Settlement(now, DONE)])) == ("now", ([], []))
+
+    assert [delivery.id for delivery in bench.take(idle, 1, within=4.0)] == ["later"]
+    assert monotonic() - published < 2.5
+
+
 @ON_REDIS
 def test_a_take_follows_the_wake_up(bench: Bench) -> None:
     """On Redis what waits is leased as soon as it is there, before anybody here has woken up."""
