@@ -91,6 +91,8 @@ class Dispatcher:
         waiting = [*self._quarantine, *self._backlog, *self._alone]
         for line in (self._quarantine, self._backlog, self._alone):
             line.clear()
+        if waiting:
+            self._clearance += 1
         return waiting
 
     def drop_lost(self) -> None:
@@ -101,6 +103,7 @@ class Dispatcher:
                 kept = [flight for flight in line if not flight.lost]
                 line.clear()
                 line.extend(kept)
+                self._clearance += 1
                 for flight in lost:
                     self._hands.drop(flight)
 
@@ -208,7 +211,7 @@ class Dispatcher:
         first = [] if self._isolated is not None else [self._quarantine.popleft()]
         waiting = self.take_all()
         self._quarantine.extend(first)
-        if waiting or self._hands.in_hand > 1:
+        if self._hands.in_hand > 1:
             self._clearance += 1
         for flight in waiting:
             if flight.settled:

@@ -207,6 +207,27 @@ def test_an_answer_that_is_too_old_does_not_count() -> None:
     assert any(1 in places for places in desk.pool.running)
 
 
+def test_an_answer_for_one_that_was_lost_does_not_count_for_the_next() -> None:
+    """In between there was no isolation, and what ran then may not be settled yet."""
+    desk = Desk(places=1)
+    desk.pool.places[0].ready = False
+    first = desk.put(1, deliveries=10)
+    desk.dispatcher.dispatch()
+    (answer,) = desk.hands.asked
+    answer()
+    first.delivery.lost = True
+    desk.dispatcher.drop_lost()
+
+    desk.pool.places[0].ready = True
+    desk.put(2, deliveries=10)
+    desk.dispatcher.dispatch()
+    assert not any(desk.pool.running)
+
+    desk.hands.asked[-1]()
+    desk.dispatcher.dispatch()
+    assert desk.pool.running == [{2}]
+
+
 def test_what_was_acknowledged_beforehand_is_not_given_back() -> None:
     """It runs here or never, so it runs before the one that must be isolated."""
     desk = Desk()
