@@ -29,6 +29,7 @@ from kq.router import Consumer
 from kq.said import caller
 from kq.scheme import find_backend
 from kq.security import Actor, Policy, current_actor, set_strict
+from kq.security.policy import group_names
 from kq.shield import shielded
 from kq.signing import Signing
 
@@ -94,6 +95,12 @@ class App:
     ) -> None:
         if not isinstance(name, str) or not name:
             raise Invalid(f"name: expected a name for the app, got {name!r}")
+        named_drivers = {} if drivers is None else drivers
+        if not isinstance(named_drivers, Mapping):
+            expected = "expected a mapping, each driver or URL under its name"
+            raise Invalid(f"drivers: {expected}, got {type(drivers).__name__}")
+        if signing is not None and not isinstance(signing, Signing):
+            raise Invalid(f"signing: expected a kq.Signing, got {type(signing).__name__}")
         document = config_file.load(config)
         settings = resolve(
             {
@@ -107,7 +114,7 @@ class App:
                 "durability": durability,
                 "strict_mode": strict_mode,
                 "actor": actor.id if isinstance(actor, Actor) else actor,
-                "groups": None if groups is None else (groups,) if isinstance(groups, str) else tuple(groups),
+                "groups": None if groups is None else tuple(sorted(group_names(groups))),
             },
             document=document,
         )
@@ -116,7 +123,7 @@ class App:
         self.document = document
         self.registry.variables = document.variables
         self.registry.guard = Guard(
-            [*policies_of(document), *policies],
+            [*policies_of(document), *_policies(policies)],
             strict=settings.strict_mode,
             actor=actor if isinstance(actor, Actor) else Actor(settings.actor) if settings.actor else None,
             groups=settings.groups,
@@ -127,7 +134,7 @@ class App:
                 f"signing: said here and at {document.signing.place}; expected one of them, keys and rules together"
             )
         self.registry.signing = signing or in_file
-        for driver_name, driver in (drivers or {}).items():
+        for driver_name, driver in named_drivers.items():
             self.registry.add_driver(
                 replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)
             )
@@ -520,6 +527,16 @@ def _middleware(name: str, given: Any) -> list[Any]:
         if not callable(function):
             raise Invalid(f"{name}: expected functions, got {function!r}")
     return functions
+
+
+def _policies(given: Any) -> list[Policy]:
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
+        raise Invalid(f"policies: expected a list of kq.security.Policy, got {type(given).__name__}")
+    policies = list(given)
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise Invalid(f"policies: expected kq.security.Policy, got {type(policy).__name__}")
+    return policies
 
 
 def _remember(app: App) -> None:

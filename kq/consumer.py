@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from math import inf
-from queue import Empty, Queue
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any
 
-from kq import config, errors, limit
+from kq import errors, limit
 from kq.admission import Admission, Refused
 from kq.backend import Backend, Delivery, QueueSpec, Settlement
 from kq.driver import naming
@@ -19,7 +19,7 @@ from kq.fetcher import Fetcher
 from kq.intake import Intake
 from kq.message import Message, Settled
 from kq.outcome import DONE, Failure, Outcome, given_up
-from kq.registry import HasRegistry, Registry
+from kq.registry import HasRegistry, registry_of
 from kq.retry import after_failure
 
 #: Seconds that closing waits for the broker.
@@ -65,12 +65,12 @@ class Consumer:
     def __init__(self, source: HasRegistry | str, queue_ids: str | Sequence[str], *, prefetch: int = 10) -> None:
         if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 1:
             raise Invalid(f"prefetch: expected an integer from 1, got {prefetch!r}")
+        if not isinstance(queue_ids, Iterable):
+            raise Invalid(f"queue_ids: expected a queue id or a list of them, got {type(queue_ids).__name__}")
         ids = [queue_ids] if isinstance(queue_ids, str) else list(queue_ids)
         if not ids:
             raise Invalid("queue_ids: expected at least one queue id")
-        self._registry = (
-            Registry("kq", config.resolve({"broker": source})) if isinstance(source, str) else source.registry
-        )
+        self._registry, _ = registry_of(source)
         self._specs: dict[str, QueueSpec] = {
             limit.queue_id(queue_id): self._registry.spec(queue_id) for queue_id in ids
         }
@@ -79,8 +79,8 @@ class Consumer:
         self._admission = Admission(self._registry.settings.max_body, self._registry.distrust)
         self._prefetch = prefetch
         self._closed = False
-        #: What has arrived; None, for ever, once it is closed.
-        self._ready: Queue[Delivery | None] = Queue()
+        #: What has arrived; None, for ever, once it is closed, maybe by a signal's handler in the middle of a call.
+        self._ready: SimpleQueue[Delivery | None] = SimpleQueue()
         #: What was received and is not settled.
         self._received: dict[int, PulledMessage] = {}
         with ExitStack() as stack:

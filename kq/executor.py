@@ -10,6 +10,7 @@ import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from kq.backend import QueueSpec
 from kq.envelope import unpack
 from kq.failure_log import logger
 from kq.handler import HERE
-from kq.message import Message, Settled, enter, leave
+from kq.message import Message, Settled, enter
 from kq.outcome import (
     DONE,
     MAX_MESSAGE,
@@ -156,10 +157,15 @@ class Executor:
     def run(self, run: Run) -> Outcome:
         """Run a sync handler and return the outcome; it counts only if the message lets itself be claimed.
 
+        In a context of its own: what it leaves in context variables, the next one in this thread does not find.
+
         Raises:
             HandlerTimeout: If it was raised in this thread; see `timed_out`.
         """
-        token = enter(run.message)
+        return copy_context().run(self._run, run)
+
+    def _run(self, run: Run) -> Outcome:
+        enter(run.message)
         try:
             with self._activate():
                 result = self._call(run.consumer)(run.message, run.payload)
@@ -171,7 +177,6 @@ class Executor:
         else:
             outcome = _returned(run, result)
         finally:
-            leave(token)
             run.message.release()
         return outcome
 

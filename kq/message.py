@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from enum import Enum
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 from kq import limit
@@ -49,7 +49,8 @@ class Message:
         self._attempt = attempt
         self._crashes = crashes
         self._on_settle = on_settle
-        self._lock = Lock()
+        # A signal's handler may close the consumer, in a thread that is settling.
+        self._lock = RLock()
         self._settled = settled
         self._released = False
 
@@ -139,8 +140,6 @@ _current: ContextVar[Message | None] = ContextVar("kq_message", default=None)
 
 #: Strictly private: how the executor puts a message into the context.
 enter = _current.set
-#: Strictly private: how it takes it out again.
-leave = _current.reset
 
 
 def current() -> Message:

@@ -11,13 +11,13 @@ from threading import RLock, get_ident
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any, Final
 
-from kq import clock, codec, config, header, limit
+from kq import clock, codec, header, limit
 from kq.backend import Publication, QueueSpec
 from kq.driver import MAIN
 from kq.envelope import WIRE_VERSION, Envelope
 from kq.errors import Error, Internal, Invalid, NotFound
 from kq.group_commit import GroupCommit
-from kq.registry import HasRegistry, Registry
+from kq.registry import HasRegistry, registry_of
 from kq.signature import HEADER
 
 if TYPE_CHECKING:
@@ -71,10 +71,7 @@ class Producer:
     """
 
     def __init__(self, source: HasRegistry | str, *, middleware: Sequence[PublishMiddleware] = ()) -> None:
-        self._own = isinstance(source, str)
-        self._registry = (
-            Registry("kq", config.resolve({"broker": source})) if isinstance(source, str) else source.registry
-        )
+        self._registry, self._own = registry_of(source)
         self._middleware = middleware
         #: Threads that are handing something to a pool, whose own lock a signal's handler would wait for in vain; and
         #: the pools that such a handler has closed, to be shut down after that.
@@ -300,11 +297,15 @@ class Producer:
         refused: dict[str, Error] = {}
         specs: dict[str, QueueSpec] = {publication.queue.id: publication.queue for publication in batch}
         for spec in specs.values():
+            # Declaring takes its time, too, and for each of them.
+            if monotonic() >= deadline:
+                text = f"queue {spec.id}: the broker took all the time to declare others"
+                refused[spec.id] = Internal(text, details={"reason": "timeout"})
+                continue
             try:
                 self._registry.ensure(spec)
             except Error as error:
                 refused[spec.id] = error
-        # Declaring takes its time, too.
         left = max(0.0, deadline - monotonic())
         if refused:
             good = [p for p in batch if p.queue.id not in refused]

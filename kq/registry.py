@@ -385,6 +385,20 @@ class HasRegistry(Protocol):
         ...
 
 
+def registry_of(source: HasRegistry | str) -> tuple[Registry, bool]:
+    """Return an app's registry, or a new one for a broker's URL, and whether it is the caller's own.
+
+    Raises:
+        Invalid: If it is neither.
+    """
+    if isinstance(source, str):
+        return Registry("kq", config.resolve({"broker": source})), True
+    found = getattr(source, "registry", None)
+    if not isinstance(found, Registry):
+        raise Invalid(f"source: expected an app or a broker's URL, got {type(source).__name__}")
+    return found, False
+
+
 def _current_folder() -> str:
     try:
         return os.getcwd()

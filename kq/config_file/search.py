@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from kq.config_file.document import Document, empty
+from kq.errors import Invalid
 
 #: What is read where nobody names a file.
 DEFAULT: Final = "kq.yaml"
@@ -20,7 +21,7 @@ def find(path: str | None, environment: Mapping[str, str]) -> str | None:
     return named
 
 
-def load(path: str | None = None, environment: Mapping[str, str] | None = None) -> Document:
+def load(path: str | os.PathLike[str] | None = None, environment: Mapping[str, str] | None = None) -> Document:
     """Return what the configuration file and those it includes say.
 
     Args:
@@ -30,8 +31,10 @@ def load(path: str | None = None, environment: Mapping[str, str] | None = None) 
     Raises:
         Invalid: If a file cannot be read or is wrong; each line of the text is one mistake, with its place.
     """
+    if not isinstance(path, (str, os.PathLike, type(None))):
+        raise Invalid(f"config: expected the path of a configuration file, got {type(path).__name__}")
     environment = os.environ if environment is None else environment
-    found = find(path, environment)
+    found = find(None if path is None else os.fspath(path), environment)
     if found is None:
         return empty()
     from kq.config_file.loader import Loader

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import kq
+from kq.cli import main
 
 ROOT = Path(__file__).parents[2]
 BLOCKS: list[tuple[str, str]] = re.findall(
@@ -139,6 +141,24 @@ def test_demo_ends_with_a_summary() -> None:
     assert "does not parse" in done.stdout
 
 
+def test_the_commands_are_all_there() -> None:
+    """docs/commands.md has every command, the worker's own options, and each exit code."""
+    text = (ROOT / "docs" / "commands.md").read_text()
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        assert f"`kq {name}" in text
+    (worker, info) = (main.get_command(context, name) for name in ("worker", "info"))
+    assert worker is not None
+    assert info is not None
+    common = {parameter.name for parameter in info.params}
+    for parameter in worker.params:
+        if isinstance(parameter, click.Option) and parameter.name not in common:
+            assert any(f"`{option}" in text for option in parameter.opts), parameter.opts
+    assert main.epilog is not None
+    for code in re.findall(r"(\d+) \w", main.epilog.partition("Exit codes: ")[2]):
+        assert f"\n| {code} | " in text
+
+
 def test_the_python_reference_works_as_shown() -> None:
     """The blocks of docs/python.md run, and its signatures are the code's."""
     text = (ROOT / "docs" / "python.md").read_text()
@@ -154,6 +174,9 @@ def test_the_python_reference_works_as_shown() -> None:
         ("app.drain", kq.App.drain),
         ("kq.Consumer", kq.Consumer.__init__),
         ("kq.Backoff", kq.Backoff.__init__),
+        ("kq.Driver", kq.Driver.__init__),
+        ("kq.Tls", kq.Tls.__init__),
+        ("kq.Signing", kq.Signing.__init__),
         ("kq.Retry", kq.Retry.__init__),
     ):
         (names, *_) = re.findall(re.escape(f"`{shown}(") + r"([^`]*)\)`", flat)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar, copy_context
 from time import time
 from typing import Any
 
@@ -429,6 +430,23 @@ def test_after_the_handler_the_message_is_released() -> None:
         kept[0].id()
     with pytest.raises(errors.Invalid, match="no delivery in context"):
         queue.message()
+
+
+def test_what_a_handler_leaves_in_its_context_is_gone() -> None:
+    """The next message in the same thread begins as this one did, with what the thread has."""
+    tenant: ContextVar[str] = ContextVar("tenant", default="none")
+    seen = []
+
+    def handler(payload: Any) -> None:
+        seen.append(tenant.get())
+        tenant.set("mine")
+
+    def serve() -> None:
+        tenant.set("everybody's")
+        assert [handle(handler) for _ in range(2)] == [DONE, DONE]
+
+    copy_context().run(serve)
+    assert seen == ["everybody's", "everybody's"]
 
 
 def test_middleware_is_an_onion() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from time import monotonic, time
-from typing import Any
+from typing import Any, cast
 from uuid import RFC_4122, UUID
 
 import pytest
 
 import kq
 from kq import errors, queue
+from kq.driver import MAIN
+from kq.producer import Draft
 
 
 def test_an_id_is_a_uuid_that_begins_with_the_time() -> None:
@@ -85,6 +88,23 @@ def test_what_a_consumer_is_given_is_checked(name: str, value: Any) -> None:
         app.consumer("test:checked", **{name: value})
 
 
+@pytest.mark.parametrize("scheme", ["amqp", "redis"])
+def test_many_new_queues_are_declared_within_the_time_of_a_publish(scheme: str) -> None:
+    """A broker that does not answer is not asked for each of them."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}"
+        driver = kq.Driver(url, timeout=0.4, connect_timeout=0.4)
+        with kq.App("silent", broker=url, drivers={MAIN: driver}, publish_timeout=0.5) as app:
+            producer = kq.Producer(app)
+            batch = [producer._prepare(Draft(f"app:q{n}", (n,)))[0] for n in range(20)]
+            began = monotonic()
+
+            results = producer._declare_and_publish(MAIN, batch, 0.5)
+
+            assert monotonic() - began < 3.0
+            assert [error.details["reason"] for error in results if error is not None] == ["timeout"] * 20
+
+
 @pytest.mark.parametrize("result", [None, "id", []])
 def test_middleware_that_returns_no_ids_is_named(result: Any) -> None:
     """What forgets to return what it was given is told from a publish that has failed."""
@@ -107,6 +127,15 @@ def test_middleware_that_returns_no_ids_is_named(result: Any) -> None:
         (lambda: app_of(on_handle=[5]), "on_handle: expected functions, got 5"),
         (lambda: app_of().consumer(lambda payload: None), r"write @app.consumer\("),
         (lambda: app_of().worker(concurency=4), "expected options of .*got 'concurency'"),
+        (lambda: app_of(drivers=["redis://h"]), "drivers: expected a mapping, .*, got list"),
+        (lambda: app_of(signing={"k": "s"}), "signing: expected a kq.Signing, got dict"),
+        (lambda: app_of(policies=5), "policies: expected a list of kq.security.Policy, got int"),
+        (lambda: app_of(policies=["p"]), "policies: expected kq.security.Policy, got str"),
+        (lambda: app_of(groups=5), "groups: expected one or a list, got int"),
+        (lambda: app_of(config=5), "config: expected the path of a configuration file, got int"),
+        (lambda: kq.Producer(cast(Any, None)), "source: expected an app or a broker's URL, got NoneType"),
+        (lambda: kq.Consumer(cast(Any, kq), "app:q"), "source: expected an app or a broker's URL, got module"),
+        (lambda: kq.Consumer(app_of(), cast(Any, 5)), "queue_ids: expected a queue id or a list of them, got int"),
     ],
 )
 def test_what_is_easily_mistaken_is_told(make: Callable[[], Any], words: str) -> None:
