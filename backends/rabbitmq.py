@@ -20,7 +20,7 @@ from amqp import spec
 from amqp.exceptions import AccessRefused, PreconditionFailed
 
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role
-from kq.backends import rabbitmq_acl, tls_parameters
+from kq.backends import rabbitmq_acl, rabbitmq_aside, tls_parameters
 from kq.backends import tls as encryption
 from kq.backends.rabbitmq_due import due
 from kq.backends.rabbitmq_error import RabbitErrors, away
@@ -262,6 +262,7 @@ class RabbitBackend:
             open_link,
             publish=lambda batch: self.publish(batch, self._worker_timeout),
             declare=lambda queue: self.declare(queue, create=True, exact=False),
+            probe=lambda queue: self._administer(lambda link: rabbitmq_aside.probe(link, queue)),
             soonest=lambda: due.soonest(self._url, ids),
             queues=queues,
             prefetch=prefetch,

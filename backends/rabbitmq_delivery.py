@@ -11,7 +11,6 @@ import struct
 from collections.abc import Callable
 from struct import Struct
 from typing import Any, Final
-from uuid import uuid4
 
 from amqp.exceptions import UnexpectedFrame
 from amqp.serialization import loads
@@ -120,7 +119,7 @@ class Deliveries:
         return True
 
     def _envelope(self, raw: bytes) -> Envelope:
-        """Return a message without its body; one without an id is given one."""
+        """Return a message without its body; the id of one that has none is empty."""
         flags = _HEAD.unpack_from(raw)[3]
         offset = _HEAD.size
         headers: dict[str, Any] = {}
@@ -148,7 +147,7 @@ class Deliveries:
             pass
         for name in ("expiration", "cluster_id"):
             properties.pop(name, None)
-        return Envelope(properties.pop("message_id", "") or uuid4().hex, headers, properties, b"")
+        return Envelope(properties.pop("message_id", ""), headers, properties, b"")
 
     def _table(self, raw: bytes) -> dict[str, Any]:
         known = self._tables.get(raw)

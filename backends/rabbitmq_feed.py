@@ -14,6 +14,7 @@ from itertools import takewhile
 from time import monotonic
 from types import TracebackType
 from typing import Any, Final
+from uuid import uuid4
 
 import amqp
 import msgspec
@@ -21,10 +22,11 @@ import msgspec
 from kq import clock
 from kq.backend import Delivery, Publication, QueueSpec, Settlement, Settling
 from kq.backends.rabbitmq_arrivals import Arrivals
+from kq.backends.rabbitmq_aside import Aside
 from kq.backends.rabbitmq_delivery import Receive
-from kq.backends.rabbitmq_error import RabbitErrors
+from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_link import Link
-from kq.backends.rabbitmq_recollection import Recollection
+from kq.backends.rabbitmq_recollection import Named, Recollection
 from kq.backends.rabbitmq_subscriptions import Subscriptions
 from kq.backends.rabbitmq_topology import (
     DELAY_LEFT,
@@ -38,7 +40,7 @@ from kq.backends.rabbitmq_topology import (
 from kq.backends.rabbitmq_watch import Watch
 from kq.backends.rabbitmq_window import Demand, Widen, Windows
 from kq.envelope import DELIVERIES, Envelope, bury, pack_pieces
-from kq.errors import Error, NotFound
+from kq.errors import Conflict, Error, NotFound, PermissionDenied
 from kq.waker import Lookout, Waker
 
 logger = logging.getLogger("kq.worker")
@@ -62,6 +64,8 @@ class _Receipt(msgspec.Struct, eq=False):
     #: Whether going back once more would look to the broker like yet another dead worker: it counts every return of a
     #: quorum queue's message, and of a classic one's we do.
     counted: bool
+    #: Whether it came with an id.
+    is_named: bool
     #: Whether what takes its place is stored: it is never published twice.
     copied: bool = False
 
@@ -74,6 +78,7 @@ class RabbitFeed:
         open_link: Opens a link for consuming.
         publish: Publishes with confirms; for retries, dead letters and steps of delays.
         declare: Makes a queue and its dead-letter queue where they are missing.
+        probe: Returns what `rabbitmq_aside.probe` does, over another link.
         soonest: Returns the seconds until one is due that this process has published, as `Due.soonest`.
         queues: What to consume.
         prefetch: The widest window.
@@ -86,6 +91,7 @@ class RabbitFeed:
         *,
         publish: Callable[[Sequence[Publication]], list[Error | None]],
         declare: Callable[[QueueSpec], None],
+        probe: Callable[[str], list[str] | None],
         soonest: Callable[[], float | None],
         queues: Sequence[QueueSpec],
         prefetch: int,
@@ -94,12 +100,14 @@ class RabbitFeed:
         self._open_link = open_link
         self._publish = publish
         self._declare = declare
+        self._probe = probe
         self._soonest = soonest
         self._specs = {queue.id: queue for queue in queues}
         self._link: Link | None = None
         self._epoch = 0
         #: Whether a queue turned out to be gone.
         self._missing = False
+        self._aside = Aside(self._specs)
         self._windows = Windows(prefetch)
         self._arrivals = Arrivals(self._specs)
         #: Unsettled deliveries of this epoch by tag, in the order of arrival.
@@ -111,6 +119,7 @@ class RabbitFeed:
         self._done_before: list[Delivery] = []
         self._tick_at = 0.0
         self._recollection = Recollection()
+        self._named = Named()
         self._watch = Watch(self._specs, monotonic())
         self.losses = 0
         self._waker = Waker()
@@ -136,10 +145,14 @@ class RabbitFeed:
 
     def settle(self, settlements: Sequence[Settlement]) -> Settling:
         """See `Feed.settle`."""
+        now = monotonic()
         for settlement in settlements:
-            if settlement.outcome.action == "done":
+            if not settlement.delivery.receipt.is_named:
+                # It is known as long as it runs.
+                self._named.forget(settlement.delivery.id)
+            elif settlement.outcome.action == "done":
                 # Also what is late: it may come back to us.
-                self._recollection.done(settlement.delivery)
+                self._recollection.done(settlement.delivery, settlement.delivery.receipt.epoch, now)
             else:
                 self._recollection.not_done(settlement.delivery)
         late = [s for s in settlements if not self._is_ours(s.delivery)]
@@ -242,13 +255,14 @@ class RabbitFeed:
             # have left the queue and not yet been sent. It is sent before whatever is asked next is answered.
             waiting = self._count(link) or self._count(link)
             link.drain_all()
-        if waiting or self._arrivals or self._onward:
+        if waiting or self._arrivals or self._onward or self._done_before:
             return 0.0
         soonest = self._soonest()
         return None if soonest is None else max(0.02, soonest)
 
     def _count(self, link: Link) -> int:
-        return sum(link.channel.queue_declare(queue, passive=True).message_count for queue in self._specs)
+        queues = [queue for queue in self._specs if queue not in self._aside]
+        return sum(link.channel.queue_declare(queue, passive=True).message_count for queue in queues)
 
     def renew(self) -> None:
         """See `Feed.renew`: the connection is the lease, and heartbeats keep it."""
@@ -258,7 +272,7 @@ class RabbitFeed:
     def wait(self, timeout: float) -> None:
         """See `Feed.wait`."""
         # Nothing else may happen before the window may be widened: handlers can be slow.
-        until = min(monotonic() + timeout, self._windows.widen_at)
+        until = min(monotonic() + timeout, self._windows.widen_at, self._aside.next_at)
         while True:
             with self._guard:
                 link = self._connected()
@@ -293,15 +307,41 @@ class RabbitFeed:
     def _connected(self) -> Link:
         if self._link is None:
             if self._missing:
-                # One queue that somebody deleted must not keep us from the others.
-                for queue in self._specs.values():
-                    self._declare(queue)
-                self._missing = False
+                self._declare_all()
             self._link = self._open_link()
             self._epoch += 1
             self._lookout = Lookout(self._link.connection.sock, self._waker)
             self._subscriptions = Subscriptions(self._link, self._specs, self._receiver, self._cancelled)
         return self._link
+
+    def _declare_all(self) -> None:
+        """Make what somebody has deleted; what cannot be had is set aside, if that leaves anything."""
+        refused: dict[str, Error] = {}
+        for queue in self._specs.values():
+            try:
+                self._declare(queue)
+            except (NotFound, PermissionDenied, Conflict) as error:
+                refused[queue.id] = error
+        if len(refused) == len(self._specs):
+            raise next(iter(refused.values()))
+        for id, refusal in refused.items():
+            self._aside.put(id, refusal.message, monotonic())
+        self._missing = False
+
+    def _try_again(self) -> None:
+        """See whether queues that were set aside can be consumed by now."""
+        for queue in self._aside.due(monotonic()):
+            try:
+                seen = self._probe(queue)
+            except NotFound:
+                seen = [] if self._declared(self._specs[queue]) is None else None
+            except Error:
+                # Not over our own link, on which it would cost all that the others have.
+                continue
+            if seen is not None:
+                for id in seen:
+                    self._recollection.went_back(queue, id)
+                self._aside.end(queue)
 
     def _drop_link(self, *, wait: bool = False) -> None:
         """Give the link up.
@@ -312,10 +352,13 @@ class RabbitFeed:
         link, self._link = self._link, None
         # What still arrives while the link is closed goes back to the broker: it is no delivery of ours.
         self._epoch += 1
+        self._recollection.broke(monotonic())
         for delivery in self._outstanding.values():
             delivery.lost = True
             if not self._closed:
-                self._recollection.went_back(delivery)
+                self._recollection.went_back(delivery.queue, delivery.id)
+                if not delivery.receipt.is_named:
+                    self._named.remember(delivery.queue, _envelope_of(delivery))
         self.losses += len(self._outstanding)
         self._outstanding.clear()
         self._onward.clear()
@@ -347,7 +390,8 @@ class RabbitFeed:
             raise amqp.exceptions.RecoverableConnectionError(f"RabbitMQ sends nothing of queue {queue}")
         queue = self._watch.due(self._has_room, now)
         if queue is not None and link.channel.queue_declare(queue, passive=True).message_count:
-            self._watch.waits(queue, now)
+            # From now on: the answer may have taken its time.
+            self._watch.waits(queue, monotonic())
 
     def _has_room(self, queue: str) -> bool:
         # All that is not settled fills the broker's window, whether somebody has fetched it or not.
@@ -370,8 +414,12 @@ class RabbitFeed:
         def is_enough() -> bool:
             return self._arrivals.ready(credit, caps) >= credit
 
+        if self._aside:
+            self._try_again()
         demands = {}
         for queue in self._specs:
+            if queue in self._aside:
+                continue
             held = self._held_of[queue]
             wanted = min(credit, caps.get(queue, credit)) + held
             demands[queue] = Demand(wanted, held + self._arrivals.count(queue))
@@ -382,6 +430,8 @@ class RabbitFeed:
         elif change is not None and self._arrivals:
             # Pushed for wider windows than anybody needs now: others may have a use for it.
             self._give_back(link, set())
+            # There is room for what is wanted.
+            self._fit(link, credit, caps)
         elif change is not None:
             self._subscribe(change.windows)
 
@@ -415,23 +465,33 @@ class RabbitFeed:
             headers = envelope.headers
             envelope.headers = without_history(headers)
             attempts, crashes = counters(headers)
-            unsettled = _unsettled(headers, redelivered, uncounting) if counted else 0
+            is_named = bool(envelope.id)
+            if not is_named:
+                envelope.id = self._named.again(queue, envelope, b"".join(body)) if redelivered else uuid4().hex
+            # Deliveries that nobody settled: those that a copy brought along, and the broker's since then.
+            brought = read_count(headers, DELIVERIES) if counted else 0
+            since = _since(headers, redelivered, uncounting) if counted else 0
+            # But not those that were lost with a connection of ours, or given back.
+            others = max(0, since - self._recollection.losses(queue, envelope.id)) if since else 0
             delivery = Delivery(
                 queue,
                 envelope.id,
                 _pack(envelope, body),
                 read_count(headers, attempts),
                 read_count(headers, crashes),
-                # But not those that were lost with a connection of ours, or given back.
-                max(0, unsettled - self._recollection.losses(queue, envelope.id)) if unsettled else 0,
-                _Receipt(epoch, tag, envelope, sum(map(len, body)), uncounting or unsettled > 0),
+                brought + others,
+                _Receipt(epoch, tag, envelope, sum(map(len, body)), uncounting or brought + since > 0, is_named),
             )
             self._outstanding[tag] = delivery
             self._watch.arrived(queue)
-            if redelivered and self._recollection.is_done(delivery):
-                # It was done here, and only the acknowledgement got lost.
+            if redelivered and self._recollection.is_done(delivery, epoch):
+                # It was done here, and only the acknowledgement got lost; which may happen once more.
+                self._recollection.done(delivery, epoch, monotonic())
                 self._done_before.append(delivery)
-            elif due_in(headers) > _DUE or (redelivered and counted and uncounting):
+                return
+            if not redelivered and self._recollection:
+                self._recollection.is_another(queue, envelope.id)
+            if due_in(headers) > _DUE or (uncounting and others):
                 self._onward.append(delivery)
             else:
                 self._arrivals.add(tag, delivery)
@@ -498,7 +558,7 @@ class RabbitFeed:
         for tag in tags:
             delivery = self._outstanding.pop(tag, None)
             if delivery is not None:
-                self._recollection.went_back(delivery)
+                self._recollection.went_back(delivery.queue, delivery.id)
         if tags:
             link.give_back(sorted(tags))
 
@@ -546,16 +606,21 @@ class _Guard(RabbitErrors):
     ) -> None:
         if isinstance(error, (amqp.exceptions.NotFound, NotFound)):
             self._feed._missing = True
+        elif isinstance(
+            error, (amqp.exceptions.AccessRefused, amqp.exceptions.ResourceLocked)
+        ) and self._feed._aside.refused(error, monotonic()):
+            self._feed._drop_link()
+            # At once, without what cannot be had.
+            raise away(f"{self._where}: {error.reply_text}", "refused") from None
         if isinstance(error, Exception):
             self._feed._drop_link()
         super().__exit__(kind, error, trace)
 
 
-def _unsettled(headers: Mapping[str, Any], redelivered: bool, uncounting: bool) -> int:
-    """Return how many deliveries nobody settled: those that a copy brought along, and the broker's since then."""
+def _since(headers: Mapping[str, Any], redelivered: bool, uncounting: bool) -> int:
+    """Return how many deliveries that nobody settled the broker has counted of this copy of a message."""
     # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
-    since = 0 if not redelivered else 1 if uncounting else read_count(headers, "x-delivery-count")
-    return read_count(headers, DELIVERIES) + since
+    return 0 if not redelivered else 1 if uncounting else read_count(headers, "x-delivery-count")
 
 
 def _pack(envelope: Envelope, body: Sequence[bytes]) -> bytes:

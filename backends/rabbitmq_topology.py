@@ -176,10 +176,10 @@ def to_envelope(message: amqp.Message) -> Envelope:
         headers = {}
     id = properties.pop("message_id", None)
     body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
-    return Envelope(id if isinstance(id, str) and id else _id_of(headers, properties, body), headers, properties, body)
+    return Envelope(id if isinstance(id, str) and id else id_of(headers, properties, body), headers, properties, body)
 
 
-def _id_of(headers: Mapping[str, Any], properties: Mapping[str, Any], body: bytes) -> str:
+def id_of(headers: Mapping[str, Any], properties: Mapping[str, Any], body: bytes) -> str:
     """Return an id for a message that has none, of what it says: nothing else of it is the same at the next look."""
     said = repr((sorted(without_history(headers).items()), sorted(properties.items())))
     return hashlib.blake2b(said.encode("utf-8", "backslashreplace") + b"\n" + body, digest_size=16).hexdigest()

@@ -64,10 +64,12 @@ class Windows:
     def changed(self, now: float) -> None:
         """Take note that windows have been changed."""
         self._changed_at = now
+        self.widen_at = inf
 
     def hurry(self) -> None:
         """Let the next change come at once: the last one has not brought all that it could."""
         self._changed_at = -inf
+        self.widen_at = inf
 
     def decide(
         self, windows: Mapping[str, int], demands: Mapping[str, Demand], *, is_enough: bool, now: float

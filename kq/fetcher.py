@@ -206,13 +206,14 @@ class Fetcher(Thread):
                 self._say_lost()
             except Error as error:
                 self._say_lost()
-                if _is_away(error):
-                    # What waits for the others is not to wait for it, if it has nothing to settle.
-                    self._say_settled()
+                # What waits for the others is not to wait for a broker that is away, or refuses, if it has nothing to
+                # settle.
+                self._say_settled()
                 self._back_off(error)
             except Exception:
                 logger.exception("unexpected failure in the fetcher", extra={"action": "fetcher_failed"})
                 self._say_lost()
+                self._say_settled()
                 self._back_off(Error("unexpected failure"))
         self._end()
 
@@ -253,6 +254,8 @@ class Fetcher(Thread):
             self.in_hand += len(deliveries)
         if self._idleness is not None:
             self._idleness.changed()
+        # What was lost may be among them.
+        self._say_lost()
         self._on_deliveries(deliveries)
         return True
 

@@ -114,8 +114,9 @@ class Supervisor:
                 return False
             self._admit()
             self._dispatcher.dispatch()
-            # Where nothing else may be in hand, or something may have to be done in time, our own thread must know.
-            return not (self._pool.needs_watching or self._dispatcher.isolating)
+            # Where nothing else may be in hand, something may have to be done in time, or what waits for its own
+            # consumers leaves room for others, our own thread must know.
+            return not (self._pool.needs_watching or self._dispatcher.isolating or self._dispatcher.held_back)
         except Exception as error:
             self._failure = error
             return False

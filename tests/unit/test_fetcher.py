@@ -73,6 +73,33 @@ def test_after_an_outage_leases_are_renewed_before_anything_else(monkeypatch: py
     assert calls[0] == "renew"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [errors.Internal("away", details={"reason": "unavailable"}), errors.PermissionDenied("no"), RuntimeError("broken")],
+)
+def test_who_has_nothing_to_settle_says_so(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Whatever the broker answers: another one's message may wait for that, to run alone."""
+    url, _, backend, feed = one_message(monkeypatch)
+    settled = Event()
+
+    def refuse(credit: int, caps: Mapping[str, int]) -> list[Delivery]:
+        raise error
+
+    monkeypatch.setattr(feed, "fetch", refuse)
+    fetcher = Fetcher(
+        backend, [default_spec("app:a")], driver=Driver(url, reconnect_initial=0.01), prefetch=10, lease=600,
+        on_deliveries=lambda deliveries: None,
+    )  # fmt: skip
+    fetcher.hold(0)
+    fetcher.when_settled(settled.set)
+    fetcher.start()
+    try:
+        assert settled.wait(20)
+    finally:
+        fetcher.stop(10)
+        backend.close()
+
+
 def test_what_is_settled_while_more_is_fetched_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A settlement that comes between two looks of the fetcher's is carried out at once, not at the next renewal."""
     url, app, backend, feed = one_message(monkeypatch)

@@ -97,7 +97,7 @@ def test_it_reads_what_py_amqp_reads(headers: dict[str, Any], properties: dict[s
     for tag, redelivered, envelope in wire.arrived:
         assert (tag, redelivered) == (7, False)
         if "message_id" not in properties:
-            assert len(envelope.id) == 32
+            assert envelope.id == ""
             envelope.id = wanted.id
         assert envelope == wanted
     assert len(wire.arrived) == 2
@@ -165,7 +165,6 @@ def test_nonsense_is_served(rest: bytes, flags: int) -> None:
     wire.deliver(pack(">HHQH", 60, 0, 1, flags & ~1) + rest, b"x")
     ((_, _, envelope),) = wire.arrived
     assert envelope.body == b"x"
-    assert envelope.id
     envelope.id.encode()
 
 

@@ -53,6 +53,17 @@ def test_a_queue_that_alone_has_messages_gets_everything() -> None:
     assert steps == [4, 16, 64]
 
 
+def test_a_change_ends_the_wait_for_one() -> None:
+    """Whoever waits for the moment in which a window may be widened would wait for one that is over."""
+    windows = Windows(2000)
+    windows.changed(100.0)
+    assert decide(windows, {"a": 16}, {"a": (100, 16)}, 100.0) is None
+    assert windows.widen_at == 100.0 + WIDEN_EVERY
+    windows.changed(100.01)
+    windows.hurry()
+    assert windows.widen_at == inf
+
+
 def test_what_is_not_filled_is_wide_enough() -> None:
     """All that there was has come."""
     assert decide(Windows(2000), {"a": 16}, {"a": (100, 7)}) is None

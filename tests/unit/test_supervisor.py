@@ -44,10 +44,10 @@ class Watched(Places):
         super().submit(place, jobs)
 
 
-def arrange() -> tuple[Supervisor, Watched]:
+def arrange(concurrency: int | None = None) -> tuple[Supervisor, Watched]:
     """A supervisor that has nothing to do."""
     pool = Watched()
-    consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload)
+    consumer = Consumer("app:q", "handle", lambda payload: payload, concurrency=concurrency)
     supervisor = Supervisor(
         pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=20, prefetch=100
     )
@@ -92,6 +92,15 @@ def test_the_worker_hears_of_what_it_must_watch_over() -> None:
     assert pool.woken == 1
     supervisor, pool = arrange()
     supervisor.arrived(deliveries(1, lost=15))
+    assert pool.woken == 1
+
+
+def test_the_worker_hears_of_what_waits_for_its_own_consumer() -> None:
+    """There is room for others then, which it asks for."""
+    supervisor, pool = arrange(concurrency=2)
+    supervisor.arrived(deliveries(2))
+    assert pool.woken == 0
+    supervisor.arrived(deliveries(1))
     assert pool.woken == 1
 
 
