@@ -1,4 +1,4 @@
-"""A clock that all processes of one machine share and that nobody sets: milliseconds since its start."""
+"""Clocks that all processes of one machine share and that nobody sets: milliseconds since its start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def _boot_id() -> str:
 _BOOT: Final = _boot_id()
 _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", None)
 
-#: Which start of the machine `now` counts from. Where that cannot be told it is the time of day, which may jump.
+#: Which start of the machine `now` and `awake` count from. Where that cannot be told it is the time of day, which may
+#: jump.
 BOOT_ID: Final = _BOOT if _BOOT and _CLOCK is not None else "the time of day"
 
 
@@ -28,3 +29,13 @@ def now() -> int:
     if _CLOCK is None or not _BOOT:
         return int(clock.now() * 1000)
     return time.clock_gettime_ns(_CLOCK) // 1_000_000
+
+
+def awake() -> int:
+    """Return the milliseconds since the machine's start without the time that it slept, in which nobody renews a lease.
+
+    Where there is no `now` it is the time of day as well.
+    """
+    if _CLOCK is None or not _BOOT:
+        return now()
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000_000

@@ -144,10 +144,18 @@ class MemoryStore(TakesNothingAhead):
             found = self._world.queues.get(queue)
             return None if found is None else dict(found.arguments)
 
-    def delete(self, queue: str) -> None:
+    def delete(self, queue: str, *, if_empty: bool = False, if_unused: bool = False) -> bool:
         """See `Store.delete`."""
         with self._world.changed:
-            self._world.queues.pop(queue, None)
+            found = self._world.queues.get(queue)
+            if found is not None:
+                now = monotonic()
+                if if_empty and found.messages:
+                    return False
+                if if_unused and any(until > now for until in found.consumers.values()):
+                    return False
+                del self._world.queues[queue]
+            return True
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
         """See `Store.put`."""

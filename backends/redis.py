@@ -167,11 +167,9 @@ class RedisStore:
         found = self._say("GET", prefix(queue) + "q")
         return None if found is None else dict(json.loads(found))
 
-    def delete(self, queue: str) -> None:
+    def delete(self, queue: str, *, if_empty: bool = False, if_unused: bool = False) -> bool:
         """See `Store.delete`."""
-        p = prefix(queue)
-        keys = [p + key for key in "qmdltspxncwk"] + [f"{p}{kind}:{n}" for kind in "rb" for n in range(10)]
-        self._say("UNLINK", *keys)
+        return bool(self._run("DELETE", [prefix(queue)], [int(if_empty), int(if_unused)]))
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
         """See `Store.put`."""
@@ -286,8 +284,10 @@ class RedisStore:
         yield from self._look(queue, again)
 
     def _look(self, queue: str, keys: Sequence[str | bytes]) -> Iterator[tuple[str, bytes]]:
-        for i in range(0, len(keys), _FEW):
-            found = self._run("LOOK", [prefix(queue)], keys[i : i + _FEW])
+        start = 0
+        while start < len(keys):
+            number, *found = self._run("LOOK", [prefix(queue)], [TAKE_BYTES, *keys[start : start + _FEW]])
+            start += number
             yield from ((_to_id(found[i]), found[i + 1]) for i in range(0, len(found), 2))
 
     def remove(self, queue: str, ids: Sequence[str] | None) -> int:

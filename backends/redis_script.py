@@ -551,17 +551,31 @@ out[1] = passed
 return passed > 0 and out or {}
 """
 
-#: ARGV: ids. Returns id, raw of each of these that waits.
+#: ARGV: bytes after which there are to be no more, then ids. Returns how many of these were looked for, then id, raw of
+#: each that waits.
 LOOK: Final = """
-local out = {}
-for _, id in ipairs(ARGV) do
+local out, left = {0}, tonumber(ARGV[1])
+for i = 2, #ARGV do
+  if left <= 0 then break end
+  local id = ARGV[i]
   local raw = call('HEXISTS', P .. 't', id) == 0 and call('HGET', P .. 'm', id)
   if raw then
     out[#out + 1] = id
     out[#out + 1] = raw
+    left = left - #raw
   end
+  out[1] = i - 1
 end
 return out
+"""
+
+#: ARGV: '1' for only if it is empty, '1' for only if nobody consumes it. Returns whether it was dropped, as 0 or 1.
+DELETE: Final = """
+if ARGV[1] == '1' and call('HLEN', P .. 'm') > 0 then return 0 end
+if ARGV[2] == '1' and call('ZCOUNT', P .. 'c', '(' .. number(now()), '+inf') > 0 then return 0 end
+for _, key in ipairs({'q', 'm', 'd', 'l', 't', 's', 'p', 'x', 'n', 'c', 'w', 'k'}) do call('UNLINK', P .. key) end
+for n = 0, 9 do call('UNLINK', P .. 'r:' .. n, P .. 'b:' .. n) end
+return 1
 """
 
 #: ARGV: ids. Returns how many of them were waiting.

@@ -12,7 +12,8 @@ systems are refused.
 
 Waking other processes: a consumer binds a datagram socket and registers its path in ``listener``.
 Whoever commits something that makes a message ready sends one byte to each listener of the queue.
-Nothing polls; a socket whose owner died is struck off by the first sender that notices.
+Nothing polls, but for a process that has no place for a socket; one whose owner died is struck off by the first sender
+that notices.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from threading import RLock
+from time import monotonic
 from typing import Any, ClassVar, Final
+from uuid import uuid4
 
 from kq import clock, forking
 from kq.backend import Capabilities, Role
 from kq.backends.machine import BOOT_ID
+from kq.backends.machine import awake as _awake
 from kq.backends.machine import now as _since_start
 from kq.backends.sqlite_error import SQLiteErrors
 from kq.backends.sqlite_file import Disk, check_place
@@ -49,10 +53,18 @@ from kq.backends.store import (
     TakesNothingAhead,
 )
 from kq.errors import Error
+from kq.failure_log import logger
 from kq.waker import Lookout, Waker
 
 #: Rows that one statement names at most; SQLite's own limit on parameters is far above.
 _CHUNK: Final = 500
+#: Seconds between two looks of a process that nobody can wake, and after which it tries again to be woken.
+_LOOK: Final = 0.5
+_DEAF_FOR: Final = 30.0
+#: Bytes of the journal that stay when nothing is in it; a usual one has a quarter of that.
+_JOURNAL: Final = 16 * 2**20
+#: Rows that one transaction drops of a queue that is purged.
+_PART: Final = 5_000
 #: A message, where it is under a lease of ours.
 _MINE: Final = "WHERE queue = ? AND id = ? AND state = 2 AND token = ?"
 _ACK: Final = f"DELETE FROM message {_MINE}"
@@ -85,6 +97,8 @@ class SQLiteStore(TakesNothingAhead):
         self._lock = RLock()
         #: Whether a thread, which holds the lock, is in the middle of something.
         self._is_busy = False
+        #: Until when it is known that there is no place for the socket on which others would wake us.
+        self._deaf_until = 0.0
         self._connection: sqlite3.Connection | None = None
         #: Which file the connection has open.
         self._identity: tuple[int, int] | None = None
@@ -128,12 +142,17 @@ class SQLiteStore(TakesNothingAhead):
         with self._reading() as db:
             return _arguments(db, queue)
 
-    def delete(self, queue: str) -> None:
+    def delete(self, queue: str, *, if_empty: bool = False, if_unused: bool = False) -> bool:
         """See `Store.delete`."""
         with self._transaction() as db:
+            if if_empty and db.execute("SELECT 1 FROM message WHERE queue = ? LIMIT 1", (queue,)).fetchone():
+                return False
+            if if_unused and _consumers(db, queue):
+                return False
             db.execute("DELETE FROM message WHERE queue = ?", (queue,))
             db.execute("DELETE FROM completed WHERE queue = ?", (queue,))
             db.execute("DELETE FROM queue WHERE name = ?", (queue,))
+            return True
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
         """See `Store.put`."""
@@ -163,11 +182,11 @@ class SQLiteStore(TakesNothingAhead):
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""
         with self._transaction() as db:
-            now, since_start = _now(), _since_start()
+            now, since_start, awake = _now(), _since_start(), _awake()
             db.execute(
                 "UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 "
                 "WHERE queue = ? AND state = 2 AND moment <= ?",
-                (queue, since_start),
+                (queue, awake),
             )
             db.execute(
                 "UPDATE message SET state = 0 WHERE queue = ? AND state = 1 AND moment <= ?", (queue, since_start)
@@ -185,20 +204,17 @@ class SQLiteStore(TakesNothingAhead):
             token = _new_tokens(db, len(rows)) if rows else 0
             db.executemany(
                 "UPDATE message SET state = 2, token = ?, moment = ? WHERE place = ?",
-                [(token + index, since_start + lease, row[0]) for index, row in enumerate(rows)],
+                [(token + index, awake + lease, row[0]) for index, row in enumerate(rows)],
             )
-            soonest = [
-                db.execute(f"SELECT min(moment) FROM message WHERE queue = ? AND state = {state}", (queue,)).fetchone()[
-                    0
-                ]
-                for state in (DELAYED, LEASED)
-            ]
+            soonest = []
+            for state, moment in ((DELAYED, since_start), (LEASED, awake)):
+                first = db.execute(f"SELECT min(moment) FROM message WHERE queue = ? AND state = {state}", (queue,))
+                soonest += [found - moment for (found,) in first if found is not None]
         leases = [
             Lease(id, raw, token + index, attempts, crashes, deliveries, 0 < expires <= now)
             for index, (_, id, raw, attempts, crashes, deliveries, expires) in enumerate(rows)
         ]
-        moments = [moment for moment in soonest if moment is not None]
-        return Taken(leases, max(1, min(moments) - since_start) if moments else None)
+        return Taken(leases, max(1, min(soonest)) if soonest else None)
 
     def settle(self, queue: str, endings: Sequence[Ending]) -> list[bool]:
         """See `Store.settle`."""
@@ -241,7 +257,7 @@ class SQLiteStore(TakesNothingAhead):
     def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
         """See `Store.renew`."""
         with self._transaction() as db:
-            until = _since_start() + lease
+            until = _awake() + lease
             db.execute("INSERT OR REPLACE INTO consumer VALUES (?, ?, ?)", (queue, consumer, until))
             if self._listener is not None and self._listener.covers([queue]):
                 # Somebody who could not see our socket for a moment may have struck us off.
@@ -259,17 +275,14 @@ class SQLiteStore(TakesNothingAhead):
         """See `Store.leave`."""
         with self._transaction() as db:
             db.execute("DELETE FROM consumer WHERE queue = ? AND name = ?", (queue, consumer))
-            db.execute("DELETE FROM consumer WHERE until < ?", (_since_start(),))
+            db.execute("DELETE FROM consumer WHERE until < ?", (_awake(),))
 
     def counts(self, queue: str) -> Counts:
         """See `Store.counts`."""
         with self._reading() as db:
-            since_start = _since_start()
-            held = _count(db, queue, f"state = 2 AND moment > {since_start}")
-            delayed = _count(db, queue, f"state = 1 AND moment > {since_start}")
-            consumers = db.execute(
-                "SELECT count(*) FROM consumer WHERE queue = ? AND until > ?", (queue, since_start)
-            ).fetchone()[0]
+            held = _count(db, queue, f"state = 2 AND moment > {_awake()}")
+            delayed = _count(db, queue, f"state = 1 AND moment > {_since_start()}")
+            consumers = _consumers(db, queue)
             # One indexed look at the head of each priority, however many messages wait.
             heads = [
                 row[0]
@@ -286,11 +299,12 @@ class SQLiteStore(TakesNothingAhead):
         found: list[tuple[str, bytes]] = []
         size = 0
         with self._reading() as db:
-            # Each state by its own index: what is passed over is neither sorted nor read.
+            # Each state in the order of its own index: nothing is sorted, and what is passed over, or not asked for any
+            # more, is not read.
             for state, order in ((0, "priority DESC, place"), (1, "moment")):
                 rows = db.execute(
-                    f"SELECT id, {_RAW} FROM message WHERE place IN (SELECT place FROM message "
-                    f"WHERE queue = ? AND state = {state} ORDER BY {order} LIMIT ? OFFSET ?) ORDER BY {order}",
+                    f"SELECT id, {_RAW} FROM message WHERE queue = ? AND state = {state} "
+                    f"ORDER BY {order} LIMIT ? OFFSET ?",
                     (queue, limit - len(found), offset),
                 )
                 for row in rows:
@@ -319,14 +333,36 @@ class SQLiteStore(TakesNothingAhead):
 
     def remove(self, queue: str, ids: Sequence[str] | None) -> int:
         """See `Store.remove`."""
+        if ids is None:
+            return self._purge(queue)
         with self._transaction() as db:
-            if ids is None:
-                # In one: places are given again, and in parts it would take what comes meanwhile for what was there.
-                return db.execute("DELETE FROM message WHERE queue = ? AND state <> 2", (queue,)).rowcount
             return sum(
                 db.execute("DELETE FROM message WHERE queue = ? AND id = ? AND state <> 2", (queue, id)).rowcount
                 for id in dict.fromkeys(ids)
             )
+
+    def _purge(self, queue: str) -> int:
+        """Drop what waits in a queue, in parts: leases are to be renewed, and messages published, in between."""
+        # A row of no queue: as long as it stands, what comes meanwhile is placed behind it, whatever has gone by then.
+        mark = ("", uuid4().hex)
+        with self._transaction() as db:
+            end = db.execute(
+                "INSERT INTO message (queue, id, priority, state, here) VALUES (?, ?, 0, 0, x'')", mark
+            ).lastrowid
+        removed, gone = 0, _PART
+        try:
+            while gone == _PART:
+                with self._transaction() as db:
+                    gone = db.execute(
+                        "DELETE FROM message WHERE place IN (SELECT place FROM message WHERE queue = ? AND state <> 2 "
+                        "AND place < ? LIMIT ?)",
+                        (queue, end, _PART),
+                    ).rowcount
+                removed += gone
+        finally:
+            with self._transaction() as db:
+                db.execute("DELETE FROM message WHERE queue = ? AND id = ?", mark)
+        return removed
 
     def read_topology(self) -> tuple[str, int]:
         """See `Store.read_topology`."""
@@ -347,7 +383,10 @@ class SQLiteStore(TakesNothingAhead):
     def wait(self, queues: Sequence[str], timeout: float, ahead: Ahead | None = None) -> list[str]:
         """See `Store.wait`."""
         if self._listener is None or not self._listener.covers(queues):
-            self._listen(queues)
+            if not self._listen(queues):
+                # Whoever cannot be woken looks.
+                Lookout(self._waker).ready(min(timeout, _LOOK))
+                self._waker.drain()
             # Something may have arrived between the last look and the registration.
             return list(queues)
         assert self._listener is not None
@@ -413,6 +452,10 @@ class SQLiteStore(TakesNothingAhead):
         if self._connection is not None:
             _left_behind.append(self._connection)
             self._connection = None
+        if self._listener is not None:
+            # Its name is the parent's as well.
+            self._listener.close(forget=False)
+            self._listener = None
 
     # Connection and transactions.
 
@@ -431,6 +474,8 @@ class SQLiteStore(TakesNothingAhead):
                 db.execute("PRAGMA synchronous = FULL")
                 # Some build SQLite so that it overwrites all that is deleted: as many bytes again for each message.
                 db.execute("PRAGMA secure_delete = FAST")
+                # What a large transaction has taken is not kept from others for ever.
+                db.execute(f"PRAGMA journal_size_limit = {_JOURNAL}")
                 prepare(db, self._path)
                 _end_leases_of_earlier_starts(db)
                 _wait_by_itself(db, 0.0)
@@ -501,8 +546,21 @@ class SQLiteStore(TakesNothingAhead):
 
     # Waking each other.
 
-    def _listen(self, queues: Sequence[str]) -> None:
-        listener = self._listener or Listener()
+    def _listen(self, queues: Sequence[str]) -> bool:
+        """Have others wake us; False where there is no place for a socket."""
+        if monotonic() < self._deaf_until:
+            return False
+        try:
+            listener = self._listener or Listener()
+        except OSError as error:
+            if not self._deaf_until:
+                logger.warning(
+                    "%s: nobody can wake this process, which looks every %g s instead: no socket can be had (%s); "
+                    "if it is for want of a folder for temporary files, set TMPDIR to one that this user may write to",
+                    self._path, _LOOK, error, extra={"action": "deaf"},
+                )  # fmt: skip
+            self._deaf_until = monotonic() + _DEAF_FOR
+            return False
         # Those of before as well, which are only not waited for at the moment.
         queues = sorted(listener.queues.union(queues))
         try:
@@ -515,6 +573,7 @@ class SQLiteStore(TakesNothingAhead):
             raise
         listener.queues = frozenset(queues)
         self._listener = listener
+        return True
 
     def _notify(self, paths: Iterable[str]) -> None:
         gone = []
@@ -566,6 +625,11 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 def _now() -> int:
     return int(clock.now() * 1000)
+
+
+def _consumers(db: sqlite3.Connection, queue: str) -> int:
+    found = db.execute("SELECT count(*) FROM consumer WHERE queue = ? AND until > ?", (queue, _awake()))
+    return int(found.fetchone()[0])
 
 
 def _arguments(db: sqlite3.Connection, queue: str) -> dict[str, Any] | None:

@@ -12,8 +12,10 @@ from kq.backends.store import BrokerAway
 from kq.config import hide_password
 from kq.errors import Internal, Invalid
 
-#: ``f_type`` of file systems on which WAL's shared memory does not work: NFS, SMB, CIFS, SMB2.
-_NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs"})
+#: Types of file systems that other machines share, so that WAL's shared memory is not shared by all.
+_NETWORK_FILE_SYSTEMS: Final = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph-fuse"}
+)
 
 #: Bytes of a disk that are kept free for taking and settling; of a small one, a quarter.
 _RESERVE: Final = 16 * 2**20
@@ -22,6 +24,8 @@ _LOOK_AFTER: Final = 2**20
 _LOOK_EVERY: Final = 1.0
 #: Bytes that a message of none takes on the disk until SQLite has tidied up: a page of the table and of two indexes.
 _OVERHEAD: Final = 3 * 4096
+#: What it takes of that where many are stored together, at most.
+_PAGE: Final = 4096
 
 
 def path_of(url: str) -> str:
@@ -52,7 +56,8 @@ def check_place(path: str) -> None:
     Raises:
         BrokerAway: Saying which, and what to do.
     """
-    folder = os.path.dirname(os.path.abspath(path))
+    # Where it really is, whatever it is called.
+    folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise BrokerAway(
             f"the directory {folder} does not exist; make it, or choose another file in the broker's URL",
@@ -99,7 +104,7 @@ class Disk:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._folder = os.path.dirname(path) or "."
+        self._folder = os.path.dirname(os.path.realpath(path))
         #: Bytes that have been stored since the last look, and when to look again anyway.
         self._stored = 0
         self._look_at = 0.0
@@ -115,7 +120,8 @@ class Disk:
         Raises:
             Internal: With reason ``full``.
         """
-        self._stored += sum(sizes) + _OVERHEAD * len(sizes)
+        size_of_all = sum(sizes)
+        self._stored += size_of_all + _OVERHEAD * len(sizes)
         now = monotonic()
         if self._stored < _LOOK_AFTER and now < self._look_at:
             return
@@ -125,7 +131,9 @@ class Disk:
         except OSError:
             return
         free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
-        if free < min(_RESERVE, size // 4):
+        # It is written to the journal first, and from there to where it belongs.
+        needed = 2 * (size_of_all + _PAGE * len(sizes)) if size_of_all > _LOOK_AFTER else 0
+        if free < min(_RESERVE, size // 4) + needed:
             raise Internal(
                 f"{self._path}: only {free:,} bytes are free; the rest is kept for handling what is stored",
                 details={"reason": "full"},

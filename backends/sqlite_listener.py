@@ -47,7 +47,11 @@ class Listener:
         self.path = os.path.join(_folder(), uuid4().hex)
         self.queues: frozenset[str] = frozenset()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
+        try:
+            self._socket.bind(self.path)
+        except BaseException:
+            self._socket.close()
+            raise
         self._socket.setblocking(False)
 
     def covers(self, queues: Sequence[str]) -> bool:
@@ -62,8 +66,9 @@ class Listener:
         """Forget the wake-ups so far, and tell whether there were any."""
         return drain(self._socket)
 
-    def close(self) -> None:
-        """Give the socket up, and its name."""
+    def close(self, *, forget: bool = True) -> None:
+        """Give the socket up, and its name if nobody else has it."""
         self._socket.close()
-        with suppress(OSError):
-            os.unlink(self.path)
+        if forget:
+            with suppress(OSError):
+                os.unlink(self.path)

@@ -13,9 +13,10 @@ A message is in its row (``here``), or, where it is large, in a table of its own
 
 A new message is placed behind all that there are. Tokens are never given twice: ``sequence`` counts them.
 
-The time of day may jump, and must not end anybody's lease or delay: ``moment`` is read from a clock that counts
+The time of day may jump, and must not end anybody's lease or delay: ``moment`` is read from clocks that count
 since the machine's start; ``boot`` says of which start. After the next one no lease is left, and what is delayed
-waits for the time of day in ``due``.
+waits for the time of day in ``due``. A lease's clock stands still while the machine sleeps, for so does whoever would
+renew it.
 """
 
 from __future__ import annotations
@@ -85,8 +86,13 @@ ALTER TABLE message RENAME COLUMN raw TO here;
 ALTER TABLE message ADD COLUMN apart INTEGER NOT NULL DEFAULT 0;
 DELETE FROM sequence WHERE name = 'place';
 """,
+    # Leases by a clock that stands still while the machine sleeps.
+    3: """
+UPDATE message SET state = 0, token = 0 WHERE state = 2;
+DELETE FROM consumer;
+""",
 }
-_VERSION: Final = 3
+_VERSION: Final = 4
 
 
 def prepare(db: sqlite3.Connection, path: str) -> None:

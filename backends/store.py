@@ -210,8 +210,14 @@ class Store(Protocol):
         """Return the arguments a queue was made with, or None if there is no such queue."""
         ...
 
-    def delete(self, queue: str) -> None:
-        """Drop a queue with everything in it."""
+    def delete(self, queue: str, *, if_empty: bool = False, if_unused: bool = False) -> bool:
+        """Drop a queue with everything in it, and return whether that was done.
+
+        Args:
+            queue: Which.
+            if_empty: Not if it holds anything.
+            if_unused: Not if it has consumers.
+        """
         ...
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:

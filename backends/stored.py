@@ -5,7 +5,7 @@ It reaches its store through kq's own Kombu transport, as ``channel.store``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from math import ceil, isfinite
 from threading import RLock
 from time import monotonic
@@ -16,7 +16,7 @@ import kombu
 from kq import clock
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role, unknown_options
 from kq.backends import kombu_lock  # noqa: F401
-from kq.backends.store import BrokerAway, Entry, Store, pages
+from kq.backends.store import PAGE, BrokerAway, Entry, Store, pages
 from kq.backends.stored_feed import StoredFeed
 from kq.backends.stored_replay import Replay
 from kq.backends.tls_parameters import separate
@@ -205,7 +205,10 @@ class StoredBackend:
         """See `Backend.browse`."""
         store = self._store()
         letters: list[Envelope] = []
-        while len(letters) < limit and (page := store.browse(queue.id, limit - len(letters), offset + len(letters))):
+        while len(letters) < limit:
+            page = store.browse(queue.id, min(PAGE, limit - len(letters)), offset + len(letters))
+            if not page:
+                break
             letters += (unpack_or_wrap(raw, id) for id, raw in page)
         return letters
 
@@ -214,9 +217,8 @@ class StoredBackend:
         store = self._store()
         # A stranger may have stored it under any other id.
         for pairs in (store.look(queue.id, [id]), pages(store, queue.id)):
-            for key, raw in pairs:
-                if identify(raw, key) == id:
-                    return unpack_or_wrap(raw, key)
+            for letter, _ in _among(pairs, {id}):
+                return letter
         return None
 
     def remove(self, queue: QueueSpec, ids: Sequence[str] | None) -> int:
@@ -225,7 +227,11 @@ class StoredBackend:
         if ids is None:
             return store.remove(queue.id, None)
         # Several letters may have one id: then all but the first are kept under others.
-        return store.remove(queue.id, [key for key, _ in store.look(queue.id, ids)])
+        keys = {key: letter.id for letter, key in _among(store.look(queue.id, ids), set(ids))}
+        if missing := set(ids).difference(keys.values()):
+            # Or all, if a stranger has put them there.
+            keys |= {key: letter.id for letter, key in _among(pages(store, queue.id), missing)}
+        return store.remove(queue.id, list(keys)) if keys else 0
 
     def replay(
         self, dead: QueueSpec, ids: Sequence[str] | None, target: QueueSpec, revive: Callable[[Envelope], Envelope]
@@ -256,3 +262,13 @@ class StoredBackend:
 def _entry(publication: Publication) -> Entry:
     envelope = publication.envelope
     return Entry(envelope.id, pack(envelope), envelope.priority, ceil(publication.delay * 1000))
+
+
+def _among(pairs: Iterable[tuple[str, bytes]], ids: Set[str]) -> Iterator[tuple[Envelope, str]]:
+    """Yield those messages that have one of these ids, and what they are stored under."""
+    for key, raw in pairs:
+        # All of it is read only where it may be one: most are not.
+        if key in ids or identify(raw, key) in ids:
+            letter = unpack_or_wrap(raw, key)
+            if letter.id in ids:
+                yield letter, key

@@ -128,6 +128,8 @@ class StoredFeed:
         replayed = self._replayed(queue, taken.leases) if ask else _NONE
         deliveries = []
         size = 0
+        if again := {lease.id for lease in taken.leases if lease.deliveries}:
+            self._lose(queue, again)
         for id, raw, token, attempts, crashes, before, expired in taken.leases:
             delivery = Delivery(queue, id, raw, attempts, crashes, before, token, token in replayed)
             if expired:
@@ -146,6 +148,12 @@ class StoredFeed:
         else:
             self._look_at[queue] = 0.0
         return deliveries
+
+    def _lose(self, queue: str, again: Set[str]) -> None:
+        """Give up earlier leases of ours on messages that have come back: we have been held up for longer than that."""
+        for key in [key for key in self._held if key[0] == queue and key[1] in again]:
+            self._held.pop(key).lost = True
+            self.losses += 1
 
     def _collect(self, *, withdraw: bool = False) -> None:
         """Hold what was taken ahead."""

@@ -23,7 +23,7 @@ from uuid import uuid4
 from kombu.transport import base, virtual
 from kombu.utils.url import as_url, parse_url
 
-from kq import clock
+from kq import clock, forking
 from kq.backend import BackendOptions
 from kq.backends.store import BrokerAway, Ending, Entry, Lease, Move, Store, under_another_id
 from kq.backends.virtual_exchange import TopicExchange
@@ -37,6 +37,8 @@ from kq.outcome import EXPIRED, Outcome
 
 #: Messages that one pass delivers to a consumer without a prefetch limit.
 _BATCH: Final = 100
+#: Milliseconds after which an expired message is dead-lettered again for which there was no room.
+_FULL: Final = 5_000
 #: Seconds after which a waiting consumer looks again although nothing woke it.
 _LOOK_AGAIN: Final = 5.0
 
@@ -96,6 +98,11 @@ class QoS(virtual.QoS):
     def forget(self, delivery_tag: str) -> None:
         """Count a message no more that never reached its consumer. For the consuming thread."""
         self._delivered.pop(delivery_tag, None)
+
+    def leave_to_parent(self) -> None:
+        """Forget what another process has to settle."""
+        self._delivered.clear()
+        self._dirty.clear()
 
     def _settled(self, delivery_tag: str) -> None:
         # What came without need of acknowledgement was never counted, so it must not be subtracted.
@@ -177,6 +184,7 @@ class Channel(TopologyChannel):
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Callable[[Any], Any], consumer_tag: str, **kwargs: Any
     ) -> None:
+        self.connection.count_in(queue)
         self.consumers[consumer_tag] = (queue, callback, no_ack)
         self._consumers.add(consumer_tag)
         self._active_queues.append(queue)
@@ -187,6 +195,7 @@ class Channel(TopologyChannel):
             self._consumers.discard(consumer_tag)
             self._active_queues.remove(found[0])
             self.connection.events_ahead = 0
+            self.connection.count_out(found[0])
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
         for tag in self.qos.up_to(delivery_tag) if multiple else [delivery_tag]:
@@ -197,7 +206,7 @@ class Channel(TopologyChannel):
         if not messages:
             return None
         if no_ack:
-            self.end(messages[0].delivery_tag, "ack")
+            self._end_unseen(messages[0].delivery_tag)
         return messages[0]
 
     def awaited(self) -> set[str]:
@@ -218,7 +227,7 @@ class Channel(TopologyChannel):
                 while messages and consumer_tag in self.consumers:
                     message = messages.popleft()
                     if no_ack:
-                        self.end(message.delivery_tag, "ack")
+                        self._end_unseen(message.delivery_tag)
                     count += 1
                     callback(message)
             finally:
@@ -236,30 +245,50 @@ class Channel(TopologyChannel):
 
     def _take(self, queue: str, limit: int, no_ack: bool) -> list[Any]:
         messages: list[Any] = []
-        while limit > 0:
-            taken = self.store.take(queue, limit, self.connection.lease)
-            self.connection.look_again_in(taken.more_in)
-            if not taken.leases:
-                break
-            leases = {uuid4().hex: lease for lease in taken.leases}
-            self.held.update((tag, (queue, lease)) for tag, lease in leases.items())
-            self.connection.keep_leases()
-            try:
-                for tag, lease in leases.items():
-                    if lease.expired:
-                        self.discard(tag, EXPIRED)
-                    else:
-                        messages.append(self.Message(to_payload(lease, queue, tag), channel=self))
-            except BaseException:
-                self.give_back(leases, delivered=False)
-                raise
-            # Behind nothing but expired messages there may be others.
-            if messages:
+        #: What has expired, and where it belongs there is no room for it.
+        stuck: list[str] = []
+        # Behind nothing but expired ones there may be others.
+        while limit > 0 and not messages and self._take_some(queue, limit, messages, stuck):
+            if len(stuck) >= _BATCH:
+                # Somebody waits for an answer.
+                self.connection.look_again_in(1)
                 break
         if not no_ack:
             for message in messages:
                 self.qos.append(message, message.delivery_tag)
         return messages
+
+    def _take_some(self, queue: str, limit: int, messages: list[Any], stuck: list[str]) -> bool:
+        """Take what is ready, and tell whether it was anything."""
+        taken = self.store.take(queue, limit, self.connection.lease)
+        self.connection.look_again_in(taken.more_in)
+        leases = {uuid4().hex: lease for lease in taken.leases}
+        self.held.update((tag, (queue, lease)) for tag, lease in leases.items())
+        if leases:
+            self.connection.keep_leases()
+        try:
+            for tag, lease in leases.items():
+                if not lease.expired:
+                    messages.append(self.Message(to_payload(lease, queue, tag), channel=self))
+                elif not self._discard_expired(tag):
+                    stuck.append(tag)
+        except BaseException:
+            self.give_back(leases, delivered=False)
+            raise
+        return bool(leases)
+
+    def _discard_expired(self, tag: str) -> bool:
+        try:
+            self.discard(tag, EXPIRED)
+        except BrokerAway:
+            raise
+        except Error:
+            # Where it belongs there is no room for it. It is tried again later, and is in nobody's way meanwhile.
+            queue, lease = self.held.pop(tag)
+            ending = Ending(lease.id, lease.token, "retry", _FULL, lease.attempts, lease.crashes)
+            self.store.settle(queue, [ending])
+            return False
+        return True
 
     def give_back(self, tags: Iterable[str], *, delivered: bool = True) -> None:
         """Make messages that this channel holds ready again, at their old places.
@@ -280,10 +309,20 @@ class Channel(TopologyChannel):
 
     def end(self, tag: str, action: str) -> None:
         """Settle a message that this channel holds; one whose lease was lost is somebody else's."""
-        found = self.held.pop(tag, None)
+        found = self.held.get(tag)
         if found is not None:
             queue, lease = found
             self.store.settle(queue, [Ending(lease.id, lease.token, action)])
+            # Only now: what failed can be tried again, and is kept for that.
+            self.held.pop(tag, None)
+
+    def _end_unseen(self, tag: str) -> None:
+        """Acknowledge what nobody will: where that fails it comes back, when its lease ends."""
+        try:
+            self.end(tag, "ack")
+        except BaseException:
+            self.held.pop(tag, None)
+            raise
 
     def _bury(self, queue: str, lease: Lease, target: str, reason: str) -> None:
         outcome = Outcome("dead", 0.0, lease.attempts, lease.crashes, reason)
@@ -347,14 +386,12 @@ class Channel(TopologyChannel):
         return self.store.arguments(queue) is not None
 
     def queue_delete(self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: Any) -> None:
-        if if_empty or if_unused:
-            counts = self.store.counts(queue)
-            if if_empty and counts.ready + counts.delayed + counts.leased:
-                return
-            if if_unused and counts.consumers:
-                return
-        self.unbind_everywhere(queue)
-        self.store.delete(queue)
+        is_certain = not (if_empty or if_unused)
+        if is_certain:
+            # First: what is routed there in between would make it again.
+            self.unbind_everywhere(queue)
+        if self.store.delete(queue, if_empty=if_empty, if_unused=if_unused) and not is_certain:
+            self.unbind_everywhere(queue)
 
     def _size(self, queue: str) -> int:
         return self.store.counts(queue).ready
@@ -408,6 +445,11 @@ class Transport(virtual.Transport):
         self._waiting = False
         self._look_again_at = float("inf")
         self._keeper: _LeaseKeeper | None = None
+        #: By which it is counted among the consumers of queues.
+        self.consumer = uuid4().hex
+        #: Whether the broker was away when we were to be counted no more.
+        self.is_away = False
+        forking.enrol(self, forking.Stage.OPENS)
 
     @classmethod
     def as_uri(cls, uri: str, include_password: bool = False, mask: str = "**") -> str:
@@ -464,6 +506,39 @@ class Transport(virtual.Transport):
         if milliseconds is not None:
             self._look_again_at = min(self._look_again_at, monotonic() + milliseconds / 1000)
 
+    def count_in(self, queue: str) -> None:
+        """Have this connection be counted among the consumers of a queue, until it is counted out or gone."""
+        self.store.renew(queue, [], self.lease, self.consumer)
+        self.is_away = False
+        self.keep_leases()
+
+    def count_out(self, queue: str) -> None:
+        """Count it no more, if none of its channels consumes the queue."""
+        if not any(queue == consumed for channel in self.channels for consumed, _, _ in channel.consumers.values()):
+            if self.is_away:
+                # It is not waited for once more: we are forgotten by ourselves.
+                return
+            try:
+                self.store.leave(queue, self.consumer)
+            except BrokerAway:
+                self.is_away = True
+            except Error:
+                pass
+
+    def before_fork(self, timeout: float) -> None:
+        """Nothing: what a child must not do it does not do."""
+
+    def after_fork_in_parent(self) -> None:
+        """Nothing."""
+
+    def after_fork_in_child(self) -> None:
+        """Leave to the parent what it holds: Kombu closes pooled connections in children of `multiprocessing`."""
+        self.consumer = uuid4().hex
+        for channel in self.channels:
+            channel.held.clear()
+            if channel._qos is not None:
+                channel._qos.leave_to_parent()
+
     def keep_leases(self) -> None:
         """Have the leases of all channels renewed from now on."""
         # It is not there in a process that was forked from the one that has it.
@@ -479,7 +554,6 @@ class _LeaseKeeper(Thread):
         super().__init__(name="kq-leases", daemon=True)
         self._transport = weakref.ref(transport)
         self._every = transport.lease / 3000
-        self._consumer = uuid4().hex
         self._stopped = Event()
 
     def stop(self) -> None:
@@ -499,9 +573,12 @@ class _LeaseKeeper(Thread):
         for channel in list(transport.channels):
             for queue, lease in list(channel.held.values()):
                 held.setdefault(queue, []).append((lease.id, lease.token))
+            for queue, _, _ in list(channel.consumers.values()):
+                held.setdefault(queue, [])
         for queue, pairs in held.items():
             try:
-                transport.store.renew(queue, pairs, transport.lease, self._consumer)
+                transport.store.renew(queue, pairs, transport.lease, transport.consumer)
+                transport.is_away = False
             except BrokerAway:
                 break  # unreachable for now: there are two more tries before a lease runs out
             except Error:

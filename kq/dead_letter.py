@@ -90,7 +90,8 @@ class DeadLetters:
             NotFound: If there is none of that id.
         """
         with self._administering() as backend:
-            letter = backend.find(self._queue, message_id)
+            id = str(message_id)
+            letter = backend.find(self._queue, id) if _is_utf8(id) else None
         if letter is None:
             raise NotFound(f"no dead letter {message_id!r} in {self._queue.id}")
         return self._open(letter)
@@ -193,4 +194,13 @@ def _integer(value: Any) -> int | None:
 def _ids(ids: Iterable[str] | None) -> list[str] | None:
     if ids is None:
         return None
-    return [ids] if isinstance(ids, str) else [str(id) for id in ids]
+    return [id for id in map(str, [ids] if isinstance(ids, str) else ids) if _is_utf8(id)]
+
+
+def _is_utf8(text: str) -> bool:
+    """Tell whether a broker can be asked for it; a command line may bring other bytes, which no id has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

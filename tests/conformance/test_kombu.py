@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from kombu import Exchange, Producer, Queue
 
 import kq
 import kq.backends
+from kq.backends import virtual
+from kq.backends.store import BrokerAway
 from kq.errors import Internal
 from tests.broker import Broker
 from tests.conformance.conftest import ON_STORES
@@ -169,3 +172,140 @@ def test_what_is_delayed_is_in_a_queue(program: Program) -> None:
         app.publish(queue_id, 1, delay=600)
         program.channel.queue_delete(queue_id, if_empty=True)
         assert app.info(queue_id).delayed == 1
+
+
+def test_a_consumed_queue_is_in_use(program: Program) -> None:
+    """Also where nothing of it is held: who deletes only what nobody uses does not delete it."""
+    queue = program.queue()
+    program.producer.publish("a", routing_key=queue.name)
+    with kombu.Connection(f"kq-{program.broker.url}") as connection:
+        channel: Any = connection.channel()
+        channel.basic_consume(queue.name, False, lambda message: None, "tag")
+        program.channel.queue_delete(queue.name, if_unused=True)
+        assert queue.queue_declare(passive=True).message_count == 1
+        channel.basic_cancel("tag")
+        program.channel.queue_delete(queue.name, if_empty=True)
+        assert queue.queue_declare(passive=True).message_count == 1
+        program.channel.queue_delete(queue.name, if_unused=True)
+    assert program.channel.store.arguments(queue.name) is None
+
+
+def test_an_acknowledgement_that_failed_can_be_made_again(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for done."""
+    queue = program.queue()
+    program.producer.publish("a", routing_key=queue.name)
+    message = queue.get()
+
+    def away(*_: Any) -> list[bool]:
+        raise BrokerAway("away", details={"reason": "timeout"})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(program.channel.store, "settle", away)
+        with pytest.raises(program.connection.connection_errors):
+            message.ack()
+    message.ack()
+
+    counts = program.channel.store.counts(queue.name)
+    assert (counts.ready, counts.leased) == (0, 0)
+
+
+def test_what_has_expired_and_finds_no_room_keeps_nobody_waiting(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again later, and what is behind it is delivered."""
+    monkeypatch.setattr(virtual, "_FULL", 60_000)
+    full = program.queue(max_length=1)
+    program.producer.publish("first", routing_key=full.name)
+    arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": full.name}
+    queue = program.queue(queue_arguments=arguments)
+    for n in range(3):
+        program.producer.publish(n, routing_key=queue.name, expiration=0.001)
+    program.producer.publish("good", routing_key=queue.name)
+    # Until they have expired.
+    with pytest.raises(TimeoutError):
+        program.connection.drain_events(timeout=0.05)
+
+    message = queue.get()
+    assert message.payload == "good"
+    message.ack()
+    counts = program.channel.store.counts(queue.name)
+    assert (counts.ready, counts.delayed, counts.leased) == (0, 3, 0)
+    assert program.drain(full) == ["first"]
+
+
+def test_what_has_expired_is_dead_lettered_once_there_is_room(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often there was none before."""
+    monkeypatch.setattr(virtual, "_FULL", 200)
+    full = program.queue(max_length=1)
+    program.producer.publish("first", routing_key=full.name)
+    arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": full.name}
+    queue = program.queue(queue_arguments=arguments)
+    program.producer.publish("late", routing_key=queue.name, expiration=0.001)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            program.connection.drain_events(timeout=0.25)
+        assert queue.get() is None
+    assert program.drain(full) == ["first"]
+    with pytest.raises(TimeoutError):
+        program.connection.drain_events(timeout=0.25)
+
+    assert queue.get() is None
+    assert program.drain(full) == ["late"]
+
+
+def test_many_that_find_no_room_hold_nobody_up(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first of them are tried again before the last ones have been: whoever asks gets an answer."""
+    monkeypatch.setattr(virtual, "_FULL", 1)
+    full = program.queue(max_length=1)
+    program.producer.publish("first", routing_key=full.name)
+    arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": full.name}
+    queue = program.queue(queue_arguments=arguments)
+    for n in range(5):
+        program.producer.publish(n, routing_key=queue.name, expiration=0.001)
+
+    with pytest.raises(TimeoutError):
+        program.connection.drain_events(timeout=0.05)
+    assert queue.get() is None
+
+
+def test_what_comes_without_need_of_acknowledgement_comes_back_if_that_fails(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has seen it, and nobody holds it for ever."""
+    queue = program.queue()
+    program.producer.publish("a", routing_key=queue.name)
+
+    def refuse(*_: Any) -> list[bool]:
+        raise Internal("full", details={"reason": "full"})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(program.channel.store, "settle", refuse)
+        with pytest.raises(Internal):
+            queue.get(no_ack=True)
+    assert program.channel.held == {}
+
+
+def test_a_child_leaves_to_its_parent_what_the_parent_holds(program: Program) -> None:
+    """Kombu closes the connections of its pools in the children of `multiprocessing`."""
+    queue = program.queue()
+    for n in range(2):
+        program.producer.publish(n, routing_key=queue.name)
+    held = queue.get()
+    if program.broker.name == "sqlite":
+        assert program.channel.store.wait([queue.name], 0.0)
+        assert os.path.exists(program.channel.store._listener.path)
+    pid = os.fork()
+    if not pid:
+        try:
+            program.connection.close()
+        finally:
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+    assert program.channel.store.counts(queue.name).leased == 1
+    if program.broker.name == "sqlite":
+        assert os.path.exists(program.channel.store._listener.path)
+    held.ack()
+    assert program.drain(queue) == [1]

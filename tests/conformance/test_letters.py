@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import redis
 
 from kq.backend import Settlement
+from kq.backends.redis import prefix
 from kq.backends.store import Entry
 from kq.backends.stored import StoredBackend
+from kq.config import Settings
 from kq.envelope import clean, pack
-from kq.outcome import Outcome
-from tests.conformance.conftest import ON_STORES, Bench
+from kq.outcome import DONE, Outcome
+from kq.scheme import open_backend
+from tests.conformance.conftest import ON_REDIS, ON_SQLITE, ON_STORES, Bench
 
 
 def bury(bench: Bench, *ids: str, times: int = 1) -> None:
@@ -91,8 +97,27 @@ def test_a_stranger_s_letter_is_found_by_the_id_in_it(bench: Bench) -> None:
     assert found is not None
     assert found.id == "inside"
     assert bench.backend.find(bench.dead, "outside") is None
+    assert bench.backend.remove(bench.dead, ["outside"]) == 0
     assert bench.backend.replay(bench.dead, ["inside"], bench.queue, clean) == 1
     assert letters(bench) == []
+
+    store_of(bench).put(bench.dead.id, [Entry("elsewhere", pack(letter), 4), Entry("kept", b"\x92\xa1x\x01", 4)], None)
+    assert bench.backend.remove(bench.dead, ["inside", "x"]) == 1
+    found = bench.backend.find(bench.dead, "kept")
+    assert found is not None
+    assert (found.id, letters(bench)) == ("kept", ["kept"])
+
+
+@ON_REDIS
+def test_bytes_that_a_stranger_pushed_are_dropped_by_what_they_are(bench: Bench) -> None:
+    """There is nothing else to call them by."""
+    bury(bench, "a")
+    with redis.Redis.from_url(bench.broker.url) as client:
+        client.rpush(prefix(bench.dead.id) + "r:4", "hello")
+
+    assert letters(bench) == ["a", "hello"]
+    assert bench.backend.remove(bench.dead, ["hello"]) == 1
+    assert letters(bench) == ["a"]
 
 
 @ON_STORES
@@ -106,6 +131,54 @@ def test_all_that_are_asked_for_are_read(bench: Bench) -> None:
     assert letters(bench) == [f"m{n:02}" for n in range(20)]
     assert [letter.id for letter in bench.backend.browse(bench.dead, 3, 16)] == ["m16", "m17", "m18"]
     assert bench.backend.browse(bench.dead, 3, 20) == []
+
+
+@ON_STORES
+def test_those_that_are_named_are_read_a_few_at_a_time(bench: Bench) -> None:
+    """All of them, however large they are together."""
+    ids = [f"m{n:02}" for n in range(20)]
+    body = b'"' + b"x" * 2**20 + b'"'
+    bench.publish(*[bench.message(id, queue=bench.dead, body=body) for id in ids])
+
+    assert [key for key, _ in store_of(bench).look(bench.dead.id, [*ids, "none"])] == ids
+    assert bench.backend.replay(bench.dead, ids, bench.queue, clean) == 20
+
+
+@ON_SQLITE
+def test_a_purge_of_many_lets_others_in(make_bench: Callable[..., Bench]) -> None:
+    """It drops what waits when it begins, and neither what comes meanwhile nor what somebody holds."""
+    bench = make_bench(lease=60.0)
+    store = store_of(bench)
+    feed = bench.feed()
+    bench.publish(bench.message("held"))
+    (held,) = bench.take(feed, 1)
+    raw = pack(bench.message().envelope)
+    for lot in range(3):
+        store.put(bench.queue.id, [Entry(f"{lot}-{n}", raw, 4) for n in range(4000)], None)
+    others: list[list[Any]] = []
+    bystander = open_backend(Settings(broker=bench.broker.url), "bystander")
+    own = store._transaction
+
+    @contextmanager
+    def transaction() -> Iterator[Any]:
+        with own() as db:
+            yield db
+        # Somebody else's turn; and what it brings stands at the end, where nothing is left before it.
+        others.append(bystander.publish([bench.message(f"new-{len(others)}")], 10.0))
+
+    store._transaction = transaction
+    try:
+        assert bench.backend.purge(bench.queue) == 12_000
+    finally:
+        del store._transaction
+        bystander.close()
+
+    assert len(others) == 5
+    assert others == [[None]] * 5
+    assert [letter.id for letter in bench.backend.browse(bench.queue, 10, 0)] == [f"new-{n}" for n in range(5)]
+    feed.renew()
+    assert not held.lost
+    assert feed.settle([Settlement(held, DONE)]) == ([], [])
 
 
 @ON_STORES

@@ -158,6 +158,25 @@ def test_each_queue_is_heard(make_bench: Callable[..., Bench]) -> None:
         assert feed.settle([Settlement(delivery, DONE)]) == ([], [])
 
 
+@ON_STORES
+def test_what_comes_back_to_whoever_held_it_too_long_is_known(bench: Bench) -> None:
+    """A process that was stopped for longer than a lease does not take its own message for another one."""
+    feed = bench.feed()
+    bench.publish(bench.message("a"))
+    (before,) = bench.take(feed, 1)
+    losses = feed.losses
+    until = monotonic() + 10.0
+    # Nothing is renewed meanwhile.
+    while not (found := feed.fetch(5, {})) and monotonic() < until:
+        feed.wait(until - monotonic())
+
+    (after,) = found
+    assert (after.id, after.deliveries) == ("a", 1)
+    assert (before.lost, feed.losses - losses) == (True, 1)
+    assert feed.settle([Settlement(before, DONE)]).late
+    assert feed.settle([Settlement(after, DONE)]) == ([], [])
+
+
 def test_a_queue_that_has_room_again_is_heard(make_bench: Callable[..., Bench]) -> None:
     """At once, however long what was asked before would still wait for the others."""
     bench = make_bench()

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from kq.backends import sqlite_file
-from kq.backends.sqlite_file import Disk, path_of
+from kq.backends.sqlite_file import Disk, check_place, path_of
+from kq.backends.store import BrokerAway
 from kq.errors import Internal, Invalid
 
 
@@ -61,6 +62,27 @@ def test_a_disk_is_looked_at_after_each_megabyte(monkeypatch: pytest.MonkeyPatch
     for _ in range(5):
         disk.reserve([2**20])
     assert looks.count == before + 5
+
+
+def test_what_a_batch_takes_is_kept_free_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once in the journal, and once where it belongs: what has been stored must still be taken."""
+    monkeypatch.setattr(os, "statvfs", Looks(100 * 2**20))
+    disk = Disk(str(tmp_path / "kq.db"))
+    disk.reserve([2**20] * 40)
+    with pytest.raises(Internal, match="bytes are free") as caught:
+        disk.reserve([2**20] * 45)
+    assert caught.value.details == {"reason": "full"}
+
+
+def test_a_link_to_another_file_system_is_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the file really is decides."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near").symlink_to(tmp_path / "far")
+    real = os.path.realpath(tmp_path / "far")
+    monkeypatch.setattr(sqlite_file, "_file_system", lambda folder: "nfs4" if folder == real else "ext4")
+    with pytest.raises(BrokerAway, match="is on a network file system"):
+        check_place(str(tmp_path / "near" / "kq.db"))
+    check_place(str(tmp_path / "kq.db"))
 
 
 def test_a_disk_is_looked_at_after_each_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
