@@ -32,6 +32,7 @@ from kq.security import Actor, Policy, current_actor, set_strict
 from kq.security.policy import group_names
 from kq.shield import shielded
 from kq.signing import Signing
+from kq.version import __version__
 
 if TYPE_CHECKING:
     from kq.worker.worker import Worker
@@ -464,6 +465,8 @@ class App:
         """Return a text that is another one whenever a worker would have to work otherwise. For workers."""
         signing = self.registry.signing
         whole = [
+            # Its children would not speak as it does.
+            __version__,
             self.declarations.fingerprint(),
             self.registry.guard.fingerprint(),
             "" if signing is None else signing.fingerprint(),

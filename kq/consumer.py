@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from math import inf
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
+from threading import Condition, RLock
 from time import monotonic
 from typing import Any
 
@@ -24,6 +25,8 @@ from kq.retry import after_failure
 
 #: Seconds that closing waits for the broker.
 _CLOSE_TIMEOUT = 10.0
+#: Seconds after which whoever waits looks whether a signal's handler has closed the consumer, which may wake nobody.
+_GLANCE = 1.0
 
 
 class PulledMessage(Message):
@@ -44,6 +47,29 @@ class PulledMessage(Message):
         """Return what was published."""
         self._live()
         return self._payload
+
+    def _settle(self, how: Settled, delay: float | None) -> None:
+        with self._lock:
+            super()._settle(how, delay)
+            if self._released:
+                raise Invalid(
+                    "the consumer was closed, by a signal's handler, while this was settled; it may come again"
+                )
+
+
+class _Arrivals(Queue["Delivery | None"]):
+    """What has arrived, in order.
+
+    A signal's handler may close the consumer in the middle of a call. A `SimpleQueue` would allow that as well, but
+    up to Python 3.11 it may wait for ever where the time is over already.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mutex = RLock()  # type: ignore[assignment]
+        self.not_empty = Condition(self.mutex)
+        self.not_full = Condition(self.mutex)
+        self.all_tasks_done = Condition(self.mutex)
 
 
 class Consumer:
@@ -79,8 +105,8 @@ class Consumer:
         self._admission = Admission(self._registry.settings.max_body, self._registry.distrust)
         self._prefetch = prefetch
         self._closed = False
-        #: What has arrived; None, for ever, once it is closed, maybe by a signal's handler in the middle of a call.
-        self._ready: SimpleQueue[Delivery | None] = SimpleQueue()
+        #: What has arrived; None, for ever, once it is closed.
+        self._ready = _Arrivals()
         #: What was received and is not settled.
         self._received: dict[int, PulledMessage] = {}
         with ExitStack() as stack:
@@ -125,11 +151,15 @@ class Consumer:
         seconds = None if timeout is None else limit.seconds("timeout", timeout, maximum=inf)
         deadline = None if seconds is None else monotonic() + min(seconds, limit.MAX_DELAY)
         while True:
+            left = inf if deadline is None else max(0.0, deadline - monotonic())
             try:
-                left = None if deadline is None else max(0.0, deadline - monotonic())
-                delivery = self._ready.get(timeout=left)
+                delivery = self._ready.get(timeout=min(left, _GLANCE))
             except Empty:
-                return None
+                if left > _GLANCE and not self._closed:
+                    continue
+                if not self._closed:
+                    return None
+                delivery = None
             if delivery is None or self._closed:
                 # For whoever else waits, or comes later.
                 self._ready.put(None)
@@ -194,16 +224,16 @@ class Consumer:
             return None
 
         def settle(how: Settled, delay: float | None) -> None:
+            self._settle(delivery, outcome(how, delay))
+            # Last: whoever closes the consumer before that, in a signal's handler, says so to whoever settles it.
             self._received.pop(id(message), None)
+
+        def outcome(how: Settled, delay: float | None) -> Outcome:
             if how is Settled.ACK:
-                self._settle(delivery, DONE)
-                return
+                return DONE
             failure = Failure(errors.INTERNAL, "the receiver called nack()", True)
             attempts = delivery.attempts + 1
-            self._settle(
-                delivery,
-                after_failure(failure, spec.policy, attempts=attempts, crashes=delivery.crashes, delay=delay),
-            )
+            return after_failure(failure, spec.policy, attempts=attempts, crashes=delivery.crashes, delay=delay)
 
         message = PulledMessage(
             payload,

@@ -299,7 +299,7 @@ class Producer:
         for spec in specs.values():
             # Declaring takes its time, too, and for each of them.
             if monotonic() >= deadline:
-                text = f"queue {spec.id}: the broker took all the time to declare others"
+                text = f"there was no time left to publish to queue {spec.id}; it was not sent"
                 refused[spec.id] = Internal(text, details={"reason": "timeout"})
                 continue
             try:

@@ -110,7 +110,8 @@ class Registry:
                 settings["groups"] = tuple(settings["groups"])
             changed = replace(self.settings, **settings)
             find_backend(changed.broker)
-            if changed.broker != self.settings.broker:
+            if "broker" in settings:
+                # In the place of the whole entry, also where the URL is the same.
                 self.drivers[MAIN] = Driver(changed.broker)
             self.settings = replace(changed, origins={**changed.origins, **dict.fromkeys(settings, COMMAND_LINE)})
             self.overrides.update(settings)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import click
 
+from kq import limit
 from kq.backend import QueueInfo
 from kq.cli.option import common, end, find_app, table
 from kq.errors import Error
@@ -25,11 +26,18 @@ def info(queues: tuple[str, ...], as_json: bool, app_path: str | None, broker: s
         if not ids:
             raise click.UsageError("name a queue, or an app that declares some: kq info -A shop:app")
         found, failed = {}, []
+        #: Drivers whose brokers are away: each of their queues would be waited for as long.
+        away = set()
         for queue in ids:
             try:
+                driver = app.registry.spec(limit.queue_id(queue)).driver
+                if driver in away:
+                    continue
                 found[queue] = app.info(queue)
             except Error as error:
                 failed.append(error)
+                if error.details.get("reason") in ("unavailable", "timeout"):
+                    away.add(driver)
         if failed and not found:
             raise failed[0]
     if as_json:

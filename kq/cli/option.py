@@ -47,6 +47,19 @@ class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 DURATION: Final = Duration()
 
 
+class Pair(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """``K=V``; in the environment one on each line, for a value may have blanks."""
+
+    name = "pair"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """Return what a variable holds."""
+        return [line for line in rv.splitlines() if line.strip()]
+
+
+PAIR: Final = Pair()
+
+
 class ConfigurationError(click.ClickException):
     """The app or its settings are not usable."""
 
@@ -95,6 +108,7 @@ def common(command: _F) -> _F:
     @click.option(
         "--actor-meta",
         multiple=True,
+        type=PAIR,
         metavar="K=V",
         envvar="KQ_ACTOR_META",
         show_envvar=True,

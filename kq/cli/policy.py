@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kq.cli.option import REFUSED, common, find_app, pairs, table, warn
+from kq.cli.option import PAIR, REFUSED, common, find_app, pairs, table, warn
 
 if TYPE_CHECKING:
     from kq.cli.option import Acting
@@ -32,6 +32,7 @@ def policy() -> None:
 @click.option(
     "--meta",
     multiple=True,
+    type=PAIR,
     metavar="K=V",
     envvar="KQ_META",
     show_envvar=True,

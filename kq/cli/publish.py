@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from kq.cli.option import DURATION, FAILED, USAGE, common, exit_code, fail, find_app, pairs, stop_writing, warn
+from kq.cli.option import DURATION, FAILED, PAIR, USAGE, common, exit_code, fail, find_app, pairs, stop_writing, warn
 from kq.errors import Error, Invalid
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ _NEAR = 0.85
 @click.argument("data", required=False, metavar="[JSON | -]")
 @click.option("--jsonl", type=click.File("rb"), metavar="FILE", envvar="KQ_JSONL", show_envvar=True,
               help="Publish one message for each line of a file (- for stdin).")  # fmt: skip
-@click.option("-H", "--header", "headers", multiple=True, metavar="K=V", envvar="KQ_HEADER", show_envvar=True,
-              help="A header; K=V is text, K:=V is JSON. May be given several times.")  # fmt: skip
+@click.option("-H", "--header", "headers", multiple=True, type=PAIR, metavar="K=V", envvar="KQ_HEADER",
+              show_envvar=True, help="A header; K=V is text, K:=V is JSON. May be given several times.")  # fmt: skip
 @click.option("--delay", type=DURATION, envvar="KQ_DELAY", show_envvar=True, help="Hold it back, e.g. 5s or 2h.")
 @click.option("--expires", type=DURATION, envvar="KQ_EXPIRES", show_envvar=True,
               help="Dead-letter it instead of running it after this long.")  # fmt: skip

@@ -171,7 +171,11 @@ _QUEUE: Final = (
         "max_length", integer(1, 2**31 - 1), "Messages that may wait before publishing is refused.", "no limit"
     ),
     Field("max_priority", integer(1, 255), "Levels of priority; only RabbitMQ needs to know."),
-    Field("require_signature", BOOLEAN, "Whether unsigned messages are dead-lettered.", "`signing.require`"),
+    Field(
+        "require_signature", BOOLEAN,
+        "Whether unsigned messages are dead-lettered, as they are on every queue where `signing.require` says so.",
+        "false",
+    ),
     Field("options", ByName(ByName(Anything())), "What one kind of broker understands, by its name."),
 )  # fmt: skip
 

@@ -74,6 +74,9 @@ class Loader:
             section = given.get(name)
             if section is None:
                 continue
+            if isinstance(queues := section.get("queues"), (list, tuple)):
+                names = [_within(queue, namespace) if isinstance(queue, str) else queue for queue in queues]
+                section.values["queues"] = type(queues)(names)
             other = self._draft.sections.setdefault(name, section)
             if other is not section:
                 self._problems.add(section.place, f"{name} is in {other.place} already; expected it in one file only")

@@ -7,10 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
+import kq
 from tests.integration.conftest import PATIENCE, Shop
 
 
@@ -21,8 +24,6 @@ def test_publish_prints_the_id(shop: Shop) -> None:
     )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "id-1\n", "")
-    import kq
-
     with kq.Consumer(shop.app, shop.queue) as consumer:
         message = consumer.receive(timeout=10)
         assert message is not None
@@ -108,6 +109,26 @@ def test_info_shows_what_there_is(local_shop: Shop) -> None:
     assert [entry["queue"] for entry in json.loads(done.stdout)] == [local_shop.queue]
     assert "queue no:where does not exist" in done.stderr
     assert local_shop.run("info", "no:where").stdout == ""
+
+
+def test_a_broker_that_is_away_is_asked_once(local_shop: Shop) -> None:
+    """Not for each queue: that would take as long as there are queues."""
+    began = monotonic()
+    done = local_shop.run("info", *(f"app:q{n}" for n in range(20)), "-b", "redis://127.0.0.1:1")
+    assert done.returncode == 69
+    assert len(done.stderr.splitlines()) == 1
+    assert monotonic() - began < 20
+
+
+def test_variables_hold_a_header_on_each_line(local_shop: Shop) -> None:
+    """A value may have blanks."""
+    local_shop.environment["KQ_HEADER"] = "subject=a b=c\n\nn:=1\n"
+    assert local_shop.run("publish", local_shop.queue, "1").returncode == 0
+    with closing(kq.Consumer(local_shop.app, local_shop.queue)) as consumer:
+        message = consumer.receive(20)
+        assert message is not None
+        assert message.headers() == {"subject": "a b=c", "n": 1}
+        message.ack()
 
 
 def test_dead_letters(shop: Shop) -> None:

@@ -25,7 +25,7 @@ version: "1.0"
 namespace: app
 source: work.py
 settings: {lease: 10s, create_queues: false, max_body: 1000}
-worker: {processes: 2, grace: 5, queues: "app:emails"}
+worker: {processes: 2, grace: 5, queues: emails}
 security: {strict_mode: true, actor: "service:worker", groups: [clerks]}
 signing: {keys: {k1: "${env:KEY}"}, sign_with: k1, max_age: 7d, require: false}
 entries:
