@@ -81,16 +81,17 @@ class Publisher:
         for index, (exchange, routing_key, envelope) in enumerate(batch):
             if not unwritten and self._is_over(deadline):
                 return self._give_up(range(index, len(batch)), "blocked" if self._link.blocked else "timeout")
-            self._sent = index + 1
             try:
                 frames = self._writer.frames(exchange, routing_key, envelope)
             except TooLarge as error:
                 self._results[index] = Internal(str(error), details={"reason": "refused", "headers": error.size})
+                self._sent = index + 1
             else:
                 unwritten.append(frames)
                 size += len(frames)
                 self._last_tag += 1
                 self._pending[self._last_tag] = index
+                self._sent = index + 1
             if not unwritten:
                 continue
             if size < _WRITE_SIZE and len(unwritten) < _LOOK_EVERY and index + 1 < len(batch):

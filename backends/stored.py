@@ -107,7 +107,12 @@ class StoredBackend:
                         "declare it alike, or delete the queue first"
                     )
         # Somebody who is not kq may have made the queue, without a word about that.
-        self._max_length[queue.id] = (found or {}).get("max_length", queue.max_length)
+        length = (found or {}).get("max_length", queue.max_length)
+        if length is None:
+            # Some publishers have a new queue for each client.
+            self._max_length.pop(queue.id, None)
+        else:
+            self._max_length[queue.id] = length
         if queue.dead_letter is not None:
             store.declare(queue.dead_letter, {})
 

@@ -159,9 +159,12 @@ class AsyncCommit:
                 continue
             group, size = list[_Request](), 0
             while request is not None:
+                # Said first: whose time is over in this moment is told that it may be sent.
+                request.is_taken = True
                 # Else nobody waits for it any more, or its loop has been held up and says so when it goes on.
-                if not request.is_over and monotonic() < request.deadline:
-                    request.is_taken = True
+                if request.is_over or monotonic() >= request.deadline:
+                    request.is_taken = False
+                else:
                     group.append(request)
                     size += len(request.batch)
                 if size >= MAX_GROUP or requests.empty():

@@ -122,7 +122,13 @@ class Consumer:
         fetchers = {name: self._fetcher(name, backend) for name, backend in backends.items()}
         self._intake = Intake({spec.id: fetchers[spec.driver] for spec in self._specs.values()})
         self._intake.hold(prefetch)
-        self._intake.start()
+        try:
+            self._intake.start()
+        except BaseException:
+            # There is no thread for one of them: the others are not to go on for nobody.
+            self._intake.stop(_CLOSE_TIMEOUT)
+            self._backends.close()
+            raise
 
     def _fetcher(self, driver: str, backend: Backend) -> Fetcher:
         return Fetcher(
@@ -164,7 +170,12 @@ class Consumer:
                 # For whoever else waits, or comes later.
                 self._ready.put(None)
                 raise Invalid("the consumer is closed; make another one to receive more")
-            message = self._open(delivery)
+            try:
+                message = self._open(delivery)
+            except BaseException:
+                # Interrupted, by a signal's handler: nobody has it.
+                self._settle(delivery, delivery.as_it_came)
+                raise
             if message is not None:
                 return message
 

@@ -274,12 +274,16 @@ def _returned(run: Run, result: Any) -> Outcome:
 
 def _lazy(result: Any) -> str:
     """Say what a handler has returned instead of running; empty where it has run."""
-    if inspect.isawaitable(result):
-        if inspect.iscoroutine(result):
-            result.close()
-        return "async function, but returned something to await"
-    if inspect.isgenerator(result) or inspect.isasyncgen(result):
-        return "plain function, but returned a generator"
+    try:
+        if inspect.isawaitable(result):
+            if inspect.iscoroutine(result):
+                result.close()
+            return "async function, but returned something to await"
+        if inspect.isgenerator(result) or inspect.isasyncgen(result):
+            return "plain function, but returned a generator"
+    except Exception:
+        # It does not let itself be looked at, as some proxies, so it is none of these.
+        return ""
     return ""
 
 
@@ -291,6 +295,8 @@ def _failed(run: Run, error: BaseException) -> Outcome:
     delay = getattr(error, "delay", None)
     if not isinstance(delay, (int, float)) or isinstance(delay, bool) or not 0 <= delay <= limit.MAX_DELAY:
         delay = None
+    # Plain, as kind and message: what derives from it cannot be sent on.
+    delay = None if delay is None else float(delay)
     failure = Failure(errors.INTERNAL, "the handler asked for a retry", True)
     if getattr(error, "count", True):
         return _after(run, failure, delay)

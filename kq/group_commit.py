@@ -78,12 +78,21 @@ class GroupCommit:
         commit: Publishes; called in as many threads at once as ``most`` says, at most.
         most: Returns how many groups may be under way at once; asked only after something has been published.
         is_prompt: Whether a call of a connected backend ends in the callers' time, or soon after it.
+        is_ready: Tells whether a caller's publications need nothing but that, as declaring their queue.
     """
 
-    def __init__(self, commit: Commit, most: Callable[[], int] = lambda: 1, *, is_prompt: bool = True) -> None:
+    def __init__(
+        self,
+        commit: Commit,
+        most: Callable[[], int] = lambda: 1,
+        *,
+        is_prompt: bool = True,
+        is_ready: Callable[[Sequence[Publication]], bool] = lambda batch: True,
+    ) -> None:
         self._commit = commit
         self._most = most
         self._is_prompt = is_prompt
+        self._is_ready = is_ready
         # Entered with each message, so not through the condition, whose way in is Python. A signal's handler may
         # publish as well, in a thread that holds it.
         self._lock = RLock()
@@ -116,7 +125,15 @@ class GroupCommit:
             return self._publish(batch, timeout)
 
     def _publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
-        if (results := self._publish_alone(batch, timeout)) is not None:
+        try:
+            results = self._publish_alone(batch, timeout)
+        except BaseException:
+            # Also if it was interrupted on its way out: nobody else would ever be alone, or first.
+            with self._lock:
+                self._under_way.discard(id(batch))
+                self._turn.notify_all()
+            raise
+        if results is not None:
             return results
         ticket = _Ticket(batch, monotonic() + timeout)
         group: list[_Ticket] = []
@@ -128,7 +145,12 @@ class GroupCommit:
                 if ticket.results is not None:
                     return ticket.results
                 self._take(ticket, group)
-                plain = self._is_prompt and self._proven and ticket.deadline - monotonic() > timeout * _ENOUGH
+                plain = (
+                    self._is_prompt
+                    and self._proven
+                    and ticket.deadline - monotonic() > timeout * _ENOUGH
+                    and all(self._is_ready(ticket.batch) for ticket in group)
+                )
             if plain:
                 # The others go when their own time is over.
                 self._lead(group, ticket.deadline)
@@ -168,6 +190,8 @@ class GroupCommit:
         try:
             with self._lock:
                 if self._under_way or self._waiting or not (self._proven and self._is_prompt):
+                    return None
+                if not self._is_ready(batch):
                     return None
                 mine = True
                 self._under_way.add(id(batch))
@@ -240,18 +264,20 @@ class GroupCommit:
         Whoever is interrupted leaves each ticket in the one, the other, or both.
         """
         self._under_way.add(id(group))
-        group.append(mine)
-        self._waiting.remove(mine)
+        self._take_one(mine, group)
         size = len(mine.batch)
         while self._waiting and size + len(self._waiting[0].batch) <= MAX_GROUP:
-            group.append(self._waiting[0])
-            del self._waiting[0]
+            self._take_one(self._waiting[0], group)
             size += len(group[-1].batch)
         if self._waiting:
             # Somebody else is the first of them now.
             self._turn.notify_all()
-        for ticket in group:
-            ticket.is_taken = True
+
+    def _take_one(self, ticket: _Ticket, group: list[_Ticket]) -> None:
+        # Said first: a signal's handler that publishes has to let others have the lock while it waits.
+        ticket.is_taken = True
+        group.append(ticket)
+        self._waiting.remove(ticket)
 
     def _lead(self, group: list[_Ticket], deadline: float) -> None:
         batch = [publication for ticket in group for publication in ticket.batch]

@@ -220,26 +220,30 @@ class Producer:
     def _prepare(self, draft: Draft) -> list[Publication]:
         """Check a draft, in the order that the documentation promises, and return what to send."""
         queue_id = limit.queue_id(draft.queue_id)
-        for index, payload in enumerate(draft.payloads):
+        # Middleware may give anything, also what can be gone through once.
+        payloads = _several(draft.payloads)
+        for index, payload in enumerate(payloads):
             if codec.is_empty(payload):
                 expected = "expected a value, or a text or collection with something in it"
-                raise _placed(Invalid(f"the data is empty: {payload!r}; {expected}"), index, draft.payloads)
+                raise _placed(Invalid(f"the data is empty: {payload!r}; {expected}"), index, payloads)
         headers = header.check(draft.headers)
         now = clock.now()
         delay = limit.holding_time(draft.delay, draft.at, now)
         expires = None if draft.expires is None else limit.seconds("expires", draft.expires)
         id = None if draft.message_id is None else limit.message_id(draft.message_id)
+        if id is not None and len(payloads) > 1:
+            raise Invalid(f"message_id: expected none for several messages, got {id!r} for {len(payloads)}")
         spec = self._registry.spec(queue_id)
         writer = codec.named(spec.codec)
         most = self._registry.settings.max_body
         bodies: list[bytes] = []
         try:
-            for payload in draft.payloads:
+            for payload in payloads:
                 body = writer.encode(payload)
                 limit.body_size(body, most)
                 bodies.append(body)
         except Invalid as error:
-            raise _placed(error, len(bodies), draft.payloads) from None
+            raise _placed(error, len(bodies), payloads) from None
         self._registry.guard.publish(queue_id, headers)
         if not (self._registry.create_queues or self._registry.is_declared(queue_id)):
             raise NotFound(f"queue {queue_id} is not declared, and create_queues is off; declare it with app.queue()")
@@ -274,6 +278,8 @@ class Producer:
                 partial(self._declare_and_publish, driver),
                 lambda: self._registry.backend(driver).capabilities.concurrent_publishes,
                 is_prompt=slowest is None or slowest <= ours,
+                # What one caller publishes is of one queue.
+                is_ready=lambda batch: self._registry.is_ensured(batch[0].queue),
             )
             commit = self._commits.setdefault(driver, made)
         return commit
@@ -340,12 +346,22 @@ class Producer:
         draft = replace(draft, deadline=monotonic() + self._registry.settings.publish_timeout)
         me = get_ident()
         self._submitting.add(me)
+        is_refused = False
+
+        def send() -> list[str]:
+            # A pool keeps what it has said that it has no thread for.
+            return [] if is_refused else context.run(self._send, draft)
+
         try:
             with self._threads_lock:
                 threads = self._threads.get(driver)
                 if threads is None:
                     threads = self._threads[driver] = ThreadPoolExecutor(16, thread_name_prefix="kq-publish")
-            future = threads.submit(context.run, self._send, draft)
+            future = threads.submit(send)
+        except (RuntimeError, MemoryError) as error:
+            is_refused = True
+            text = f"no thread to publish with: {error}; it was not sent"
+            raise Internal(text, details={"reason": "unavailable"}) from None
         finally:
             self._submitting.discard(me)
             left_open, self._left_open = self._left_open, []

@@ -313,9 +313,13 @@ class Registry:
         with shielded(), self._lock:
             yield
 
+    def is_ensured(self, spec: QueueSpec) -> bool:
+        """Tell whether `ensure` has nothing to do."""
+        return spec.id in self._confirmed[spec.driver]
+
     def ensure(self, spec: QueueSpec) -> None:
         """Have the shared backend of its driver declare a queue, once."""
-        if spec.id in self._confirmed[spec.driver]:
+        if self.is_ensured(spec):
             return
         self.backend(spec.driver).declare(
             spec, create=self.create_queues or self.is_declared(spec.id), exact=self.is_exact(spec.id)

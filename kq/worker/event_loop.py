@@ -199,6 +199,9 @@ class EventLoop(Thread):
         except asyncio.CancelledError:
             if late:
                 return self._executor.timed_out(run)
+            if task.done() and not task.cancelled():
+                # We have been cancelled, by a handler that cancels whatever there is, after this one had ended.
+                return task.result()
             return self._executor.canceled(run)
         finally:
             if timer is not None:

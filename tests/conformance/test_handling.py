@@ -943,6 +943,27 @@ def test_a_closed_consumer_settles_nothing(app: kq.App, queue_id: str) -> None:
     assert drain(app) == 1
 
 
+def test_who_is_interrupted_in_receive_loses_nothing(
+    app: kq.App, queue_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a signal's handler that raises: the message goes back, however often that happens."""
+    app.publish(queue_id, 1)
+    with kq.Consumer(app, queue_id, prefetch=2) as consumer:
+        with monkeypatch.context() as patched:
+
+            def interrupt(*_: Any) -> Any:
+                raise KeyboardInterrupt
+
+            patched.setattr(consumer._admission, "decode", interrupt)
+            for _ in range(4):
+                with pytest.raises(KeyboardInterrupt):
+                    consumer.receive(timeout=10)
+        message = consumer.receive(timeout=10)
+        assert message is not None
+        assert (message.payload(), message.attempt()) == (1, 1)
+        message.ack()
+
+
 def test_closing_wakes_up_who_receives(app: kq.App, queue_id: str) -> None:
     """Threads that wait for a message do not wait for ever for a consumer that another thread has closed."""
     consumer = kq.Consumer(app, queue_id)

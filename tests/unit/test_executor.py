@@ -381,6 +381,32 @@ def test_retry_asked_for(retry: kq.Retry, attempts: int, expected: tuple[str, fl
     assert (outcome.action, outcome.delay, outcome.attempts, outcome.reason) == expected
 
 
+def test_a_delay_of_another_kind_of_number_is_a_number() -> None:
+    """It is sent to the supervisor, which knows only plain ones."""
+
+    class Seconds(float):
+        pass
+
+    class Later(kq.Retry):
+        def __init__(self) -> None:
+            self.delay = Seconds(2.0)
+
+    outcome = handle(raising(Later()))
+    assert outcome is not None
+    assert (outcome.delay, type(outcome.delay)) == (2.0, float)
+
+
+def test_what_cannot_be_looked_at_is_a_result() -> None:
+    """The handler has returned; what its result is like is its own affair."""
+
+    class Proxy:
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            raise LookupError("nothing behind it")
+
+    assert handle(lambda payload: Proxy()) == DONE
+
+
 def test_ack_from_the_handler_wins() -> None:
     """A handler that acks and then fails has acked."""
     emitted: Emitted = []

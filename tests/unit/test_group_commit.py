@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Lock, Semaphore, Thread
+from threading import Event, Lock, Semaphore, Thread, current_thread
+from typing import cast
 
 import pytest
 
 from kq import errors, group_commit
 from kq.backend import Publication, QueueSpec
 from kq.envelope import Envelope
+from kq.errors import Error
 from kq.group_commit import MAX_GROUP, GroupCommit
 
 QUEUE = QueueSpec("app:a")
@@ -388,3 +390,42 @@ def test_a_signals_handler_publishes_in_the_middle_of_a_publish() -> None:
     group = GroupCommit(commit, lambda: 2)
     assert group.publish(batch("first"), 5.0) == [None]
     assert group.publish(batch("interrupted"), 5.0) == [None]
+
+
+def test_who_is_interrupted_on_the_way_out_leaves_nobody_behind() -> None:
+    """As by a signal's handler that raises in the last moment: the next one is alone again."""
+
+    class Interrupting(set[int]):
+        def discard(self, number: object) -> None:
+            if interrupts:
+                raise interrupts.pop()
+            super().discard(cast(int, number))
+
+    interrupts: list[BaseException] = []
+    group = GroupCommit(lambda publications, timeout: [None] * len(publications))
+    assert group.publish(batch("first"), 5.0) == [None]
+    group._under_way = Interrupting()
+    interrupts.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        group.publish(batch("a"), 5.0)
+
+    assert not group._under_way
+    assert group.publish(batch("b"), 5.0) == [None]
+
+
+def test_what_is_not_ready_does_not_hold_its_caller_up() -> None:
+    """To declare a queue may take longer than the caller has."""
+    ready = True
+    threads: list[Thread] = []
+
+    def commit(publications: Sequence[Publication], timeout: float) -> list[Error | None]:
+        threads.append(current_thread())
+        return [None] * len(publications)
+
+    group = GroupCommit(commit, is_ready=lambda publications: ready)
+    group.publish(batch("first"), 5.0)
+    group.publish(batch("known"), 5.0)
+    ready = False
+    group.publish(batch("new"), 5.0)
+
+    assert [thread is current_thread() for thread in threads] == [False, True, False]

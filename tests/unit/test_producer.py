@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from dataclasses import replace
+from threading import Thread
 from time import monotonic, time
 from typing import Any, cast
 from uuid import RFC_4122, UUID
@@ -103,6 +105,50 @@ def test_many_new_queues_are_declared_within_the_time_of_a_publish(scheme: str) 
 
             assert monotonic() - began < 3.0
             assert [error.details["reason"] for error in results if error is not None] == ["timeout"] * 20
+
+
+def test_an_id_is_for_a_single_message() -> None:
+    """Also where middleware gives it: all but the first of them would be taken for duplicates."""
+
+    def named(draft: Any, call_next: Any) -> Any:
+        return call_next(replace(draft, message_id="one"))
+
+    with kq.App("test", broker="memory://test-producer-named", on_publish=[named]) as app:
+        assert app.publish("app:q", 1) == "one"
+        with pytest.raises(errors.Invalid, match="message_id: expected none for several messages, got 'one' for 2"):
+            app.publish_many("app:q", [2, 3])
+        assert app.info("app:q").ready == 1
+
+
+def test_middleware_may_give_what_can_be_gone_through_once() -> None:
+    """Each of it is checked and published."""
+
+    def mapped(draft: Any, call_next: Any) -> Any:
+        return call_next(replace(draft, payloads=(payload + 1 for payload in draft.payloads)))
+
+    with kq.App("test", broker="memory://test-producer-mapped", on_publish=[mapped]) as app:
+        assert len(app.publish_many("app:q", [1, 2, 3])) == 3
+        assert app.info("app:q").ready == 3
+
+
+def test_what_there_is_no_thread_for_is_not_published_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool keeps what it has refused, and would run it in its next thread."""
+
+    def refuse(thread: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def publish() -> None:
+        await app.apublish_many("app:q", range(100))
+
+    with kq.App("test", broker="memory://test-producer-threads") as app:
+        app.publish("app:q", 0)
+        with monkeypatch.context() as patched:
+            patched.setattr(Thread, "start", refuse)
+            with pytest.raises(errors.Internal, match="no thread to publish with") as caught:
+                asyncio.run(publish())
+        assert caught.value.details["reason"] == "unavailable"
+        asyncio.run(publish())
+        assert app.info("app:q").ready == 101
 
 
 @pytest.mark.parametrize("result", [None, "id", []])
