@@ -121,8 +121,9 @@ def test_bytes_that_a_stranger_pushed_are_dropped_by_what_they_are(bench: Bench)
 
 
 @ON_STORES
-def test_all_that_are_asked_for_are_read(bench: Bench) -> None:
+def test_all_that_are_asked_for_are_read(make_bench: Callable[..., Bench]) -> None:
     """Also where they are so large that no single call returns them all."""
+    bench = make_bench(lease=30.0)
     bodies = b'"' + b"x" * 2**20 + b'"'
     bench.publish(*[bench.message(f"m{n:02}", queue=bench.dead, body=bodies) for n in range(20)])
 
@@ -134,8 +135,9 @@ def test_all_that_are_asked_for_are_read(bench: Bench) -> None:
 
 
 @ON_STORES
-def test_those_that_are_named_are_read_a_few_at_a_time(bench: Bench) -> None:
+def test_those_that_are_named_are_read_a_few_at_a_time(make_bench: Callable[..., Bench]) -> None:
     """All of them, however large they are together."""
+    bench = make_bench(lease=30.0)
     ids = [f"m{n:02}" for n in range(20)]
     body = b'"' + b"x" * 2**20 + b'"'
     bench.publish(*[bench.message(id, queue=bench.dead, body=body) for id in ids])
