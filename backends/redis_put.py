@@ -104,6 +104,8 @@ class Putter:
         may_put = SCRIPTS["MAY_PUT"].whole.pack((1, prefix))
         may, answers = self._caller.lines.transact(may_put, commands, 2)
         if may != 1:
+            if may == -2:
+                self.transacts = False
             return None if may == 0 else self._put_short(prefix, entry)
         for answer in answers:
             if isinstance(answer, Exception):

@@ -186,12 +186,12 @@ if is_sound then wake(P) end
 return #ARGV / 2
 """
 
-#: Returns whether there is such a queue, as 0 or 1; -1 where it cannot be told whether its list would take an id. Before
-#: 7.0 a script in a transaction is refused where the server was full for the last one outside of it, whoever's that was,
-#: and the other commands are run all the same.
+#: Returns whether there is such a queue, as 0 or 1; -1 where it cannot be told whether its list would take an id; -2 of
+#: a server before 7.0: there a script in a transaction is refused if the server was full for the last one outside it,
+#: whoever's that was, and the other commands are run all the same.
 MAY_PUT: Final = """
-if not redis.REDIS_VERSION_NUM or unsound(P, {'r:4'}) then return -1 end
-return call('EXISTS', P .. 'q')
+if not redis.REDIS_VERSION_NUM then return -2 end
+return unsound(P, {'r:4'}) and -1 or call('EXISTS', P .. 'q')
 """
 
 #: ARGV: id of a message whose body the next command of the same transaction stores, if there is none of that id.

@@ -15,7 +15,7 @@ from kq import errors, limit
 from kq.admission import Admission, Refused
 from kq.backend import Backend, Delivery, QueueSpec, Settlement
 from kq.driver import naming
-from kq.errors import Invalid
+from kq.errors import Internal, Invalid
 from kq.fetcher import Fetcher
 from kq.intake import Intake
 from kq.message import Message, Settled
@@ -124,10 +124,13 @@ class Consumer:
         self._intake.hold(prefetch)
         try:
             self._intake.start()
-        except BaseException:
+        except BaseException as error:
             # There is no thread for one of them: the others are not to go on for nobody.
             self._intake.stop(_CLOSE_TIMEOUT)
             self._backends.close()
+            if isinstance(error, (RuntimeError, MemoryError)):
+                text = f"no thread to receive with: {error}"
+                raise Internal(text, details={"reason": "unavailable"}) from None
             raise
 
     def _fetcher(self, driver: str, backend: Backend) -> Fetcher:
@@ -170,14 +173,23 @@ class Consumer:
                 # For whoever else waits, or comes later.
                 self._ready.put(None)
                 raise Invalid("the consumer is closed; make another one to receive more")
+            if delivery.lost:
+                # It waited here too long, or the connection broke: it is given out again.
+                self._intake.finished(delivery.queue)
+                continue
             try:
-                message = self._open(delivery)
+                opened = self._open(delivery)
             except BaseException:
                 # Interrupted, by a signal's handler: nobody has it.
                 self._settle(delivery, delivery.as_it_came)
                 raise
-            if message is not None:
-                return message
+            if isinstance(opened, Outcome):
+                self._settle(delivery, opened)
+                continue
+            self._received[id(opened)] = opened
+            if self._closed:
+                opened.release()
+            return opened
 
     def __iter__(self) -> Iterator[PulledMessage]:
         """Iterate over messages, until the consumer is closed."""
@@ -214,25 +226,18 @@ class Consumer:
             self._ready.put(delivery)
         self._intake.hold(self._prefetch)
 
-    def _open(self, delivery: Delivery) -> PulledMessage | None:
+    def _open(self, delivery: Delivery) -> PulledMessage | Outcome:
+        """Return a delivery as a message, or what to settle it with where nobody is to see it."""
         spec = self._specs[delivery.queue]
-        if delivery.lost:
-            # It waited here too long, or the connection broke: it is given out again.
-            self._intake.finished(delivery.queue)
-            return None
         if delivery.refused is not None:
-            self._settle(delivery, delivery.refused)
-            return None
+            return delivery.refused
         if delivery.deliveries >= self._registry.settings.max_deliveries:
-            end = given_up(delivery.deliveries, attempts=delivery.attempts, crashes=delivery.crashes)
-            self._settle(delivery, end)
-            return None
+            return given_up(delivery.deliveries, attempts=delivery.attempts, crashes=delivery.crashes)
         try:
             envelope = self._admission.open(spec, delivery.raw, delivery.replayed)
             payload = self._admission.decode(spec, envelope)
         except Refused as refused:
-            self._settle(delivery, refused.outcome(delivery.attempts, delivery.crashes))
-            return None
+            return refused.outcome(delivery.attempts, delivery.crashes)
 
         def settle(how: Settled, delay: float | None) -> None:
             self._settle(delivery, outcome(how, delay))
@@ -254,9 +259,6 @@ class Consumer:
             crashes=delivery.crashes,
             on_settle=settle,
         )
-        self._received[id(message)] = message
-        if self._closed:
-            message.release()
         return message
 
     def _settle(self, delivery: Delivery, outcome: Outcome) -> None:

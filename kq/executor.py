@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from contextvars import copy_context
 from typing import Any
 
@@ -277,7 +277,9 @@ def _lazy(result: Any) -> str:
     try:
         if inspect.isawaitable(result):
             if inspect.iscoroutine(result):
-                result.close()
+                # Somebody may be running it.
+                with suppress(Exception):
+                    result.close()
             return "async function, but returned something to await"
         if inspect.isgenerator(result) or inspect.isasyncgen(result):
             return "plain function, but returned a generator"

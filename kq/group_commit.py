@@ -167,12 +167,16 @@ class GroupCommit:
         ahead_at = monotonic() + (_PATIENCE if width <= _FEW else 0.0)
         while ticket.results is None:
             if not ticket.is_taken and not self._under_way:
+                # Here and in `_take` nothing comes before that: a signal's handler that publishes has to let others
+                # have the lock while it waits, and they are not to take it as well.
+                ticket.is_taken = True
                 return True
             now = monotonic()
             until = ticket.deadline
             # The first of those who wait looks after the others as well.
             if not ticket.is_taken and self._waiting[0] is ticket and len(self._under_way) < self.width:
                 if now >= ahead_at:
+                    ticket.is_taken = True
                     return True
                 until = min(until, ahead_at)
             if ticket.deadline <= now:
@@ -264,20 +268,22 @@ class GroupCommit:
         Whoever is interrupted leaves each ticket in the one, the other, or both.
         """
         self._under_way.add(id(group))
-        self._take_one(mine, group)
+        group.append(mine)
+        self._waiting.remove(mine)
         size = len(mine.batch)
-        while self._waiting and size + len(self._waiting[0].batch) <= MAX_GROUP:
-            self._take_one(self._waiting[0], group)
-            size += len(group[-1].batch)
+        for ticket in list(self._waiting):
+            if ticket.is_taken:
+                continue
+            ticket.is_taken = True
+            size += len(ticket.batch)
+            if size > MAX_GROUP:
+                ticket.is_taken = False
+                break
+            group.append(ticket)
+            self._waiting.remove(ticket)
         if self._waiting:
             # Somebody else is the first of them now.
             self._turn.notify_all()
-
-    def _take_one(self, ticket: _Ticket, group: list[_Ticket]) -> None:
-        # Said first: a signal's handler that publishes has to let others have the lock while it waits.
-        ticket.is_taken = True
-        group.append(ticket)
-        self._waiting.remove(ticket)
 
     def _lead(self, group: list[_Ticket], deadline: float) -> None:
         batch = [publication for ticket in group for publication in ticket.batch]

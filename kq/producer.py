@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import RLock, get_ident
+from threading import Lock, RLock, get_ident
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any, Final
 
@@ -278,8 +278,7 @@ class Producer:
                 partial(self._declare_and_publish, driver),
                 lambda: self._registry.backend(driver).capabilities.concurrent_publishes,
                 is_prompt=slowest is None or slowest <= ours,
-                # What one caller publishes is of one queue.
-                is_ready=lambda batch: self._registry.is_ensured(batch[0].queue),
+                is_ready=lambda batch: self._registry.are_ensured(driver, batch),
             )
             commit = self._commits.setdefault(driver, made)
         return commit
@@ -346,11 +345,11 @@ class Producer:
         draft = replace(draft, deadline=monotonic() + self._registry.settings.publish_timeout)
         me = get_ident()
         self._submitting.add(me)
-        is_refused = False
+        # A pool keeps what it has said that it has no thread for: whoever has this first says what becomes of it.
+        claim = Lock()
 
         def send() -> list[str]:
-            # A pool keeps what it has said that it has no thread for.
-            return [] if is_refused else context.run(self._send, draft)
+            return context.run(self._send, draft) if claim.acquire(blocking=False) else []
 
         try:
             with self._threads_lock:
@@ -359,8 +358,8 @@ class Producer:
                     threads = self._threads[driver] = ThreadPoolExecutor(16, thread_name_prefix="kq-publish")
             future = threads.submit(send)
         except (RuntimeError, MemoryError) as error:
-            is_refused = True
-            text = f"no thread to publish with: {error}; it was not sent"
+            so = "it was not sent" if claim.acquire(blocking=False) else "it may arrive all the same"
+            text = f"no thread to publish with: {error}; {so}"
             raise Internal(text, details={"reason": "unavailable"}) from None
         finally:
             self._submitting.discard(me)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from threading import RLock
@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from msgspec import structs
 
 from kq import config, forking, limit
-from kq.backend import Backend, QueueSpec
+from kq.backend import Backend, Publication, QueueSpec
 from kq.driver import MAIN, Driver, check, naming
 from kq.envelope import Envelope, clean
 from kq.errors import Conflict, Invalid
@@ -313,13 +313,16 @@ class Registry:
         with shielded(), self._lock:
             yield
 
-    def is_ensured(self, spec: QueueSpec) -> bool:
-        """Tell whether `ensure` has nothing to do."""
-        return spec.id in self._confirmed[spec.driver]
+    def are_ensured(self, driver: str, batch: Sequence[Publication]) -> bool:
+        """Tell whether `ensure` has nothing to do for the queues of some publications, all of a driver."""
+        confirmed = self._confirmed[driver]
+        if len(batch) == 1:
+            return batch[0].queue.id in confirmed
+        return confirmed.issuperset({publication.queue.id for publication in batch})
 
     def ensure(self, spec: QueueSpec) -> None:
         """Have the shared backend of its driver declare a queue, once."""
-        if self.is_ensured(spec):
+        if spec.id in self._confirmed[spec.driver]:
             return
         self.backend(spec.driver).declare(
             spec, create=self.create_queues or self.is_declared(spec.id), exact=self.is_exact(spec.id)

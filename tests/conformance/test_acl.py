@@ -153,7 +153,8 @@ def test_a_publisher_can_publish_long_messages(bench: Bench, more: list[str], ma
         for id in ("a", "b", "a"):
             app.publish(bench.queue.id, "x" * 100_000, message_id=id)
         store = app.registry.backend()._store()  # type: ignore[attr-defined]
-        assert store._caller.run("MAY_PUT", (f"{{kq:{bench.queue.id}}}:",), ()) == may_put
+        # Or an old server says so.
+        assert store._caller.run("MAY_PUT", (f"{{kq:{bench.queue.id}}}:",), ()) in (may_put, -2)
     feed = bench.feed()
     assert [delivery.id for delivery in bench.take(feed, 2)] == ["a", "b"]
     assert bench.take(feed, 1, within=0.2) == []

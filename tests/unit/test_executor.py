@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import types
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from time import time
@@ -394,6 +395,30 @@ def test_a_delay_of_another_kind_of_number_is_a_number() -> None:
     outcome = handle(raising(Later()))
     assert outcome is not None
     assert (outcome.delay, type(outcome.delay)) == (2.0, float)
+
+
+def test_a_coroutine_that_runs_elsewhere_is_not_done() -> None:
+    """It cannot be closed; the handler has returned something to await all the same."""
+
+    @types.coroutine
+    def step() -> Generator[None, None, None]:
+        try:
+            yield
+        except GeneratorExit:
+            yield
+
+    async def run() -> None:
+        await step()
+
+    coroutine = run()
+    coroutine.send(None)
+
+    def handler(payload: Any) -> Any:
+        return coroutine
+
+    outcome = handle(handler)
+    assert outcome is not None
+    assert outcome.action == "dead"
 
 
 def test_what_cannot_be_looked_at_is_a_result() -> None:

@@ -11,9 +11,10 @@ from msgspec import structs
 
 import kq
 from kq import errors
-from kq.backend import BackendOptions, QueueSpec
+from kq.backend import BackendOptions, Publication, QueueSpec
 from kq.config import Settings
 from kq.driver import MAIN, Driver, Tls
+from kq.envelope import Envelope
 from kq.queue_spec import default_spec, difference, queue_spec
 from kq.registry import Registry
 from kq.retry import Backoff, RetryPolicy
@@ -461,3 +462,18 @@ def test_queues_of_two_drivers_share_no_dead_letters() -> None:
     registry.declare(declared(dead_letter="app:d"))
     with pytest.raises(errors.Conflict, match=r"app:d holds the dead letters of app:a .* another queue .* of app:b"):
         registry.declare(declared("app:b", driver="events", dead_letter="app:d"))
+
+
+def test_all_queues_of_a_batch_are_to_be_declared() -> None:
+    """A batch may be of several tasks, each with its own queue."""
+    registry = make()
+    try:
+        known, new = registry.spec("app:known"), registry.spec("app:new")
+        registry.ensure(known)
+        first, second = (Publication(spec, Envelope("a", {}, {}, b""), 0.0) for spec in (known, new))
+        assert registry.are_ensured(MAIN, [first])
+        assert registry.are_ensured(MAIN, [first, first])
+        assert not registry.are_ensured(MAIN, [second])
+        assert not registry.are_ensured(MAIN, [first, second])
+    finally:
+        registry.close()
