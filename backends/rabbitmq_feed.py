@@ -49,8 +49,9 @@ logger = logging.getLogger("kq.worker")
 _TICK: Final = 1.0
 #: Seconds within which a message counts as due.
 _DUE: Final = 0.001
-#: Seconds that a message waits outside a full queue before it comes back to it.
-_ASIDE: Final = 0.01
+#: Seconds that a message waits outside a full queue before it comes back to it. Where there is no room then either,
+#: RabbitMQ does not try again for three minutes (its `dead_letter_worker_publisher_confirm_timeout`).
+_ASIDE: Final = 1.0
 
 
 class _Receipt(msgspec.Struct, eq=False):
