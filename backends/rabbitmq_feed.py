@@ -17,7 +17,6 @@ from typing import Any, Final
 from uuid import uuid4
 
 import amqp
-import msgspec
 
 from kq import clock
 from kq.backend import Delivery, Publication, QueueSpec, Settlement, Settling
@@ -26,6 +25,7 @@ from kq.backends.rabbitmq_aside import Aside
 from kq.backends.rabbitmq_delivery import Receive
 from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_link import Link
+from kq.backends.rabbitmq_receipt import Receipt, envelope_of, pack
 from kq.backends.rabbitmq_recollection import Named, Recollection
 from kq.backends.rabbitmq_subscriptions import Subscriptions
 from kq.backends.rabbitmq_topology import (
@@ -39,7 +39,7 @@ from kq.backends.rabbitmq_topology import (
 )
 from kq.backends.rabbitmq_watch import Watch
 from kq.backends.rabbitmq_window import Demand, Widen, Windows
-from kq.envelope import DELIVERIES, Envelope, bury, pack_pieces
+from kq.envelope import DELIVERIES, Envelope, bury
 from kq.errors import Conflict, Error, NotFound, PermissionDenied
 from kq.waker import Lookout, Waker
 
@@ -52,23 +52,6 @@ _DUE: Final = 0.001
 #: Seconds that a message waits outside a full queue before it comes back to it. Where there is no room then either,
 #: RabbitMQ does not try again for three minutes (its `dead_letter_worker_publisher_confirm_timeout`).
 _ASIDE: Final = 1.0
-
-
-class _Receipt(msgspec.Struct, eq=False):
-    """How to settle a delivery."""
-
-    epoch: int
-    tag: int
-    #: The message without its body, which is the last so many bytes of the delivery.
-    envelope: Envelope
-    size: int
-    #: Whether going back once more would look to the broker like yet another dead worker: it counts every return of a
-    #: quorum queue's message, and of a classic one's we do.
-    counted: bool
-    #: Whether it came with an id.
-    is_named: bool
-    #: Whether what takes its place is stored: it is never published twice.
-    copied: bool = False
 
 
 class RabbitFeed:
@@ -359,7 +342,7 @@ class RabbitFeed:
             if not self._closed:
                 self._recollection.went_back(delivery.queue, delivery.id)
                 if not delivery.receipt.is_named:
-                    self._named.remember(delivery.queue, _envelope_of(delivery))
+                    self._named.remember(delivery.queue, envelope_of(delivery))
         self.losses += len(self._outstanding)
         self._outstanding.clear()
         self._onward.clear()
@@ -477,11 +460,11 @@ class RabbitFeed:
             delivery = Delivery(
                 queue,
                 envelope.id,
-                _pack(envelope, body),
+                pack(envelope, body),
                 read_count(headers, attempts),
                 read_count(headers, crashes),
                 brought + others,
-                _Receipt(epoch, tag, envelope, sum(map(len, body)), uncounting or brought + since > 0, is_named),
+                Receipt(epoch, tag, envelope, sum(map(len, body)), uncounting or brought + since > 0, is_named),
             )
             self._outstanding[tag] = delivery
             self._watch.arrived(queue)
@@ -502,7 +485,7 @@ class RabbitFeed:
     # Settling.
 
     def _is_ours(self, delivery: Delivery) -> bool:
-        receipt: _Receipt = delivery.receipt
+        receipt: Receipt = delivery.receipt
         return receipt.epoch == self._epoch and receipt.tag in self._outstanding
 
     def _goes_back(self, settlement: Settlement) -> bool:
@@ -516,7 +499,7 @@ class RabbitFeed:
         if outcome.action == "done" or self._goes_back(settlement):
             return None
         spec = self._specs[delivery.queue]
-        envelope = _envelope_of(delivery)
+        envelope = envelope_of(delivery)
         if outcome.action == "dead" and spec.dead_letter is not None:
             letter = bury(envelope, delivery.queue, outcome, clock.now())
             return Publication(QueueSpec(spec.dead_letter), letter)
@@ -577,7 +560,7 @@ class RabbitFeed:
         onward, self._onward = self._onward, []
         copies = []
         for delivery in onward:
-            envelope = _envelope_of(delivery)
+            envelope = envelope_of(delivery)
             if delivery.deliveries:
                 envelope.headers[DELIVERIES] = delivery.deliveries
             copies.append(Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers))))
@@ -622,24 +605,3 @@ def _since(headers: Mapping[str, Any], redelivered: bool, uncounting: bool) -> i
     """Return how many deliveries that nobody settled the broker has counted of this copy of a message."""
     # Only a redelivery has been counted by the broker; on a first one it is a publisher's word.
     return 0 if not redelivered else 1 if uncounting else read_count(headers, "x-delivery-count")
-
-
-def _pack(envelope: Envelope, body: Sequence[bytes]) -> bytes:
-    try:
-        return pack_pieces(envelope, body)
-    except (TypeError, ValueError, OverflowError, RecursionError):
-        # A stranger's headers may hold what msgpack has no type for.
-        headers = {key: _plain(value) for key, value in envelope.headers.items()}
-        return pack_pieces(Envelope(envelope.id, headers, envelope.properties, b""), body)
-
-
-def _envelope_of(delivery: Delivery) -> Envelope:
-    """Return a message as it came, with all of its headers."""
-    receipt: _Receipt = delivery.receipt
-    head = receipt.envelope
-    # Not unpacked: what strangers have put into the headers may be deeper than can be read again.
-    return Envelope(head.id, head.headers, head.properties, delivery.raw[len(delivery.raw) - receipt.size :])
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, bool)) or value is None else repr(value)

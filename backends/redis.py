@@ -46,7 +46,7 @@ from kq.errors import Error
 from kq.waker import Lookout, Waker
 
 #: Seconds after which a blocked call that has not ended is told so again.
-_AGAIN: Final = 0.05
+_TOLD_AGAIN: Final = 0.05
 #: Bytes of a body, on average, from which on bodies are fetched by a call of their own.
 _LARGE: Final = 1024
 _HMGET: Final = Head("HMGET")
@@ -370,7 +370,7 @@ class RedisStore:
         while monotonic() < until:
             # Once more where the server has read this before it read what it is to end.
             self._lines.ask([unblock(bell.number)])
-            ring = bell.collect(_AGAIN)
+            ring = bell.collect(_TOLD_AGAIN)
             if ring is not None:
                 return ring
         # What it has taken, if anything, comes back when its lease ends.

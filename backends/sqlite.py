@@ -29,7 +29,7 @@ from time import monotonic
 from typing import Any, ClassVar, Final
 from uuid import uuid4
 
-from kq import clock, forking
+from kq import forking
 from kq.backend import Capabilities, Role
 from kq.backends.machine import BOOT_ID
 from kq.backends.machine import awake as _awake
@@ -37,7 +37,22 @@ from kq.backends.machine import now as _since_start
 from kq.backends.sqlite_error import SQLiteErrors
 from kq.backends.sqlite_file import Disk, check_place
 from kq.backends.sqlite_listener import Listener, forget
-from kq.backends.sqlite_schema import DELAYED, LEASED, READY, prepare
+from kq.backends.sqlite_rows import (
+    CHUNK,
+    RAW,
+    arguments_of,
+    consumers_of,
+    count_of,
+    end_all,
+    insert,
+    listeners_if_there,
+    listeners_of,
+    move_one,
+    new_tokens,
+    remember,
+    time_of_day,
+)
+from kq.backends.sqlite_schema import DELAYED, LEASED, prepare
 from kq.backends.sqlite_turn import begin
 from kq.backends.store import (
     AGAIN,
@@ -56,8 +71,6 @@ from kq.errors import Error
 from kq.failure_log import logger
 from kq.waker import Lookout, Waker
 
-#: Rows that one statement names at most; SQLite's own limit on parameters is far above.
-_CHUNK: Final = 500
 #: Seconds between two looks of a process that nobody can wake, and after which it tries again to be woken.
 _LOOK: Final = 0.5
 _DEAF_FOR: Final = 30.0
@@ -65,13 +78,6 @@ _DEAF_FOR: Final = 30.0
 _JOURNAL: Final = 16 * 2**20
 #: Rows that one transaction drops of a queue that is purged.
 _PART: Final = 5_000
-#: A message, where it is under a lease of ours.
-_MINE: Final = "WHERE queue = ? AND id = ? AND state = 2 AND token = ?"
-_ACK: Final = f"DELETE FROM message {_MINE}"
-#: What was stored, wherever it stands.
-_RAW: Final = "CASE WHEN apart THEN (SELECT apart.raw FROM apart WHERE number = message.apart) ELSE here END"
-#: Bytes of a message that fit on a page of SQLite's with what else is in its row; what has more stands apart.
-_FITS: Final = 3_500
 
 
 class SQLiteStore(TakesNothingAhead):
@@ -132,7 +138,7 @@ class SQLiteStore(TakesNothingAhead):
     def declare(self, queue: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """See `Store.declare`."""
         with self._transaction() as db:
-            found = _arguments(db, queue)
+            found = arguments_of(db, queue)
             if found is None:
                 db.execute("INSERT INTO queue VALUES (?, ?)", (queue, json.dumps(dict(arguments))))
             return found
@@ -140,14 +146,14 @@ class SQLiteStore(TakesNothingAhead):
     def arguments(self, queue: str) -> dict[str, Any] | None:
         """See `Store.arguments`."""
         with self._reading() as db:
-            return _arguments(db, queue)
+            return arguments_of(db, queue)
 
     def delete(self, queue: str, *, if_empty: bool = False, if_unused: bool = False) -> bool:
         """See `Store.delete`."""
         with self._transaction() as db:
             if if_empty and db.execute("SELECT 1 FROM message WHERE queue = ? LIMIT 1", (queue,)).fetchone():
                 return False
-            if if_unused and _consumers(db, queue):
+            if if_unused and consumers_of(db, queue):
                 return False
             db.execute("DELETE FROM message WHERE queue = ?", (queue,))
             db.execute("DELETE FROM completed WHERE queue = ?", (queue,))
@@ -158,22 +164,22 @@ class SQLiteStore(TakesNothingAhead):
         """See `Store.put`."""
         self._disk.reserve([len(entry.raw) for entry in entries])
         with self._transaction() as db:
-            listeners = _listeners_if_there(db, queue)
+            listeners = listeners_if_there(db, queue)
             if listeners is None:
                 return None
             accepted = len(entries)
             room = None
             if max_length is not None:
                 # Of each state by itself: for that there are indexes.
-                room = max_length - _count(db, queue, "state = 0") - _count(db, queue, "state = 1")
-            now = _now()
+                room = max_length - count_of(db, queue, "state = 0") - count_of(db, queue, "state = 1")
+            now = time_of_day()
             for index, entry in enumerate(entries):
                 if room is not None and room <= 0:
                     known = db.execute("SELECT 1 FROM message WHERE queue = ? AND id = ?", (queue, entry.id))
                     if known.fetchone() is None:
                         accepted = index
                         break
-                added = _insert(db, queue, entry, now)
+                added = insert(db, queue, entry, now)
                 if room is not None:
                     room -= added
         self._notify(listeners)
@@ -182,7 +188,7 @@ class SQLiteStore(TakesNothingAhead):
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""
         with self._transaction() as db:
-            now, since_start, awake = _now(), _since_start(), _awake()
+            now, since_start, awake = time_of_day(), _since_start(), _awake()
             db.execute(
                 "UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 "
                 "WHERE queue = ? AND state = 2 AND moment <= ?",
@@ -193,7 +199,7 @@ class SQLiteStore(TakesNothingAhead):
             )
             rows, size = [], 0
             for row in db.execute(
-                f"SELECT place, id, {_RAW}, attempts, crashes, deliveries, expires FROM message "
+                f"SELECT place, id, {RAW}, attempts, crashes, deliveries, expires FROM message "
                 "WHERE queue = ? AND state = 0 ORDER BY priority DESC, place LIMIT ?",
                 (queue, limit),
             ):
@@ -201,7 +207,7 @@ class SQLiteStore(TakesNothingAhead):
                 size += len(row[2])
                 if size >= TAKE_BYTES:
                     break
-            token = _new_tokens(db, len(rows)) if rows else 0
+            token = new_tokens(db, len(rows)) if rows else 0
             db.executemany(
                 "UPDATE message SET state = 2, token = ?, moment = ? WHERE place = ?",
                 [(token + index, awake + lease, row[0]) for index, row in enumerate(rows)],
@@ -220,12 +226,12 @@ class SQLiteStore(TakesNothingAhead):
         """See `Store.settle`."""
         listeners: list[str] = []
         with self._transaction() as db:
-            now = _now()
-            settled = _end_all(db, queue, endings, now)
+            now = time_of_day()
+            settled = end_all(db, queue, endings, now)
             if any(ending.keep for ending in endings):
-                _remember(db, queue, [ending for ending, done in zip(endings, settled, strict=True) if done], now)
+                remember(db, queue, [ending for ending, done in zip(endings, settled, strict=True) if done], now)
             if any(ending.action != "ack" for ending in endings):
-                listeners = _listeners(db, queue)
+                listeners = listeners_of(db, queue)
         self._notify(listeners)
         return settled
 
@@ -233,9 +239,9 @@ class SQLiteStore(TakesNothingAhead):
         """See `Store.completed`."""
         found: set[str] = set()
         with self._reading() as db:
-            now = _now()
-            for i in range(0, len(ids), _CHUNK):
-                part = ids[i : i + _CHUNK]
+            now = time_of_day()
+            for i in range(0, len(ids), CHUNK):
+                part = ids[i : i + CHUNK]
                 marks = ", ".join("?" * len(part))
                 rows = db.execute(
                     f"SELECT id FROM completed WHERE queue = ? AND until > ? AND id IN ({marks})", (queue, now, *part)
@@ -246,11 +252,11 @@ class SQLiteStore(TakesNothingAhead):
     def move(self, source: str, target: str, moves: Sequence[Move]) -> list[bool | Error]:
         """See `Store.move`."""
         with self._transaction() as db:
-            now = _now()
-            moved: list[bool | Error] = [_move(db, source, target, move, now) for move in moves]
+            now = time_of_day()
+            moved: list[bool | Error] = [move_one(db, source, target, move, now) for move in moves]
             if any(moved):
                 db.execute("INSERT OR IGNORE INTO queue VALUES (?, '{}')", (target,))
-            listeners = _listeners(db, target) if any(moved) else []
+            listeners = listeners_of(db, target) if any(moved) else []
         self._notify(listeners)
         return moved
 
@@ -280,19 +286,19 @@ class SQLiteStore(TakesNothingAhead):
     def counts(self, queue: str) -> Counts:
         """See `Store.counts`."""
         with self._reading() as db:
-            held = _count(db, queue, f"state = 2 AND moment > {_awake()}")
-            delayed = _count(db, queue, f"state = 1 AND moment > {_since_start()}")
-            consumers = _consumers(db, queue)
+            held = count_of(db, queue, f"state = 2 AND moment > {_awake()}")
+            delayed = count_of(db, queue, f"state = 1 AND moment > {_since_start()}")
+            consumers = consumers_of(db, queue)
             # One indexed look at the head of each priority, however many messages wait.
             heads = [
                 row[0]
                 for level in range(10)
                 for row in db.execute(
-                    f"SELECT {_RAW} FROM message WHERE queue = ? AND state = 0 AND priority = ? ORDER BY place LIMIT 1",
+                    f"SELECT {RAW} FROM message WHERE queue = ? AND state = 0 AND priority = ? ORDER BY place LIMIT 1",
                     (queue, level),
                 )
             ]
-            return Counts(_count(db, queue, "1") - held - delayed, delayed, held, consumers, heads)
+            return Counts(count_of(db, queue, "1") - held - delayed, delayed, held, consumers, heads)
 
     def browse(self, queue: str, limit: int, offset: int) -> list[tuple[str, bytes]]:
         """See `Store.browse`."""
@@ -303,7 +309,7 @@ class SQLiteStore(TakesNothingAhead):
             # more, is not read.
             for state, order in ((0, "priority DESC, place"), (1, "moment")):
                 rows = db.execute(
-                    f"SELECT id, {_RAW} FROM message WHERE queue = ? AND state = {state} "
+                    f"SELECT id, {RAW} FROM message WHERE queue = ? AND state = {state} "
                     f"ORDER BY {order} LIMIT ? OFFSET ?",
                     (queue, limit - len(found), offset),
                 )
@@ -314,7 +320,7 @@ class SQLiteStore(TakesNothingAhead):
                         return found
                 if len(found) == limit:
                     break
-                offset = 0 if found else max(0, offset - _count(db, queue, f"state = {state}"))
+                offset = 0 if found else max(0, offset - count_of(db, queue, f"state = {state}"))
         return found
 
     def look(self, queue: str, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
@@ -326,7 +332,7 @@ class SQLiteStore(TakesNothingAhead):
         for key in (*unique, *same):
             with self._reading() as db:
                 row = db.execute(
-                    f"SELECT id, {_RAW} FROM message WHERE queue = ? AND id = ? AND state <> 2", (queue, key)
+                    f"SELECT id, {RAW} FROM message WHERE queue = ? AND id = ? AND state <> 2", (queue, key)
                 ).fetchone()
             if row is not None:
                 yield row
@@ -609,7 +615,7 @@ def _end_leases_of_earlier_starts(db: sqlite3.Connection) -> None:
     db.execute("BEGIN IMMEDIATE")
     if db.execute("SELECT id FROM boot").fetchone()[0] != BOOT_ID:
         db.execute("UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 WHERE state = 2")
-        db.execute("UPDATE message SET moment = max(0, due - ?) + ? WHERE state = 1", (_now(), _since_start()))
+        db.execute("UPDATE message SET moment = max(0, due - ?) + ? WHERE state = 1", (time_of_day(), _since_start()))
         db.execute("DELETE FROM consumer")
         db.execute("UPDATE boot SET id = ?", (BOOT_ID,))
     db.execute("COMMIT")
@@ -621,128 +627,6 @@ def _identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _now() -> int:
-    return int(clock.now() * 1000)
-
-
-def _consumers(db: sqlite3.Connection, queue: str) -> int:
-    found = db.execute("SELECT count(*) FROM consumer WHERE queue = ? AND until > ?", (queue, _awake()))
-    return int(found.fetchone()[0])
-
-
-def _arguments(db: sqlite3.Connection, queue: str) -> dict[str, Any] | None:
-    row = db.execute("SELECT arguments FROM queue WHERE name = ?", (queue,)).fetchone()
-    return None if row is None else dict(json.loads(row[0]))
-
-
-def _count(db: sqlite3.Connection, queue: str, where: str) -> int:
-    return int(db.execute(f"SELECT count(*) FROM message WHERE queue = ? AND {where}", (queue,)).fetchone()[0])
-
-
-def _new_tokens(db: sqlite3.Connection, count: int) -> int:
-    """Return the first of so many tokens in a row, which nobody has ever had."""
-    db.execute("UPDATE sequence SET value = value + ? WHERE name = 'token'", (count,))
-    last = int(db.execute("SELECT value FROM sequence WHERE name = 'token'").fetchone()[0])
-    return last - count + 1
-
-
-def _move(db: sqlite3.Connection, source: str, target: str, move: Move, now: int) -> bool:
-    if db.execute("SELECT 1 FROM message WHERE queue = ? AND id = ?", (target, move.entry.id)).fetchone():
-        return False
-    held = "state <> 2" if move.token is None else f"state = 2 AND token = {move.token:d}"
-    gone = db.execute(f"DELETE FROM message WHERE queue = ? AND id = ? AND {held}", (source, move.id))
-    if not gone.rowcount:
-        return False
-    _insert(db, target, move.entry, now)
-    return True
-
-
-def _insert(db: sqlite3.Connection, queue: str, entry: Entry, now: int) -> int:
-    """Store a message behind all others, unless its id is there; return 1, or 0."""
-    here, apart = entry.raw, 0
-    if len(here) > _FITS:
-        if db.execute("SELECT 1 FROM message WHERE queue = ? AND id = ?", (queue, entry.id)).fetchone():
-            return 0
-        apart = db.execute("INSERT INTO apart (raw) VALUES (?)", (here,)).lastrowid or 0
-        here = b""
-    # SQLite gives it a place: one more than the last (https://www.sqlite.org/autoinc.html).
-    return db.execute(
-        "INSERT INTO message (queue, id, priority, state, moment, due, expires, here, apart) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (queue, id) DO NOTHING",
-        (
-            queue,
-            entry.id,
-            entry.priority,
-            DELAYED if entry.delay else READY,
-            _since_start() + entry.delay,
-            now + entry.delay,
-            now + entry.ttl if entry.ttl else 0,
-            here,
-            apart,
-        ),
-    ).rowcount
-
-
-def _end_all(db: sqlite3.Connection, queue: str, endings: Sequence[Ending], now: int) -> list[bool]:
-    """End leases, and tell of each whether it was there to be ended."""
-    if len(endings) > 1 and all(ending.action == "ack" for ending in endings):
-        db.execute("SAVEPOINT acks")
-        keys = [(queue, ending.id, ending.token) for ending in endings]
-        if db.executemany(_ACK, keys).rowcount == len(endings):
-            return [True] * len(endings)
-        # Some were not: once more, to learn which.
-        db.execute("ROLLBACK TO acks")
-    return [_end(db, queue, ending, now) for ending in endings]
-
-
-def _end(db: sqlite3.Connection, queue: str, ending: Ending, now: int) -> bool:
-    key = (queue, ending.id, ending.token)
-    if ending.action == "ack":
-        return db.execute(_ACK, key).rowcount == 1
-    if ending.action == "release":
-        kept = "UPDATE message SET state = 0, token = 0, deliveries = ?"
-        return db.execute(f"{kept} {_MINE}", (ending.deliveries, *key)).rowcount == 1
-    return (
-        db.execute(
-            "UPDATE message SET state = ?, moment = ?, due = ?, token = 0, deliveries = 0, "
-            f"attempts = ?, crashes = ?, place = (SELECT max(place) + 1 FROM message) {_MINE}",
-            (
-                DELAYED if ending.delay else READY,
-                _since_start() + ending.delay,
-                now + ending.delay,
-                ending.attempts,
-                ending.crashes,
-                *key,
-            ),
-        ).rowcount
-        == 1
-    )
-
-
-def _remember(db: sqlite3.Connection, queue: str, endings: Sequence[Ending], now: int) -> None:
-    """Note what these acks complete, and forget more than that of what has been remembered long enough."""
-    rows = [(queue, ending.completes, now + ending.keep) for ending in endings if ending.keep]
-    db.executemany("INSERT OR REPLACE INTO completed VALUES (?, ?, ?)", rows)
-    db.execute(
-        "DELETE FROM completed WHERE (queue, id) IN "
-        "(SELECT queue, id FROM completed WHERE until <= ? ORDER BY until LIMIT ?)",
-        (now, _CHUNK + len(rows)),
-    )
-
-
-def _listeners_if_there(db: sqlite3.Connection, queue: str) -> list[str] | None:
-    """Return whom to wake for a queue; None if there is no such queue."""
-    rows = db.execute(
-        "SELECT listener.path FROM queue LEFT JOIN listener ON listener.queue = queue.name WHERE queue.name = ?",
-        (queue,),
-    ).fetchall()
-    return [path for (path,) in rows if path is not None] if rows else None
-
-
-def _listeners(db: sqlite3.Connection, queue: str) -> list[str]:
-    return [row[0] for row in db.execute("SELECT path FROM listener WHERE queue = ?", (queue,))]
 
 
 class _Dropped:
