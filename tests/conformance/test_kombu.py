@@ -37,6 +37,13 @@ class Program:
         queue.declare()
         return queue
 
+    def beside_a_full_one(self) -> tuple[Any, Any]:
+        """Declare a queue whose dead letters go to another one, which has no room for any; return both."""
+        full = self.queue(max_length=1)
+        self.producer.publish("first", routing_key=full.name)
+        arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": full.name}
+        return self.queue(queue_arguments=arguments), full
+
     def drain(self, queue: Any) -> list[Any]:
         """Take and acknowledge all that is in a queue; return the payloads."""
         found = []
@@ -214,10 +221,7 @@ def test_what_has_expired_and_finds_no_room_keeps_nobody_waiting(
 ) -> None:
     """It is tried again later, and what is behind it is delivered."""
     monkeypatch.setattr(virtual, "_FULL", 60_000)
-    full = program.queue(max_length=1)
-    program.producer.publish("first", routing_key=full.name)
-    arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": full.name}
-    queue = program.queue(queue_arguments=arguments)
+    queue, full = program.beside_a_full_one()
     for n in range(3):
         program.producer.publish(n, routing_key=queue.name, expiration=0.001)
     program.producer.publish("good", routing_key=queue.name)
@@ -238,10 +242,7 @@ def test_what_has_expired_is_dead_lettered_once_there_is_room(
 ) -> None:
     """However often there was none before."""
     monkeypatch.setattr(virtual, "_FULL", 200)
-    full = program.queue(max_length=1)
-    program.producer.publish("first", routing_key=full.name)
-    arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": full.name}
-    queue = program.queue(queue_arguments=arguments)
+    queue, full = program.beside_a_full_one()
     program.producer.publish("late", routing_key=queue.name, expiration=0.001)
     for _ in range(3):
         with pytest.raises(TimeoutError):
@@ -258,10 +259,7 @@ def test_what_has_expired_is_dead_lettered_once_there_is_room(
 def test_many_that_find_no_room_hold_nobody_up(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the first of them are tried again before the last ones have been: whoever asks gets an answer."""
     monkeypatch.setattr(virtual, "_FULL", 1)
-    full = program.queue(max_length=1)
-    program.producer.publish("first", routing_key=full.name)
-    arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": full.name}
-    queue = program.queue(queue_arguments=arguments)
+    queue, _ = program.beside_a_full_one()
     for n in range(5):
         program.producer.publish(n, routing_key=queue.name, expiration=0.001)
 

@@ -244,3 +244,11 @@ def test_the_environment_wins_over_a_driver_s_heartbeat(tmp_path: Path, monkeypa
     monkeypatch.setenv("KQ_HEARTBEAT", "3")
     app = kq.App("test", config=str(path))
     assert (app.registry.driver("").heartbeat, app.registry.settings.heartbeat) == (None, 3.0)
+
+
+def test_the_fingerprint_knows_another_kq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is told to reload after an upgrade starts anew: its children would not speak as it does."""
+    app = kq.App("test", broker="memory://")
+    before = app.fingerprint()
+    monkeypatch.setattr("kq.app.__version__", "another")
+    assert app.fingerprint() != before

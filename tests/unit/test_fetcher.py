@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import inf
 from queue import Queue
 from threading import Event
@@ -30,6 +31,17 @@ def one_message(monkeypatch: pytest.MonkeyPatch) -> tuple[str, kq.App, Backend, 
     feed = backend.feed([default_spec("app:a")], 10)
     monkeypatch.setattr(backend, "feed", lambda queues, prefetch: feed)
     return url, app, backend, feed
+
+
+@contextmanager
+def running(fetcher: Fetcher, backend: Backend) -> Iterator[None]:
+    """Run a fetcher, and close what it fetches from after it has ended."""
+    fetcher.start()
+    try:
+        yield
+    finally:
+        fetcher.stop(10)
+        backend.close()
 
 
 def test_after_an_outage_leases_are_renewed_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,13 +75,9 @@ def test_after_an_outage_leases_are_renewed_before_anything_else(monkeypatch: py
         lease=lease, on_deliveries=lambda deliveries: arrived.set(),
     )  # fmt: skip
     fetcher.hold(5)
-    fetcher.start()
-    try:
+    with running(fetcher, backend):
         assert arrived.wait(20)
         assert back.wait(20)
-    finally:
-        fetcher.stop(10)
-        backend.close()
     assert calls[0] == "renew"
 
 
@@ -92,12 +100,8 @@ def test_who_has_nothing_to_settle_says_so(monkeypatch: pytest.MonkeyPatch, erro
     )  # fmt: skip
     fetcher.hold(0)
     fetcher.when_settled(settled.set)
-    fetcher.start()
-    try:
+    with running(fetcher, backend):
         assert settled.wait(20)
-    finally:
-        fetcher.stop(10)
-        backend.close()
 
 
 def test_what_is_settled_while_more_is_fetched_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,12 +129,8 @@ def test_what_is_settled_while_more_is_fetched_is_not_forgotten(monkeypatch: pyt
         backend, [default_spec("app:a")], driver=Driver(url), prefetch=10, lease=600, on_deliveries=arrived.extend
     )
     fetcher.hold(5)
-    fetcher.start()
-    try:
+    with running(fetcher, backend):
         assert settled.wait(20)
-    finally:
-        fetcher.stop(10)
-        backend.close()
     assert app.info("app:a").message_count == 0
 
 

@@ -8,6 +8,7 @@ from threading import Barrier, Thread
 
 import pytest
 
+from kq.backends import machine, sqlite, sqlite_rows
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.sqlite_schema import prepare
 from kq.backends.store import Ending, Entry, Move
@@ -210,3 +211,19 @@ def test_of_what_is_large_nothing_is_written_again(path: str) -> None:
         assert 0 < log.stat().st_size < 100_000
         assert all(store.settle("app:q", [Ending(lease.id, lease.token, "ack") for lease in leases]))
         assert log.stat().st_size < 400_000
+
+
+def test_a_machine_that_sleeps_ends_no_lease(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can renew one meanwhile; what is delayed becomes due."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry("held", b"raw", 4), Entry("later", b"raw", 4, 600_000)], None)
+        assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["held"]
+        store.renew("app:q", [], 30_000, "consumer")
+        now = machine.now
+        for module in (sqlite, sqlite_rows):
+            monkeypatch.setattr(module, "_since_start", lambda: now() + 3_600_000)
+
+        assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["later"]
+        counts = store.counts("app:q")
+        assert (counts.ready, counts.delayed, counts.leased, counts.consumers) == (0, 0, 2, 1)
