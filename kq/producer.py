@@ -400,7 +400,10 @@ def _placed(error: Invalid, index: int, payloads: Sequence[Any]) -> Invalid:
     return Invalid(f"payloads[{index}]: {error.message}", details={**error.details, "index": index})
 
 
-def _several(payloads: Iterable[Any]) -> list[Any]:
+def _several(payloads: Iterable[Any]) -> Sequence[Any]:
+    if type(payloads) is tuple:
+        # As `publish` gives it, and in a tenth of the time.
+        return payloads
     if isinstance(payloads, (str, bytes, Mapping)) or not isinstance(payloads, Iterable):
         raise Invalid(f"payloads: expected several, as in a list, got one {type(payloads).__name__}; publish takes one")
     return list(payloads)
