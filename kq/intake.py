@@ -45,13 +45,18 @@ class Intake:
         """Seconds that the slowest broker takes to settle and to fetch."""
         return max(fetcher.round_trip for fetcher in self._fetchers)
 
+    @property
+    def shares(self) -> int:
+        """Into how many parts the window is divided at most, each of which holds one delivery at least."""
+        return len(self._fetchers)
+
     def start(self) -> None:
         """Start fetching."""
         for fetcher in self._fetchers:
             fetcher.start()
 
-    def hold(self, wanted: int) -> None:
-        """Say how many deliveries to keep in hand from now on.
+    def hold(self, wanted: int, held_back: int = 0) -> None:
+        """Say how many deliveries to keep in hand from now on, of which so many wait for their own consumers.
 
         A busy broker may fill the window while the others are idle. But each can always have its equal share of
         it, at least one, so for a moment there may be more in hand than wanted.
@@ -62,7 +67,8 @@ class Intake:
         in_hand = {fetcher: fetcher.in_hand for fetcher in self._fetchers}
         total = sum(in_hand.values())
         for fetcher, mine in in_hand.items():
-            fetcher.hold(max(1, wanted // len(in_hand), wanted - (total - mine)) if wanted else 0)
+            share = max(1, (wanted - held_back) // len(in_hand))
+            fetcher.hold(max(share, wanted - (total - mine)) if wanted else 0)
 
     def pause(self, timeout: float) -> None:
         """Hold nothing new from now on; what was being fetched has been handed over when this returns.

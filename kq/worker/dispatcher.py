@@ -95,6 +95,26 @@ class Dispatcher:
             self._clearance += 1
         return waiting
 
+    def take_last(self, count: int) -> list[Flight]:
+        """Return so many, at most, of those that would run last and that others may run, and forget them."""
+        taken = [flight for flight in reversed(self._backlog) if not self._is_bound(flight)][:count]
+        if taken:
+            chosen = {flight.tag for flight in taken}
+            kept = [flight for flight in self._backlog if flight.tag not in chosen]
+            self._backlog.clear()
+            self._backlog.extend(kept)
+            self._clearance += 1
+        return taken[::-1]
+
+    @property
+    def bound(self) -> int:
+        """How many of those that wait are to wait here: also where a place has room, they are not everybody's."""
+        return len(self._alone) + sum(map(self._is_bound, self._backlog))
+
+    def _is_bound(self, flight: Flight) -> bool:
+        """Tell whether one of the backlog was acknowledged beforehand, or its consumers run as many as they may."""
+        return flight.settled or not self._turns[flight.delivery.queue].has_room
+
     def drop_lost(self) -> None:
         """Drop what waits and is not ours any more: it runs elsewhere."""
         for line in (self._quarantine, self._backlog, self._alone):

@@ -31,8 +31,10 @@ _START_TRIES = 5
 _START_PATIENCE = 120.0
 #: Seconds that a child with nothing left to do is given to end.
 _LINGER = 10.0
-#: Seconds without a result after which a child's waiting jobs are offered to others.
+#: Seconds without a result after which a child's pace is forgotten, and its waiting jobs are offered to others.
 _SHARE_AFTER = 0.5
+#: Seconds after which the pace of one that has nothing to do is forgotten.
+_IDLE = 4.0
 #: Seconds beyond its grace that a handler is given where the worker ends.
 _OVERDUE = 1.0
 #: Seconds of work that a child holds beyond what its handlers run.
@@ -118,6 +120,7 @@ class ProcessPool:
                 self._read(child, events)
             self._watch(child)
         self._stop_late_handlers()
+        self._narrow()
         self._share_out()
         self._end_lingering()
         for child in list(self._children):
@@ -293,9 +296,19 @@ class ProcessPool:
         if elapsed >= _MEASURE:
             ahead = int(child.finished / elapsed * _LOOKAHEAD)
             target = min(child.window_min + ahead, _WINDOW_MAX)
+            if target >= child.window and child.finished < child.window_min:
+                # Handlers that have begun together end together: that is no pace yet.
+                return
             child.window = max(child.window_min, (child.window + target) // 2 if target < child.window else target)
             child.finished = 0
             child.measured_at = now
+
+    def _narrow(self) -> None:
+        """Forget the pace of children of which nothing has been heard for a while: what comes next may be slow."""
+        now = monotonic()
+        for child in self._children:
+            if child.window > child.window_min and now - child.heard_at >= (_SHARE_AFTER if child.tags else _IDLE):
+                child.window = child.window_min
 
     def _bury(self, child: ChildProcess, death: Death, events: list[Event]) -> None:
         # What it wrote before it died still counts.
@@ -354,8 +367,6 @@ class ProcessPool:
         for child in hoarders:
             if now - child.heard_at >= _SHARE_AFTER:
                 child.heard_at = now
-                # Or the same jobs would be dealt to it once more.
-                child.window = child.window_min
                 child.send(frame.Recall())
                 self._watch(child)
 
@@ -410,7 +421,7 @@ class ProcessPool:
                 timeout = min(timeout, _LINGER / 4)
         if not self._closing and not self._recalled and len(self._active()) < self._size:
             timeout = min(timeout, max(0.0, self._start_at - now))
-        if self._hoarders():
+        if self._hoarders() or any(child.tags and child.window > child.window_min for child in self._children):
             timeout = min(timeout, _SHARE_AFTER)
         if self._timeout_of is not None:
             for child in self._children:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from kq import errors
 from kq.backend import Delivery, QueueSpec, Settlement
@@ -22,6 +22,7 @@ from kq.retry import RetryPolicy, after_crash
 from kq.router import Consumer
 from kq.worker.dispatcher import Dispatcher
 from kq.worker.flight import Flight, Tally
+from kq.worker.hoard import HOARDS_AFTER, Hoard
 from kq.worker.pool import Died, Event, Finished, Pool, Returned
 from kq.worker.round_robin import RoundRobin
 
@@ -37,8 +38,8 @@ _AT_ONCE = 8
 _ENDS = 1000
 #: Bytes of messages that a worker holds at most, beyond what its handlers run.
 _HOLD_BYTES = 64 * 2**20
-
-
+#: Of ``max_deliveries`` at least, where a worker gives back what waits for slow handlers.
+_GIVES_BACK: Final = 4
 #: What of ``max_deliveries`` a message may use up in company; from then on its worker holds nothing else.
 _IN_COMPANY = 0.5
 
@@ -86,6 +87,7 @@ class Supervisor:
         self._paced_at = monotonic()
         self._per_second = 0.0
         self._size = 0.0
+        self._hoard = Hoard()
         self._stopping = False
         #: What went wrong in a fetcher's thread.
         self._failure: Exception | None = None
@@ -145,6 +147,8 @@ class Supervisor:
 
     def turn(self, timeout: float) -> None:
         """Do one round: wait for events, settle, take what arrived, hand out jobs."""
+        if self._hoard.is_watched:
+            timeout = min(timeout, HOARDS_AFTER)
         with self._pool.lock:
             self._handle(self._pool.poll(timeout))
             if self._failure is not None:
@@ -417,7 +421,35 @@ class Supervisor:
         if self._size:
             room = max(0, _HOLD_BYTES - self._bytes) / self._size
             wanted = min(wanted, max(len(self._pool.places), self.in_hand + int(room)))
-        self._intake.hold(min(wanted, self._prefetch))
+        wanted = min(wanted, self._prefetch)
+        self._intake.hold(wanted, self._dispatcher.held_back)
+        self._give_surplus_back(wanted)
+
+    def _give_surplus_back(self, wanted: int) -> None:
+        """Give back what waits here although nobody will have time for it soon."""
+        assert self._intake is not None
+        if self._max_deliveries < _GIVES_BACK:
+            # RabbitMQ counts a delivery for what is given back, and for so few a message would not run any more.
+            return
+        if not any(place.accepting and place.ready for place in self._pool.places):
+            # Those that are starting take what was left.
+            self._hoard.close()
+            return
+        in_hand, wanted = self.in_hand, max(0, wanted - self._dispatcher.held_back)
+        if in_hand > 2 * wanted or self._hoard.is_watched:
+            # Counted only where it may matter.
+            in_hand -= self._dispatcher.bound
+        surplus = self._hoard.surplus(in_hand, wanted, self._intake.shares, monotonic())
+        if not surplus.messages:
+            return
+        last = self._dispatcher.take_last(surplus.messages)
+        for flight in last:
+            self.release(flight)
+        if len(last) == surplus.messages:
+            # What comes next, of a broker that has its share again, is no part of it.
+            self._hoard.close()
+        elif surplus.is_new:
+            self._pool.give_back()
 
     # Ends.
 

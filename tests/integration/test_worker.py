@@ -600,3 +600,19 @@ def test_children_are_recycled(local_shop: Shop) -> None:
 
     assert last["pid"] != first
     assert len(shop.history("started")) == 6
+
+
+def test_what_waits_behind_slow_handlers_goes_to_who_is_idle(shop: Shop) -> None:
+    """Although the handlers were fast before, so that their worker has taken a hundred of the slow ones by then."""
+    payloads: list[dict[str, object]] = [{"n": n} for n in range(3000)]
+    payloads += [{"n": n, "do": "sleep", "seconds": PATIENCE} for n in range(3000, 3100)]
+    shop.app.publish_many(shop.queue, payloads)
+    shop.worker("-p", "1", "-c", "2", "--grace", "0")
+    shop.until("done", 3000)
+    (busy,) = {line["pid"] for line in shop.until("started", 3002)}
+
+    shop.worker("-p", "1", "-c", "2", "--grace", "0")
+
+    started = shop.until("started", 3004)
+    assert sum(line["pid"] != busy for line in started) == 2
+    assert "crash" not in shop.log()

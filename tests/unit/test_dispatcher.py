@@ -104,6 +104,22 @@ def test_the_emptiest_place_first() -> None:
     assert [len(running) for running in desk.pool.running] == [4, 4]
 
 
+def test_what_would_run_last_is_taken_back_first() -> None:
+    """In order; but not what was acknowledged beforehand, which runs here or never."""
+    desk = Desk(places=1)
+    flights = [desk.put(tag, settled=tag == 10) for tag in range(1, 11)]
+    desk.dispatcher.dispatch()
+
+    taken = desk.dispatcher.take_last(3)
+
+    assert taken == flights[6:9]
+    assert desk.dispatcher.take_last(100) == flights[4:6]
+    for flight in flights[:4]:
+        desk.end(flight)
+    desk.dispatcher.dispatch()
+    assert desk.pool.running == [{10}]
+
+
 def test_what_may_kill_its_process_runs_alone_in_it() -> None:
     """A message that has crashed waits for an empty place, and nothing joins it there."""
     desk = Desk()

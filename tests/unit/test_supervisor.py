@@ -14,7 +14,7 @@ from kq.fetcher import Fetcher
 from kq.intake import Intake
 from kq.outcome import Death
 from kq.router import Consumer
-from kq.worker.pool import Died, Place
+from kq.worker.pool import Died, Place, Returned
 from kq.worker.pool import Event as PoolEvent
 from kq.worker.supervisor import Supervisor
 from tests.unit.test_dispatcher import Places
@@ -150,3 +150,55 @@ def test_without_children_only_suspects_are_kept() -> None:
         info = app.info("app:q")
         assert fetcher.stop(20)
     assert (info.in_flight, info.ready) == (2, 1)
+
+
+def test_what_waits_for_handlers_that_have_become_slow_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what a place has that has not started, a second later; what runs stays."""
+    now = 1000.0
+    monkeypatch.setattr("kq.worker.supervisor.monotonic", lambda: now)
+    url = f"memory://{uuid4().hex}"
+    arrived = Semaphore(0)
+    with kq.App("supervisor", broker=url) as app:
+        pool = Watched(1, window=50)
+        recalls: list[None] = []
+        monkeypatch.setattr(pool, "give_back", lambda: recalls.append(None))
+        consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload)
+        supervisor = Supervisor(
+            pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=20, prefetch=100
+        )
+
+        def arrive(deliveries: list[Delivery]) -> None:
+            supervisor.arrived(deliveries)
+            arrived.release(len(deliveries))
+
+        fetcher = Fetcher(
+            app.registry.backend(), [QUEUE], driver=Driver(url), prefetch=100, lease=600, on_deliveries=arrive
+        )
+        supervisor.attach(Intake({"app:q": fetcher}))
+        app.publish_many("app:q", list(range(1, 51)))
+        supervisor.turn(0.0)
+        fetcher.start()
+        for _ in range(50):
+            assert arrived.acquire(timeout=20)
+        supervisor.turn(0.0)
+        (place,) = pool.places
+        assert len(place.tags) == 50
+
+        place.window = 2
+        supervisor.turn(0.0)
+        assert not recalls
+        now += 1.0
+        supervisor.turn(0.0)
+        assert len(recalls) == 1
+        waiting = sorted(place.tags)[2:]
+        place.tags.difference_update(waiting)
+        pool.events = [Returned(place, waiting)]
+        supervisor.turn(0.0)
+        assert supervisor.in_hand == len(place.tags) == 2
+        settled = Event()
+        fetcher.when_settled(settled.set)
+        fetcher.hold(0)
+        assert settled.wait(20)
+        info = app.info("app:q")
+        assert fetcher.stop(20)
+    assert (info.in_flight, info.ready) == (2, 48)
