@@ -25,7 +25,7 @@ from kq.outcome import DONE
 logger = logging.getLogger("kq.worker")
 
 #: Seconds between tries of a settlement that cannot be carried out: the first and the longest.
-_SETTLE_AGAIN = (1.0, 30.0)
+_SETTLE_AGAIN = (1.0, 5.0)
 #: Rounds over which the time they take is averaged.
 _ROUNDS = 4
 #: Dead letters that are settled between two looks whether leases must be renewed.

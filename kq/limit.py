@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
@@ -128,7 +129,7 @@ def seconds(name: str, value: Any, *, maximum: float = MAX_DELAY) -> float:
         raise Invalid(f"{name}: expected a number of seconds from 0, got {_short(value)}")
     if value > maximum:
         raise Invalid(f"{name}: expected at most {maximum:,.10g} seconds, got {_short(value)}")
-    return float(value)
+    return float(min(value, sys.float_info.max))
 
 
 def holding_time(delay: Any, at: Any, now: float) -> float:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import sys
 from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Any
 
@@ -109,6 +111,7 @@ def test_seconds_takes_another_maximum() -> None:
     assert limit.seconds("timeout", 10, maximum=10) == 10.0
     with pytest.raises(errors.Invalid, match="timeout: expected at most 10 seconds, got 11"):
         limit.seconds("timeout", 11, maximum=10)
+    assert limit.seconds("timeout", 10**400, maximum=math.inf) == sys.float_info.max
 
 
 def test_long_values_are_shortened_in_errors() -> None:
