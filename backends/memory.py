@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 import msgspec
 
 from kq.backend import Capabilities, Role
-from kq.backends.store import AGAIN, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Taken, TakesNothingAhead
+from kq.backends.store import AGAIN, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Near, Taken
 from kq.errors import Error
 
 #: Stale items of a heap that are no matter.
@@ -91,7 +91,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_worlds)
 
 
-class MemoryStore(TakesNothingAhead):
+class MemoryStore(Near):
     """A store in this process's memory, shared by name."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(

@@ -87,9 +87,9 @@ class Windows:
         narrower = {}
         for queue, demand in demands.items():
             window = windows[queue]
-            widest = _power_of_two(demand.wanted, self._most)
+            widest = _rounded(demand.wanted, self._most)
             # Of many queues each has a share at first, and as much as all of them when it alone has messages.
-            least = min(widest, _power_of_two(ceil(demand.wanted * _SHARES / len(demands)), self._most))
+            least = min(widest, _rounded(ceil(demand.wanted * _SHARES / len(demands)), self._most))
             if window == 0 and least:
                 wider[queue] = least
             elif not is_enough and window < widest and demand.here * 2 >= window:
@@ -114,6 +114,12 @@ class Windows:
         return Narrow(narrower)
 
 
-def _power_of_two(number: int, most: int) -> int:
-    """Return the next power of two: not each little change of what is wanted is one of a window."""
-    return 0 if number <= 0 else min(1 << (number - 1).bit_length(), most)
+def _rounded(number: int, most: int) -> int:
+    """Return a number that is larger by an eighth at most: not each little change of what is wanted is one of a window.
+
+    What is beyond what is wanted waits here, and be it behind handlers that take hours.
+    """
+    if number <= 0:
+        return 0
+    step = 1 << max(0, number.bit_length() - 4)
+    return min(-(-number // step) * step, most)

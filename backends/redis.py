@@ -413,6 +413,10 @@ class RedisStore:
                 if refusal.code != "OOM":
                     raise
 
+    def nudge(self, queue: str) -> None:
+        """See `Store.nudge`: only one hears of what comes."""
+        self._run("NUDGE", [prefix(queue)], [])
+
     def wake(self) -> None:
         """See `Store.wake`."""
         self._waker.wake()

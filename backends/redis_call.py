@@ -16,7 +16,7 @@ Call = tuple[Sequence[str], Sequence[bytes | str | int]]
 
 _NAMES: Final = (
     "DECLARE", "PUT", "PUT_PLAIN", "MAY_PUT", "PUT_LONG", "TAKE", "ACK", "RETURN", "COMPLETED", "MOVE", "RENEW",
-    "COUNTS", "BROWSE", "AGAIN", "LOOK", "DELETE", "REMOVE", "CLEAR", "TOPOLOGY",
+    "NUDGE", "COUNTS", "BROWSE", "AGAIN", "LOOK", "DELETE", "REMOVE", "CLEAR", "TOPOLOGY",
 )  # fmt: skip
 
 

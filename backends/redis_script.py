@@ -89,6 +89,12 @@ local function unsound(prefix, keys)  -- an error, if what stands under one of t
   end
 end
 """,
+    "unheard": """
+local function unheard(at, lease)  -- when the latest consumer's lease ends, if none has been heard of for long; or nil
+  local last = tonumber(call('ZRANGE', P .. 'c', -1, -1, 'WITHSCORES')[2] or '')
+  return last and last < at + lease / 2 and last or nil
+end
+""",
     "add": """
 local function add(prefix, id, raw, priority, delay, ttl, at)
   if priority ~= '4' then call('HSET', prefix .. 'p', id, priority) end
@@ -248,8 +254,14 @@ if not string.match(given, '^%d+$') then
   return redis.error_reply('ERR ' .. P .. 'n should hold a number, larger than any in ' .. P .. 't')
 end
 
+local is_away = false  -- whoever holds what has run out could not renew it, and does so soon; see RENEW
 if not plain then
-  for _, id in ipairs(call('ZRANGEBYSCORE', l, '-inf', number(at), 'LIMIT', 0, 200)) do
+  local over = call('ZRANGEBYSCORE', l, '-inf', number(at), 'LIMIT', 0, 200)
+  if #over > 0 then
+    local lease = tonumber(ARGV[2])
+    is_away = (unheard(at, lease) or -math.huge) >= at - lease  -- not for ever: all may have died
+  end
+  for _, id in ipairs(is_away and {} or over) do
     call('ZREM', l, id)
     local token = call('HGET', t, id) or '0'
     call('HDEL', t, id)
@@ -353,8 +365,9 @@ if plain then
 else
   soonest = nil
   for _, key in ipairs({P .. 'd', l}) do
-    local first = call('ZRANGE', key, 0, 0, 'WITHSCORES')
-    if first[2] then soonest = math.min(soonest or math.huge, tonumber(first[2])) end
+    local first = tonumber(call('ZRANGE', key, 0, 0, 'WITHSCORES')[2] or '')
+    if first and key == l and is_away then first = math.max(first, at + 1000) end
+    if first then soonest = math.min(soonest or math.huge, first) end
   end
 end
 local more = soonest and number(math.max(1, soonest - at)) or ''
@@ -483,11 +496,30 @@ return 1
 """
 
 #: ARGV: lease in ms, consumer, then id, token of each. Returns the ids that are not held so.
+#: Consumers renew each third of a lease. Where none of them has done so for half of one, it was the server that could
+#: not be reached, or had stopped: the first that comes back gives the others another third, or it would take from them
+#: what they still run. One that is new may be here because those who held the leases have died; it does so only where
+#: the leases of all consumers have run out, and not long ago.
 RENEW: Final = """
-local until_ = number(now() + tonumber(ARGV[1]))
+local at, lease = now(), tonumber(ARGV[1])
+local until_ = number(at + lease)
+local last = unheard(at, lease)
+local was_away = last and (call('ZSCORE', P .. 'c', ARGV[2]) or (last < at and last >= at - lease))
 call('ZREM', P .. 'c', ARGV[2])
+if was_away then
+  local grace = number(at + math.floor(lease / 3))
+  local ids = call('ZRANGEBYSCORE', P .. 'l', '-inf', '(' .. grace)
+  for i = 1, #ids, 1000 do
+    local ends = {}
+    for j = i, math.min(i + 999, #ids) do
+      ends[#ends + 1] = grace
+      ends[#ends + 1] = ids[j]
+    end
+    call('ZADD', P .. 'l', unpack(ends))
+  end
+end
 call('ZADD', P .. 'c', until_, ARGV[2])
-call('ZREMRANGEBYSCORE', P .. 'c', '-inf', number(now()))
+call('ZREMRANGEBYSCORE', P .. 'c', '-inf', number(at))
 local lost = {}
 for i = 3, #ARGV, 2 do
   if call('HGET', P .. 't', ARGV[i]) == ARGV[i + 1] then
@@ -497,6 +529,11 @@ for i = 3, #ARGV, 2 do
   end
 end
 return lost
+"""
+
+#: Has one of those who wait look.
+NUDGE: Final = """
+wake(P)
 """
 
 #: Returns ready, delayed, leased, consumers, then the packed envelopes at the heads.

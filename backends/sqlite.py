@@ -64,8 +64,8 @@ from kq.backends.store import (
     Entry,
     Lease,
     Move,
+    Near,
     Taken,
-    TakesNothingAhead,
 )
 from kq.errors import Error
 from kq.failure_log import logger
@@ -80,7 +80,7 @@ _JOURNAL: Final = 16 * 2**20
 _PART: Final = 5_000
 
 
-class SQLiteStore(TakesNothingAhead):
+class SQLiteStore(Near):
     """A store in a SQLite file. One connection, used by one thread at a time."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(

@@ -335,6 +335,10 @@ class Store(Protocol):
         """
         ...
 
+    def nudge(self, queue: str) -> None:
+        """Have one of those who wait for a queue look into it, if any does: what we know of it, we cannot follow."""
+        ...
+
     def wake(self) -> None:
         """End a `wait`, the present or the next one. Safe in any thread."""
         ...
@@ -344,10 +348,13 @@ class Store(Protocol):
         ...
 
 
-class TakesNothingAhead:
-    """What is `Store`'s of that where a take costs no round trip."""
+class Near:
+    """What is `Store`'s where a take costs no round trip, and all who wait for a queue hear of what comes into it."""
 
     ahead: None = None
+
+    def nudge(self, queue: str) -> None:
+        """See `Store.nudge`: they know."""
 
     def collect(self, *, withdraw: bool = False) -> list[tuple[Ahead, Taken]]:
         """See `Store.collect`."""

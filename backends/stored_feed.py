@@ -61,6 +61,9 @@ class StoredFeed:
         #: When each was looked into or listened to last, and when one is looked into that has been neither for long.
         self._heard_at = dict.fromkeys(self._specs, 0.0)
         self._look_aside_at = 0.0
+        #: Queues for which we have been woken, or in which something is due before others would look by themselves.
+        #: They may not have heard of it: if we cannot follow, they must.
+        self._owed: set[str] = set()
         #: Queues of which more could be fetched, and how much.
         self._room: dict[str, int] = {}
         #: What was taken ahead and has not been fetched.
@@ -98,7 +101,16 @@ class StoredFeed:
                 break
             if room > 0 and self._look_at[queue] > monotonic():
                 self._room[queue] = room
+            elif room <= 0 and queue in self._owed:
+                self._pass_on(queue)
         return deliveries
+
+    def _pass_on(self, queue: str) -> None:
+        """Have somebody else look into a queue that is owed a look, if somebody waits."""
+        self._owed.discard(queue)
+        # Else it is a little late.
+        with suppress(Error):
+            self._store.nudge(queue)
 
     def _look_aside(self) -> None:
         """Have a queue looked into that has been neither looked into nor listened to for longest, if for too long.
@@ -139,12 +151,16 @@ class StoredFeed:
             self._held[queue, id, token] = delivery
             deliveries.append(delivery)
             size += len(raw)
+        self._owed.discard(queue)
         if deliveries:
             self._latest = queue
         self._heard_at[queue] = monotonic()
         if len(deliveries) < min(limit, TAKE_MOST) and size < TAKE_BYTES:
             quiet = self._look_again if taken.more_in is None else min(self._look_again, taken.more_in / 1000)
             self._look_at[queue] = monotonic() + quiet
+            if quiet < min(self._look_again, self._lease / 2000):
+                # And no lease that is renewed: such a one has longer to go.
+                self._owed.add(queue)
         else:
             self._look_at[queue] = 0.0
         return deliveries
@@ -344,6 +360,7 @@ class StoredFeed:
             return
         for queue in self._store.wait(sorted(self._room), max(0.0, until), self._ahead()):
             self._look_at[queue] = 0.0
+            self._owed.add(queue)
         self._heard_at.update(dict.fromkeys(self._room, monotonic()))
 
     def _ahead(self) -> Ahead | None:
@@ -372,6 +389,8 @@ class StoredFeed:
                 self._store.settle(queue, endings)
             for queue in self._specs:
                 self._store.leave(queue, self._name)
+            for queue in tuple(self._owed):
+                self._pass_on(queue)
         except Error:
             pass  # unreachable: the leases run out by themselves
         finally:

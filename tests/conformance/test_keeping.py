@@ -263,6 +263,71 @@ def test_a_jump_of_the_clock_ends_no_lease(bench: Bench, monkeypatch: pytest.Mon
     assert feed.settle([Settlement(held, DONE)]) == ([], [])
 
 
+def let_pass(bench: Bench, seconds: float) -> None:
+    """Have a time pass on Redis in which nobody reaches it: everybody's leases are so much nearer their end."""
+    client: Any
+    with closing(redis.Redis.from_url(bench.broker.url)) as client:
+        for kind in ("l", "c"):
+            key = f"{{kq:{bench.queue.id}}}:{kind}"
+            client.zadd(key, {name: end - 1000 * seconds for name, end in client.zrange(key, 0, -1, withscores=True)})
+
+
+@ON_REDIS
+@pytest.mark.parametrize("first", ["take", "renew", "join"])
+def test_while_nobody_reaches_the_server_leases_do_not_end(make_bench: Callable[..., Bench], first: str) -> None:
+    """The first that comes back, or is new, would have what the others run."""
+    bench = make_bench(lease=30.0)
+    holder, other = bench.feed(), bench.feed()
+    bench.publish(bench.message("held"), bench.message("waits"))
+    (held,) = bench.take(holder, 1)
+    let_pass(bench, 31.0)
+
+    if first == "renew":
+        other.renew()
+    elif first == "join":
+        other = bench.feed()
+    found = other.fetch(5, {})
+
+    assert [delivery.id for delivery in found] == ["waits"]
+    holder.renew()
+    assert not held.lost
+    assert holder.settle([Settlement(held, DONE)]) == ([], [])
+
+
+@ON_REDIS
+def test_a_server_that_was_away_keeps_no_lease_of_the_dead(make_bench: Callable[..., Bench]) -> None:
+    """Those who live have a third of a lease to come back."""
+    bench = make_bench(lease=30.0)
+    holder, other = bench.feed(), bench.feed()
+    bench.publish(bench.message("held"))
+    bench.take(holder, 1)
+    let_pass(bench, 31.0)
+    other.renew()
+    assert other.fetch(5, {}) == []
+
+    client: Any
+    with closing(redis.Redis.from_url(bench.broker.url)) as client:
+        leases = f"{{kq:{bench.queue.id}}}:l"
+        ((_, end),) = client.zrange(leases, 0, -1, withscores=True)
+        seconds, microseconds = client.time()
+        assert end - 1000 * seconds - microseconds / 1000 < 10_500
+        client.zadd(leases, {"held": end - 10_000})
+
+    # Only the feed that has been heard of lately.
+    assert [delivery.id for delivery in bench.take(bench.feed(), 1, within=10.0)] == ["held"]
+
+
+@ON_REDIS
+def test_who_starts_long_after_the_others_have_died_waits_for_nobody(make_bench: Callable[..., Bench]) -> None:
+    """Nor do plain Kombu programs, which may take something and never be counted."""
+    bench = make_bench(lease=30.0)
+    bench.publish(bench.message("held"))
+    bench.take(bench.feed(), 1)
+    let_pass(bench, 100.0)
+
+    assert [delivery.id for delivery in bench.feed().fetch(1, {})] == ["held"]
+
+
 @ON_SQLITE
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_file_that_is_gone_confirms_nothing(broker: Broker, replaced: bool) -> None:
@@ -456,11 +521,11 @@ def test_a_bucket_that_cannot_be_had_is_no_matter_of_others(bench: Bench) -> Non
 @ON_RABBITMQ
 def test_a_full_window_is_no_reason_to_connect_anew(bench: Bench) -> None:
     """What was pushed and is not handed over fills the window as well: that nothing more comes says nothing."""
-    bench.publish(*(bench.message() for _ in range(10)))
+    bench.publish(*(bench.message() for _ in range(30)))
     feed: Any = bench.feed()
-    bench.take(feed, 3)
+    bench.take(feed, 17)
     window = feed._subscriptions.windows[bench.queue.id]
-    assert 3 < window < 10
+    assert 17 < window < 30
     wait_for(lambda: feed.fetch(0, {}) == [] and len(feed._outstanding) == window, "what is pushed")
     assert not feed._has_room(bench.queue.id)
 

@@ -210,6 +210,55 @@ def test_what_is_due_later_is_known_to_whoever_has_room(bench: Bench) -> None:
     assert monotonic() - published < 2.5
 
 
+@ON_STORES
+@pytest.mark.parametrize("delay", [0.0, 1.0])
+def test_what_another_queue_leaves_no_room_for_is_heard_of_elsewhere(
+    make_bench: Callable[..., Bench], delay: float
+) -> None:
+    """The one that was woken is busy with that one; whoever waits is not to learn of it by looking now and then."""
+    bench = make_bench(lease=30.0)
+    other = make_bench()
+    busy = bench.feed(bench.queue, other.queue)
+    # What may be taken ahead is of the other queue from now on.
+    other.publish(other.message())
+    assert busy.settle([Settlement(delivery, DONE) for delivery in bench.take(busy, 1)]) == ([], [])
+    wait(busy, 1)
+    idle = bench.feed()
+    wait(idle)
+    published = monotonic()
+    bench.publish(bench.message("mine", delay=delay))
+    # It hears of it, and when it will be due, before it has anything to do.
+    busy.wait(5.0)
+    if delay:
+        wait(busy, 1)
+    other.publish(*[other.message(f"m{n}") for n in range(50)])
+    while busy.fetch(1, {bench.queue.id: 0}) == []:
+        busy.wait(1.0)
+    for _ in range(2):
+        wait(busy, 0)
+
+    assert [delivery.id for delivery in bench.take(idle, 1, within=4.0)] == ["mine"]
+    assert monotonic() - published < delay + 3.0
+
+
+@ON_STORES
+def test_what_is_due_later_is_known_when_its_only_hearer_has_left(make_bench: Callable[..., Bench]) -> None:
+    """A worker that stops says so to those who would look now and then only."""
+    bench = make_bench(lease=30.0)
+    first = bench.feed()
+    wait(first)
+    idle = bench.feed()
+    wait(idle)
+    published = monotonic()
+    bench.publish(bench.message("later", delay=1.0))
+    wait(first)
+    wait(first)
+    first.close()
+
+    assert [delivery.id for delivery in bench.take(idle, 1, within=4.0)] == ["later"]
+    assert monotonic() - published < 4.0
+
+
 @ON_REDIS
 def test_a_take_follows_the_wake_up(bench: Bench) -> None:
     """On Redis what waits is leased as soon as it is there, before anybody here has woken up."""

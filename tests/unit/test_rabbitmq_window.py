@@ -21,10 +21,11 @@ def decide(
 
 
 def test_a_single_queue_gets_what_is_wanted() -> None:
-    """Rounded up to a power of two, and no more than the widest."""
+    """Rounded up by an eighth at most, and no more than the widest."""
     assert decide(Windows(2000), {"a": 0}, {"a": (16, 0)}) == Widen({"a": 16})
-    assert decide(Windows(2000), {"a": 0}, {"a": (17, 0)}) == Widen({"a": 32})
-    assert decide(Windows(2000), {"a": 16}, {"a": (1500, 16)}) == Widen({"a": 2000})
+    assert decide(Windows(2000), {"a": 0}, {"a": (17, 0)}) == Widen({"a": 18})
+    assert decide(Windows(2000), {"a": 0}, {"a": (100, 0)}) == Widen({"a": 104})
+    assert decide(Windows(2000), {"a": 16}, {"a": (1500, 16)}) == Widen({"a": 1536})
 
 
 def test_many_queues_share() -> None:
@@ -34,7 +35,7 @@ def test_many_queues_share() -> None:
     slow = decide(Windows(2000), none, dict.fromkeys(names, (16, 0)))
     fast = decide(Windows(2000), none, dict.fromkeys(names, (2000, 0)))
     assert slow == Widen(dict.fromkeys(names, 1))
-    assert fast == Widen(dict.fromkeys(names, 128))
+    assert fast == Widen(dict.fromkeys(names, 80))
     four = "abcd"
     assert decide(Windows(2000), dict.fromkeys(four, 0), dict.fromkeys(four, (16, 0))) == Widen(dict.fromkeys(four, 16))
 
@@ -67,7 +68,7 @@ def test_a_change_ends_the_wait_for_one() -> None:
 def test_what_is_not_filled_is_wide_enough() -> None:
     """All that there was has come."""
     assert decide(Windows(2000), {"a": 16}, {"a": (100, 7)}) is None
-    assert decide(Windows(2000), {"a": 16}, {"a": (100, 8)}) == Widen({"a": 128})
+    assert decide(Windows(2000), {"a": 16}, {"a": (100, 8)}) == Widen({"a": 104})
 
 
 def test_nothing_is_widened_where_enough_has_come() -> None:
