@@ -492,36 +492,37 @@ class SQLiteStore(Near):
             self._identity = _identity(self._path)
         return self._connection
 
-    @contextmanager
-    def _alone(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._errors:
-            if self._is_busy:
-                raise BrokerAway(
-                    f"{self._path}: this thread is in the middle of something there; a signal's handler cannot use it",
-                    details={"reason": "unavailable"},
-                )
-            self._is_busy = True
-            try:
-                yield self._connect()
-            finally:
-                self._is_busy = False
+    def _see_that_it_is_free(self) -> None:
+        """Refuse a signal's handler whose thread, which holds the lock, is in the middle of something."""
+        if self._is_busy:
+            raise BrokerAway(
+                f"{self._path}: this thread is in the middle of something there; a signal's handler cannot use it",
+                details={"reason": "unavailable"},
+            )
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._alone() as db:
+        with self._lock, self._errors:
+            self._see_that_it_is_free()
+            self._is_busy = True
             try:
-                _roll_back(db)
-                begin(db, self._timeout)
-                yield db
-                self._see_that_it_is_there()
-                db.execute("COMMIT")
-            except BaseException as error:
-                # A commit that fails (a full disk) leaves the transaction open, too.
-                _roll_back(db)
-                broken = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-                if broken or isinstance(error, BrokerAway):
-                    self._disconnect()
-                raise
+                db = self._connect()
+                try:
+                    _roll_back(db)
+                    begin(db, self._timeout)
+                    yield db
+                    self._see_that_it_is_there()
+                    db.execute("COMMIT")
+                except BaseException as error:
+                    # A commit that fails (a full disk) leaves the transaction open, too.
+                    _roll_back(db)
+                    if isinstance(error, BrokerAway) or (
+                        isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+                    ):
+                        self._disconnect()
+                    raise
+            finally:
+                self._is_busy = False
 
     def _see_that_it_is_there(self) -> None:
         """Refuse a file that somebody has deleted or replaced: nobody else would see what we store."""
@@ -539,16 +540,22 @@ class SQLiteStore(Near):
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._alone() as db:
+        with self._lock, self._errors:
+            self._see_that_it_is_free()
+            self._is_busy = True
             try:
-                _roll_back(db)
-                # Hardly ever: while somebody opens the file after a crash, or closes it as the last one.
-                _wait_by_itself(db, self._timeout)
-                db.execute("BEGIN")
-                yield db
+                db = self._connect()
+                try:
+                    _roll_back(db)
+                    # Hardly ever: while somebody opens the file after a crash, or closes it as the last one.
+                    _wait_by_itself(db, self._timeout)
+                    db.execute("BEGIN")
+                    yield db
+                finally:
+                    _roll_back(db)
+                    _wait_by_itself(db, 0.0)
             finally:
-                _roll_back(db)
-                _wait_by_itself(db, 0.0)
+                self._is_busy = False
 
     # Waking each other.
 

@@ -201,8 +201,11 @@ class GroupCommit:
                 self._under_way.add(id(batch))
             began = monotonic()
             results = self._commit(batch, timeout)
-            self._learn(monotonic() - began, results)
-            proven = not any(results) or not any(error is not None and error.retryable for error in results)
+            if not any(results):
+                proven = True
+                self._learn(monotonic() - began, len(results))
+            else:
+                proven = not any(error is not None and error.retryable for error in results)
         except Error as error:
             results = [error] * len(batch)
             proven = not error.retryable
@@ -292,23 +295,22 @@ class GroupCommit:
             results = self._commit(batch, max(0.0, deadline - began))
         except Error as error:
             results = [error] * len(batch)
-        self._learn(monotonic() - began, results)
+        if not any(results):
+            self._learn(monotonic() - began, len(results))
         with self._lock:
             self._proven = not any(result is not None and result.retryable for result in results)
             self._deal(group, results)
             self._under_way.discard(id(group))
             self._turn.notify_all()
 
-    def _learn(self, took: float, results: list[Error | None]) -> None:
-        """Take note of how long a group took. Without the lock: whom it asks has locks as well."""
-        if any(results):
-            return
+    def _learn(self, took: float, size: int) -> None:
+        """Take note of how long a group took that is published. Without the lock: whom it asks has locks as well."""
         if not self._ways:
             with suppress(Error):
                 self._ways = self._most()
-        if len(results) > _SMALL:
+        if size > _SMALL:
             return
-        distance = min(length(took, len(results)), 2.0)
+        distance = min(length(took, size), 2.0)
         nearer = distance < self._distance
         self._distance = distance if nearer else self._distance + (distance - self._distance) * _BELIEF
 

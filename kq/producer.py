@@ -12,7 +12,7 @@ from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from kq import clock, codec, header, limit
-from kq.backend import Publication, QueueSpec
+from kq.backend import Backend, Publication, QueueSpec
 from kq.driver import MAIN
 from kq.envelope import WIRE_VERSION, Envelope
 from kq.errors import Error, Internal, Invalid, NotFound
@@ -278,7 +278,7 @@ class Producer:
                 partial(self._declare_and_publish, driver),
                 lambda: self._registry.backend(driver).capabilities.concurrent_publishes,
                 is_prompt=slowest is None or slowest <= ours,
-                is_ready=lambda batch: self._registry.are_ensured(driver, batch),
+                is_ready=partial(self._registry.are_ensured, driver),
             )
             commit = self._commits.setdefault(driver, made)
         return commit
@@ -297,8 +297,22 @@ class Producer:
         return commit
 
     def _declare_and_publish(self, driver: str, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
-        deadline = monotonic() + timeout
+        # Which has nothing ensured when it is opened here.
         backend = self._registry.backend(driver)
+        if self._registry.are_ensured(driver, batch):
+            results = backend.publish(batch, timeout)
+        else:
+            results = self._publish_declared(backend, batch, timeout)
+        if any(results):
+            for publication, result in zip(batch, results, strict=True):
+                if result is not None and result.details.get("reason") == "unroutable":
+                    # Somebody deleted the queue; the next publish declares it anew.
+                    self._registry.forget(publication.queue.id)
+        return results
+
+    def _publish_declared(self, backend: Backend, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
+        """Publish to queues that have to be declared first, as far as they can be."""
+        deadline = monotonic() + timeout
         refused: dict[str, Error] = {}
         specs: dict[str, QueueSpec] = {publication.queue.id: publication.queue for publication in batch}
         for spec in specs.values():
@@ -312,18 +326,9 @@ class Producer:
             except Error as error:
                 refused[spec.id] = error
         left = max(0.0, deadline - monotonic())
-        if refused:
-            good = [p for p in batch if p.queue.id not in refused]
-            answers = iter(backend.publish(good, left) if good else [])
-            results = [refused[p.queue.id] if p.queue.id in refused else next(answers) for p in batch]
-        else:
-            results = backend.publish(batch, left)
-        if any(results):
-            for publication, result in zip(batch, results, strict=True):
-                if result is not None and result.details.get("reason") == "unroutable":
-                    # Somebody deleted the queue; the next publish declares it anew.
-                    self._registry.forget(publication.queue.id)
-        return results
+        good = [p for p in batch if p.queue.id not in refused]
+        answers = iter(backend.publish(good, left) if good else [])
+        return [refused[p.queue.id] if p.queue.id in refused else next(answers) for p in batch]
 
     async def _send_async(self, draft: Draft) -> list[str]:
         if self._middleware or len(draft.payloads) > _FEW:
