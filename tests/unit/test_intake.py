@@ -57,6 +57,13 @@ def test_the_window_is_shared(backend: Backend, wanted: int, in_hand: list[int],
     assert [fetcher.target for fetcher in fetchers.values()] == expected
 
 
+def test_what_waits_for_its_own_consumer_is_nobody_elses_share(backend: Backend) -> None:
+    """Ninety-nine that wait here leave the other broker as much as if they were not there."""
+    intake, fetchers = make(backend, {"app:a": 100, "app:b": 0})
+    intake.hold(103, 99)
+    assert [fetcher.target for fetcher in fetchers.values()] == [100, 3]
+
+
 def test_no_fetcher_holds_more_than_the_prefetch(backend: Backend) -> None:
     """The prefetch bounds each fetcher, however much is wanted."""
     intake, fetchers = make(backend, {"app:a": 0, "app:b": 0}, prefetch=7)

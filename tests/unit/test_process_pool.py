@@ -1,0 +1,50 @@
+"""How much a child may hold: what its pace says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kq.worker.process_pool import ProcessPool
+
+
+class Child:
+    """What is known of a child's pace, on a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, handlers: int) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("kq.worker.process_pool.monotonic", lambda: self.now)
+        self.child: Any = SimpleNamespace(window=handlers, window_min=handlers, finished=0, measured_at=self.now)
+
+    def ends(self, count: int, after: float) -> int:
+        """Have so many handlers end after so many seconds, and return what it may hold then."""
+        self.now += after
+        ProcessPool._measure(self.child, count)
+        window: int = self.child.window
+        return window
+
+
+def test_fast_handlers_have_more_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of a second's work, as soon as each has ended once."""
+    child = Child(monkeypatch, 8)
+    assert [child.ends(4, 0.003) for _ in range(2)] == [8, 8 + int(8 / 0.006 * 0.1)]
+
+
+def test_handlers_that_end_together_are_not_fast_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred that wait for three seconds each end within some milliseconds, round by round."""
+    child = Child(monkeypatch, 100)
+    widest = 0
+    for _ in range(4):
+        child.now += 3.0
+        for _ in range(100):
+            widest = max(widest, child.ends(1, 0.0002))
+    assert widest <= 104
+
+
+def test_slow_handlers_soon_have_no_more_than_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each end halves what was more, however few there are."""
+    child = Child(monkeypatch, 8)
+    child.child.window = 1000
+    assert [child.ends(1, 1.0) for _ in range(3)] == [504, 256, 132]
