@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Event, Semaphore
 from uuid import uuid4
 
@@ -114,54 +115,12 @@ def test_what_goes_wrong_in_a_fetchers_thread_ends_the_worker() -> None:
         supervisor.turn(0.0)
 
 
-def test_without_children_only_suspects_are_kept() -> None:
-    """Others may have places for the rest; but whoever gave a suspect back would never know who was guilty."""
+@contextmanager
+def at_work(pool: Watched, count: int) -> Iterator[tuple[kq.App, Supervisor, Fetcher]]:
+    """A supervisor with so many deliveries that have arrived from a broker, all that there are."""
     url = f"memory://{uuid4().hex}"
     arrived = Semaphore(0)
     with kq.App("supervisor", broker=url) as app:
-        pool = Watched(1, window=2)
-        consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload)
-        supervisor = Supervisor(
-            pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=20, prefetch=100
-        )
-
-        def arrive(deliveries: list[Delivery]) -> None:
-            supervisor.arrived(deliveries)
-            arrived.release(len(deliveries))
-
-        fetcher = Fetcher(
-            app.registry.backend(), [QUEUE], driver=Driver(url), prefetch=10, lease=600, on_deliveries=arrive
-        )
-        supervisor.attach(Intake({"app:q": fetcher}))
-        app.publish_many("app:q", [1, 2, 3])
-        fetcher.hold(3)
-        fetcher.start()
-        for _ in range(3):
-            assert arrived.acquire(timeout=20)
-        supervisor.turn(0.0)
-        (place,) = pool.places
-        assert len(place.tags) == 2
-        pool.events = [Died(place, Death(exit_signal=9), list(place.tags), [])]
-        place.ready, pool.is_stuck = False, True
-        supervisor.turn(0.0)
-        settled = Event()
-        fetcher.when_settled(settled.set)
-        assert settled.wait(20)
-        info = app.info("app:q")
-        assert fetcher.stop(20)
-    assert (info.in_flight, info.ready) == (2, 1)
-
-
-def test_what_waits_for_handlers_that_have_become_slow_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what a place has that has not started, a second later; what runs stays."""
-    now = 1000.0
-    monkeypatch.setattr("kq.worker.supervisor.monotonic", lambda: now)
-    url = f"memory://{uuid4().hex}"
-    arrived = Semaphore(0)
-    with kq.App("supervisor", broker=url) as app:
-        pool = Watched(1, window=50)
-        recalls: list[None] = []
-        monkeypatch.setattr(pool, "give_back", lambda: recalls.append(None))
         consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload)
         supervisor = Supervisor(
             pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=20, prefetch=100
@@ -175,12 +134,45 @@ def test_what_waits_for_handlers_that_have_become_slow_goes_back(monkeypatch: py
             app.registry.backend(), [QUEUE], driver=Driver(url), prefetch=100, lease=600, on_deliveries=arrive
         )
         supervisor.attach(Intake({"app:q": fetcher}))
-        app.publish_many("app:q", list(range(1, 51)))
-        supervisor.turn(0.0)
+        app.publish_many("app:q", list(range(1, count + 1)))
+        fetcher.hold(count)
         fetcher.start()
-        for _ in range(50):
+        for _ in range(count):
             assert arrived.acquire(timeout=20)
         supervisor.turn(0.0)
+        yield app, supervisor, fetcher
+
+
+def settled(fetcher: Fetcher) -> None:
+    """Wait until the broker knows of all that is settled."""
+    known = Event()
+    fetcher.when_settled(known.set)
+    assert known.wait(20)
+
+
+def test_without_children_only_suspects_are_kept() -> None:
+    """Others may have places for the rest; but whoever gave a suspect back would never know who was guilty."""
+    pool = Watched(1, window=2)
+    with at_work(pool, 3) as (app, supervisor, fetcher):
+        (place,) = pool.places
+        assert len(place.tags) == 2
+        pool.events = [Died(place, Death(exit_signal=9), list(place.tags), [])]
+        place.ready, pool.is_stuck = False, True
+        supervisor.turn(0.0)
+        settled(fetcher)
+        info = app.info("app:q")
+        assert fetcher.stop(20)
+    assert (info.in_flight, info.ready) == (2, 1)
+
+
+def test_what_waits_for_handlers_that_have_become_slow_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what a place has that has not started, a second later; what runs stays."""
+    now = 1000.0
+    monkeypatch.setattr("kq.worker.supervisor.monotonic", lambda: now)
+    pool = Watched(1, window=50)
+    recalls: list[None] = []
+    monkeypatch.setattr(pool, "give_back", lambda: recalls.append(None))
+    with at_work(pool, 50) as (app, supervisor, fetcher):
         (place,) = pool.places
         assert len(place.tags) == 50
 
@@ -195,10 +187,8 @@ def test_what_waits_for_handlers_that_have_become_slow_goes_back(monkeypatch: py
         pool.events = [Returned(place, waiting)]
         supervisor.turn(0.0)
         assert supervisor.in_hand == len(place.tags) == 2
-        settled = Event()
-        fetcher.when_settled(settled.set)
         fetcher.hold(0)
-        assert settled.wait(20)
+        settled(fetcher)
         info = app.info("app:q")
         assert fetcher.stop(20)
     assert (info.in_flight, info.ready) == (2, 48)
