@@ -116,14 +116,14 @@ def test_what_goes_wrong_in_a_fetchers_thread_ends_the_worker() -> None:
 
 
 @contextmanager
-def at_work(pool: Watched, count: int) -> Iterator[tuple[kq.App, Supervisor, Fetcher]]:
+def at_work(pool: Watched, count: int, max_deliveries: int = 20) -> Iterator[tuple[kq.App, Supervisor, Fetcher]]:
     """A supervisor with so many deliveries that have arrived from a broker, all that there are."""
     url = f"memory://{uuid4().hex}"
     arrived = Semaphore(0)
     with kq.App("supervisor", broker=url) as app:
         consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload)
         supervisor = Supervisor(
-            pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=20, prefetch=100
+            pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=max_deliveries, prefetch=100
         )
 
         def arrive(deliveries: list[Delivery]) -> None:
@@ -192,3 +192,22 @@ def test_what_waits_for_handlers_that_have_become_slow_goes_back(monkeypatch: py
         info = app.info("app:q")
         assert fetcher.stop(20)
     assert (info.in_flight, info.ready) == (2, 48)
+
+
+@pytest.mark.parametrize(("max_deliveries", "expected"), [(3, 0), (4, 1)])
+def test_what_may_be_lost_but_few_times_does_not_go_back(
+    monkeypatch: pytest.MonkeyPatch, max_deliveries: int, expected: int
+) -> None:
+    """RabbitMQ counts it as lost once at the next worker, which would run it with nothing else, or not at all."""
+    now = 1000.0
+    monkeypatch.setattr("kq.worker.supervisor.monotonic", lambda: now)
+    pool = Watched(1, window=50)
+    recalls: list[None] = []
+    monkeypatch.setattr(pool, "give_back", lambda: recalls.append(None))
+    with at_work(pool, 50, max_deliveries) as (_, supervisor, fetcher):
+        pool.places[0].window = 2
+        for _ in range(3):
+            supervisor.turn(0.0)
+            now += 0.6
+        assert fetcher.stop(20)
+    assert len(recalls) == expected
