@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 import msgspec
 
 from kq.backend import Capabilities, Role
-from kq.backends.store import AGAIN, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Move, Near, Taken
+from kq.backends.store import AGAIN, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Lot, Move, Near, Taken
 from kq.errors import Error
 
 #: Stale items of a heap that are no matter.
@@ -173,6 +173,9 @@ class MemoryStore(Near):
                     return accepted
                 self._add(found, entry)
             return len(entries)
+
+    def send(self, lots: Sequence[Lot]) -> None:
+        """See `Store.send`: whoever holds the lock may keep it for a while."""
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""

@@ -150,6 +150,9 @@ class RabbitBackend:
                 due.note(self._url, publication.queue.id, publication.delay)
         return results
 
+    def send(self, batch: Sequence[Publication]) -> None:
+        """See `Backend.send`: with what it says of other things a broker may answer anything, at any time."""
+
     def _publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         deadline = monotonic() + timeout
         results: list[Error | None] = [None] * len(batch)

@@ -26,6 +26,7 @@ from kq.backends.redis_connection import Connection, Connector
 from kq.backends.redis_error import Late, RedisErrors, Refusal
 from kq.backends.redis_line import Lines
 from kq.backends.redis_put import CHUNK, Putter
+from kq.backends.redis_sent import Sent
 from kq.backends.store import (
     AGAIN,
     TAKE_BYTES,
@@ -36,6 +37,7 @@ from kq.backends.store import (
     Ending,
     Entry,
     Lease,
+    Lot,
     Move,
     Taken,
 )
@@ -79,6 +81,7 @@ class RedisStore:
         tells_age=True,
         remembers_completed=True,
         concurrent_publishes=16,
+        sends=True,
     )
 
     def __init__(
@@ -175,6 +178,11 @@ class RedisStore:
         """See `Store.put`."""
         with self._mapped():
             return self._putter.put(prefix(queue), entries, max_length)
+
+    def send(self, lots: Sequence[Lot]) -> Sent | None:
+        """See `Store.send`."""
+        with self._mapped():
+            return self._putter.send([Lot(prefix(queue), entries, most) for queue, entries, most in lots])
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""

@@ -34,15 +34,18 @@ class Connection:
 
     Args:
         connected: Its socket.
+        not_now: See below.
 
     Attributes:
         socket: Its socket.
+        not_now: What it raises where it is not to block, and there is nothing to be read, or no room.
     """
 
-    __slots__ = ("_pid", "socket")
+    __slots__ = ("_pid", "not_now", "socket")
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, not_now: tuple[type[OSError], ...] = (BlockingIOError,)) -> None:
         self.socket = connected
+        self.not_now = not_now
         self._pid = os.getpid()
 
     def __del__(self) -> None:
@@ -94,6 +97,11 @@ class Connector:
         ]
         self._tls = tls
         self._server_name = server_name
+        self._not_now: tuple[type[OSError], ...] = (BlockingIOError,)
+        if tls is not None:
+            from ssl import SSLWantReadError, SSLWantWriteError
+
+            self._not_now = (SSLWantReadError, SSLWantWriteError)
         required: list[bytes] = []
         if address.username is not None:
             required.append(_AUTH.pack((address.username, address.password or "")))
@@ -114,7 +122,7 @@ class Connector:
             RedisError: If there is no way to the server, or it does not let us in.
         """
         try:
-            connection = Connection(self._connected())
+            connection = Connection(self._connected(), self._not_now)
         except UnicodeError:
             raise Broken(f"{self._address.host!r} is no name of a host") from None
         except OSError as error:

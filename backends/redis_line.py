@@ -10,6 +10,7 @@ from kq.backends.redis_answer import Answers, error_of
 from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connection
 from kq.backends.redis_error import Broken, Late, NoTransactions, RedisError, Refusal, as_met, is_read_only
+from kq.backends.redis_sent import Sent
 from kq.backends.within import within
 
 #: Seconds that an answer is waited for even where connecting has taken all the time.
@@ -47,6 +48,25 @@ class Lines:
         line, answers = self._first(commands, number)
         self._put_away(line)
         return answers
+
+    def send(self, commands: bytes, numbers: Sequence[int]) -> Sent | None:
+        """Send commands without waiting for anything; None where there is no connection for that.
+
+        Args:
+            commands: As `Head.pack` makes them.
+            numbers: What they are to be answered with.
+        """
+        line = _pop(self._idle)
+        if line is None:
+            return None
+        if line.is_of_parent:
+            # Whoever waits for a connection sees to that.
+            self._idle.append(line)
+            return None
+        line.socket.settimeout(0)
+        sent = Sent(line, memoryview(commands), numbers, self._put_back)
+        sent.write()
+        return sent
 
     def transact(self, condition: bytes, commands: Sequence[bytes], number: int) -> tuple[Any, list[Any]]:
         """Run commands in one step of the server's, without a script; return their answers.
@@ -116,6 +136,10 @@ class Lines:
         if not line.is_closed:
             line.socket.settimeout(self._timeout)
         return line, answers
+
+    def _put_back(self, line: Connection) -> None:
+        line.socket.settimeout(self._timeout)
+        self._put_away(line)
 
     def _put_away(self, line: Connection) -> None:
         if line.is_closed:

@@ -8,13 +8,16 @@ from typing import Any, Final
 from kq.backends.redis_call import SCRIPTS, Caller
 from kq.backends.redis_command import LONG, Head
 from kq.backends.redis_error import NoTransactions, is_full
-from kq.backends.store import Entry
+from kq.backends.redis_sent import Sent
+from kq.backends.store import Entry, Lot
 from kq.header import NORMAL
 
 #: Messages that one Lua call handles at most: Redis serves nobody else meanwhile.
 CHUNK: Final = 500
 #: Bytes of messages that one Lua call stores at most.
 _CHUNK_BYTES: Final = 4 * 2**20
+#: Bytes of messages that are sent without waiting at most: packing more would take a while as well.
+_SENT_BYTES: Final = 2**20
 _HSETNX: Final = Head("HSETNX")
 
 
@@ -40,8 +43,26 @@ class Putter:
         """
         if max_length is None and len(entries) == 1 and _is_plain(entries[0]):
             return self._put_one(prefix, entries[0])
-        is_plain = max_length is None and all(map(_is_plain, entries))
-        return self._put_all(prefix, entries, is_plain=is_plain, max_length=max_length)
+        return self._put_all(prefix, entries, max_length)
+
+    def send(self, lots: Sequence[Lot]) -> Sent | None:
+        """See `Store.send`; each lot's queue is its prefix."""
+        if sum(len(lot.entries) for lot in lots) > CHUNK:
+            return None
+        pieces: list[bytes] = []
+        size = 0
+        for prefix, entries, max_length in lots:
+            # There may be room for some, and those may have been taken by when all are published once more.
+            if max_length is not None and len(entries) > 1:
+                return None
+            name, words = _script(entries, max_length)
+            for entry in entries:
+                words += _words(entry, name)
+                size += len(entry.raw)
+                if len(entry.raw) >= LONG or size > _SENT_BYTES:
+                    return None
+            pieces.append(SCRIPTS[name].by_name.pack((1, prefix, *words)))
+        return self._caller.lines.send(b"".join(pieces), [len(lot.entries) for lot in lots])
 
     def _put_one(self, prefix: str, entry: Entry) -> int | None:
         if len(entry.raw) >= LONG and self.transacts:
@@ -55,20 +76,17 @@ class Putter:
         accepted: int = self._caller.run("PUT_PLAIN", (prefix,), (entry.id, entry.raw))
         return None if accepted < 0 else accepted
 
-    def _put_all(self, prefix: str, entries: Sequence[Entry], *, is_plain: bool, max_length: int | None) -> int | None:
+    def _put_all(self, prefix: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
+        script, head = _script(entries, max_length)
         calls: list[list[Any]] = []
         sizes: list[int] = []
-        head = [] if is_plain else [-1 if max_length is None else max_length]
         size = _CHUNK_BYTES + 1
         for entry in entries:
             if size + len(entry.raw) > _CHUNK_BYTES or sizes[-1] >= CHUNK:
                 calls.append([*head])
                 sizes.append(0)
                 size = 0
-            if is_plain:
-                calls[-1] += (entry.id, entry.raw)
-            else:
-                calls[-1] += (entry.id, entry.raw, entry.priority, entry.delay, entry.ttl)
+            calls[-1] += _words(entry, script)
             sizes[-1] += 1
             size += len(entry.raw)
         # Where the queue has a length, one after the other: in a later call there might be room for what a call
@@ -76,7 +94,6 @@ class Putter:
         lot = 1 if max_length is not None else len(calls)
         accepted = 0
         for i in range(0, len(calls), lot):
-            script = "PUT_PLAIN" if is_plain else "PUT"
             answers = self._caller.run_all(script, [([prefix], call) for call in calls[i : i + lot]])
             for answer, expected in zip(answers, sizes[i : i + lot], strict=True):
                 if isinstance(answer, Exception):
@@ -111,6 +128,19 @@ class Putter:
             if isinstance(answer, Exception):
                 raise answer
         return 1
+
+
+def _script(entries: Sequence[Entry], max_length: int | None) -> tuple[str, list[Any]]:
+    """Return the name of what stores messages, and what it is told before them."""
+    if max_length is None and all(map(_is_plain, entries)):
+        return "PUT_PLAIN", []
+    return "PUT", [-1 if max_length is None else max_length]
+
+
+def _words(entry: Entry, script: str) -> tuple[Any, ...]:
+    if script == "PUT_PLAIN":
+        return entry.id, entry.raw
+    return entry.id, entry.raw, entry.priority, entry.delay, entry.ttl
 
 
 def _is_plain(entry: Entry) -> bool:

@@ -63,6 +63,7 @@ from kq.backends.store import (
     Ending,
     Entry,
     Lease,
+    Lot,
     Move,
     Near,
     Taken,
@@ -184,6 +185,9 @@ class SQLiteStore(Near):
                     room -= added
         self._notify(listeners)
         return accepted
+
+    def send(self, lots: Sequence[Lot]) -> None:
+        """See `Store.send`: a file has everybody wait."""
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""

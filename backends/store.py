@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 from uuid import uuid4
 
-from kq.backend import Capabilities, Role
+from kq.backend import Capabilities, Role, Unconfirmed
 from kq.errors import Error, Internal
 
 #: Bytes of messages after which one `Store.take` takes no more, so that large ones fill nobody's memory.
@@ -55,6 +55,20 @@ class Entry(NamedTuple):
     priority: int
     delay: int = 0
     ttl: int = 0
+
+
+class Lot(NamedTuple):
+    """Messages to store in one queue.
+
+    Attributes:
+        queue: Which.
+        entries: The messages, in order.
+        max_length: Messages that the queue holds, at most; None for any number.
+    """
+
+    queue: str
+    entries: Sequence[Entry]
+    max_length: int | None
 
 
 class Move(NamedTuple):
@@ -226,6 +240,10 @@ class Store(Protocol):
         Returns:
             How many were accepted, duplicates included; None if there is no such queue.
         """
+        ...
+
+    def send(self, lots: Sequence[Lot]) -> Unconfirmed | None:
+        """Send messages to be stored as `put` would; see `kq.backend.Backend.send`."""
         ...
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:

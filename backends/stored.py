@@ -6,6 +6,7 @@ It reaches its store through kq's own Kombu transport, as ``channel.store``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from itertools import groupby
 from math import ceil, isfinite
 from threading import RLock
 from time import monotonic
@@ -14,9 +15,18 @@ from typing import Any, Final
 import kombu
 
 from kq import clock
-from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role, unknown_options
+from kq.backend import (
+    BackendOptions,
+    Capabilities,
+    Publication,
+    QueueInfo,
+    QueueSpec,
+    Role,
+    Unconfirmed,
+    unknown_options,
+)
 from kq.backends import kombu_lock  # noqa: F401
-from kq.backends.store import PAGE, BrokerAway, Entry, Store, pages
+from kq.backends.store import PAGE, BrokerAway, Entry, Lot, Store, pages
 from kq.backends.stored_feed import StoredFeed
 from kq.backends.stored_replay import Replay
 from kq.backends.tls_parameters import separate
@@ -151,6 +161,18 @@ class StoredBackend:
             for index in indexes[accepted:]:
                 results[index] = failed
         return results
+
+    def send(self, batch: Sequence[Publication]) -> Unconfirmed | None:
+        """See `Backend.send`."""
+        # Not through `_store`, which waits for whoever connects.
+        store = self._shared
+        if store is None:
+            return None
+        lots = [
+            Lot(queue, [_entry(publication) for publication in several], self._max_length.get(queue))
+            for queue, several in groupby(batch, lambda publication: publication.queue.id)
+        ]
+        return store.send(lots)
 
     def _put(self, store: Store, queue: str, entries: list[Entry], deadline: float) -> int | None:
         def put() -> int | None:

@@ -1,58 +1,58 @@
-"""Publishing from event loops: what their tasks hand in, a thread publishes, all that waits at once.
+"""Publishing from event loops: what their tasks hand in goes from the loop itself, or a thread publishes it.
 
-A task hands in its message and awaits. The thread takes whatever has been handed in by then, publishes it through
+A task hands in its message and awaits. To a broker that can be sent something without waiting it goes from the loop
+(`kq.loop_commit`). Anything else is a thread's, which takes whatever has been handed in by then, publishes it through
 the `GroupCommit`, which has it share a round trip with what threads publish, and wakes each loop up once, however
-many of its tasks have waited. So a loop is never blocked, a lone task pays for two changes of thread, and fifty of
-them cost little more than one. Where the broker takes its time, a second thread does not wait for the first.
+many of its tasks have waited. So a loop is never blocked, a lone task pays for two changes of thread at most, and
+fifty of them cost little more than one. Where the broker takes its time, a second thread does not wait for the first.
 """
 
 from __future__ import annotations
 
-from asyncio import AbstractEventLoop, Future, get_running_loop
+from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import groupby
 from queue import Empty, SimpleQueue
-from threading import RLock, Thread, current_thread, get_ident
+from threading import RLock, Thread, current_thread, get_ident, local
 from time import monotonic
 from typing import Final
+from weakref import WeakSet
 
 from kq.backend import Publication
 from kq.errors import Error, Internal
 from kq.group_commit import MAX_GROUP, GroupCommit, late, length
-from kq.shield import shielded
+from kq.loop_commit import LoopCommit, Request, Results, Sender, no_sender
+from kq.shield import deferring, shielded
 
 #: Seconds without anything to publish after which a thread ends; the next task starts another one.
 _QUIET: Final = 10.0
 
-Results = list[Error | None]
 
+class _Mine(local):
+    """What a thread's event loop publishes with."""
 
-class _Request:
-    """What a task has handed in, and waits for."""
-
-    __slots__ = ("batch", "deadline", "future", "is_over", "is_taken", "loop")
-
-    def __init__(self, batch: Sequence[Publication], deadline: float, loop: AbstractEventLoop) -> None:
-        self.batch = batch
-        self.deadline = deadline
-        self.loop = loop
-        self.future: Future[Results] = loop.create_future()
-        #: Whether a thread has it; then it may be published.
-        self.is_taken = False
-        #: Whether nobody waits for it any more.
-        self.is_over = False
+    loop: AbstractEventLoop | None = None
+    commit: LoopCommit | None = None
 
 
 class AsyncCommit:
-    """Publishes through a `GroupCommit` on behalf of tasks, of whatever event loops. Thread-safe."""
+    """Publishes on behalf of tasks, of whatever event loops. Thread-safe.
 
-    def __init__(self, commit: GroupCommit) -> None:
+    Args:
+        commit: What threads publish through.
+        sender: Returns what event loops send with, as `kq.backend.Backend.send` does; None where nothing does.
+    """
+
+    def __init__(self, commit: GroupCommit, sender: Sender = no_sender) -> None:
         self._commit = commit
+        self._sender = sender
+        self._mine = _Mine()
+        self._loop_commits = WeakSet[LoopCommit]()
         # A signal's handler may close it, in a thread that holds it.
         self._lock = RLock()
         #: What waits for a thread; each None ends one. Nothing more comes to it then.
-        self._requests: SimpleQueue[_Request | None] = SimpleQueue()
+        self._requests: SimpleQueue[Request | None] = SimpleQueue()
         self._threads: list[Thread] = []
         #: How many of them publish, and since when the last of these does.
         self._busy = 0
@@ -71,16 +71,22 @@ class AsyncCommit:
             Internal: If there is no room for a thread.
         """
         loop = get_running_loop()
-        request = _Request(batch, monotonic() + timeout, loop)
+        request = Request(batch, monotonic() + timeout, loop)
         # A sync handler's time limit must not strike in here, where it runs a loop of its own.
         with shielded():
-            self._hand_in(request)
+            if self._sender() is None:
+                self._pass_on(request)
+            else:
+                self._loop_commit(loop).hand_in(request)
         timer = loop.call_later(timeout, _expire, request)
         try:
-            return await request.future
+            results = await request.future
         finally:
             request.is_over = True
             timer.cancel()
+        with shielded():
+            # Where it would have struck meanwhile, in what the loop did for this.
+            return results
 
     def close(self, patience: float) -> None:
         """Publish what has been handed in, and end the threads; what is handed in later starts another. Idempotent.
@@ -94,17 +100,23 @@ class AsyncCommit:
         if get_ident() in self._inside:
             self._interrupted[get_ident()] = patience
             return
+        until = monotonic() + patience
         me = get_ident()
         self._inside.add(me)
         try:
+            if self._mine.commit is not None:
+                # Its loop stands still meanwhile.
+                self._mine.commit.finish(until)
             with self._lock:
+                for commit in self._loop_commits:
+                    for request in commit.take_back():
+                        self._pass_on(request)
                 threads, self._threads, self._busy = self._threads, [], 0
                 requests, self._requests = self._requests, SimpleQueue()
                 for _ in threads:
                     requests.put(None)
         finally:
             self._leave(me)
-        until = monotonic() + patience
         for thread in threads:
             thread.join(max(0.0, until - monotonic()))
 
@@ -113,20 +125,38 @@ class AsyncCommit:
         if me in self._interrupted:
             self.close(self._interrupted.pop(me))
 
-    def _hand_in(self, request: _Request) -> None:
+    def _loop_commit(self, loop: AbstractEventLoop) -> LoopCommit:
+        mine = self._mine
+        if mine.commit is None or mine.loop is not loop:
+            mine.loop, mine.commit = loop, LoopCommit(self._commit, self._sender, self._pass_on)
+            with self._lock:
+                self._loop_commits.add(mine.commit)
+        return mine.commit
+
+    def _pass_on(self, request: Request) -> None:
+        """Have a thread publish what a loop could not, or has not."""
         me = get_ident()
         # First of all: a signal's handler must not wait for a thread that waits for the lock.
+        is_first = me not in self._inside
         self._inside.add(me)
         try:
-            # In one step with a thread's decision to end.
-            with self._lock:
-                if not self._threads:
-                    self._start_first()
-                elif self._busy == len(self._threads) and length(monotonic() - self._busy_since, 0) > 1:
-                    self._start_another()
-                self._requests.put(request)
+            self._hand_in(request)
+        except Error as error:
+            # Closed: nobody waits there.
+            with suppress(RuntimeError):
+                request.loop.call_soon_threadsafe(request.tell, error)
         finally:
-            self._leave(me)
+            if is_first:
+                self._leave(me)
+
+    def _hand_in(self, request: Request) -> None:
+        # In one step with a thread's decision to end.
+        with self._lock:
+            if not self._threads:
+                self._start_first()
+            elif self._busy == len(self._threads) and length(monotonic() - self._busy_since, 0) > 1:
+                self._start_another()
+            self._requests.put(request)
 
     def _start_first(self) -> None:
         try:
@@ -145,8 +175,8 @@ class AsyncCommit:
             with suppress(RuntimeError, MemoryError):
                 self._start()
 
-    def _run(self, requests: SimpleQueue[_Request | None]) -> None:
-        request: _Request | None
+    def _run(self, requests: SimpleQueue[Request | None]) -> None:
+        request: Request | None
         while True:
             try:
                 request = requests.get(timeout=_QUIET)
@@ -157,13 +187,13 @@ class AsyncCommit:
                         self._threads.remove(current_thread())
                         return
                 continue
-            group, size = list[_Request](), 0
+            group, size = list[Request](), 0
             while request is not None:
                 # Said first: whose time is over in this moment is told that it may be sent.
-                request.is_taken = True
+                was_taken, request.is_taken = request.is_taken, True
                 # Else nobody waits for it any more, or its loop has been held up and says so when it goes on.
                 if request.is_over or monotonic() >= request.deadline:
-                    request.is_taken = False
+                    request.is_taken = was_taken
                 else:
                     group.append(request)
                     size += len(request.batch)
@@ -178,7 +208,7 @@ class AsyncCommit:
             if request is None:
                 return
 
-    def _publish(self, group: list[_Request], size: int, requests: SimpleQueue[_Request | None]) -> bool:
+    def _publish(self, group: list[Request], size: int, requests: SimpleQueue[Request | None]) -> bool:
         """Publish a group, and tell whether this thread is needed any more."""
         began = monotonic()
         with self._lock:
@@ -197,7 +227,7 @@ class AsyncCommit:
                     return False
         return True
 
-    def _lead(self, group: list[_Request]) -> None:
+    def _lead(self, group: list[Request]) -> None:
         batch = [publication for request in group for publication in request.batch]
         outcome: Results | BaseException
         try:
@@ -207,7 +237,7 @@ class AsyncCommit:
             outcome = error
         start = 0
         for loop, requests in groupby(group, lambda request: request.loop):
-            told: list[tuple[_Request, Results | BaseException]] = []
+            told: list[tuple[Request, Results | BaseException]] = []
             for request in requests:
                 end = start + len(request.batch)
                 told.append((request, outcome if isinstance(outcome, BaseException) else outcome[start:end]))
@@ -217,19 +247,14 @@ class AsyncCommit:
                 loop.call_soon_threadsafe(_tell, told)
 
 
-def _tell(told: list[tuple[_Request, Results | BaseException]]) -> None:
+def _tell(told: list[tuple[Request, Results | BaseException]]) -> None:
     """Wake the tasks up; on their loop."""
-    for request, outcome in told:
-        future = request.future
-        if future.done():
-            continue
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+    with deferring():
+        for request, outcome in told:
+            request.tell(outcome)
 
 
-def _expire(request: _Request) -> None:
+def _expire(request: Request) -> None:
     """Tell a task whose time is over; on its loop."""
     if request.future.done():
         return

@@ -185,6 +185,7 @@ class Capabilities(msgspec.Struct, frozen=True):
         tells_age: Whether ``info`` knows how old the oldest message is.
         remembers_completed: Whether the ids of completed messages are kept for `QueueSpec.replay_window`.
         concurrent_publishes: Calls of `Backend.publish` that may be under way at once, each in a thread of its own.
+        sends: Whether messages can be sent without waiting, by `Backend.send`.
     """
 
     survives: str
@@ -196,6 +197,32 @@ class Capabilities(msgspec.Struct, frozen=True):
     tells_age: bool
     remembers_completed: bool
     concurrent_publishes: int = 1
+    sends: bool = False
+
+
+class Unconfirmed(Protocol):
+    """Messages that have been sent to a broker which has not answered yet. Owned by one thread."""
+
+    def fileno(self) -> int:
+        """Return what becomes readable once there is an answer, and writable once there is room for more."""
+        ...
+
+    def write(self) -> bool:
+        """Send what there has been no room for so far, without waiting, and tell whether that is all."""
+        ...
+
+    def confirm(self) -> Sequence[bool] | None:
+        """Read what the broker has answered, without waiting.
+
+        Returns:
+            For each message whether it is known to be stored. If not, it is to be published, under the same id. None
+            as long as not all has been answered.
+        """
+        ...
+
+    def close(self) -> None:
+        """Make free what has been taken for it: when they have been answered, or are given up and may arrive still."""
+        ...
 
 
 class Feed(Protocol):
@@ -286,6 +313,20 @@ class Backend(Protocol):
 
         Returns:
             For each message None if it is stored, else the error.
+        """
+        ...
+
+    def send(self, batch: Sequence[Publication]) -> Unconfirmed | None:
+        """Send messages to be stored without waiting for anything; None, with nothing sent, where that cannot be.
+
+        Then `publish` is to do it. For event loops, which nothing may hold up. Thread-safe, and no call of `publish`
+        as far as `Capabilities.concurrent_publishes` goes.
+
+        Args:
+            batch: Messages, in order; their queues have been declared.
+
+        Raises:
+            Error: If the backend is closed.
         """
         ...
 

@@ -115,6 +115,15 @@ class GroupCommit:
             return 1
         return max(1, self._ways if self._distance > 1 else min(self._ways, _FEW))
 
+    def ways(self, waited: float) -> int:
+        """Return how many groups may be under way where the next one has waited for ``waited`` seconds."""
+        width = self.width
+        return width if width > _FEW or waited >= _PATIENCE else 1
+
+    def is_ready(self, batch: Sequence[Publication]) -> bool:
+        """Tell whether ``batch`` needs nothing but publishing, to a broker that was as it should be the last time."""
+        return self._proven and self._is_prompt and self._is_ready(batch)
+
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """Publish ``batch`` and return one result for each; blocks at most ``timeout`` seconds."""
         # A handler's time limit must not strike in here: others wait for the lock and the connection.
@@ -193,9 +202,7 @@ class GroupCommit:
         mine = proven = False
         try:
             with self._lock:
-                if self._under_way or self._waiting or not (self._proven and self._is_prompt):
-                    return None
-                if not self._is_ready(batch):
+                if self._under_way or self._waiting or not self.is_ready(batch):
                     return None
                 mine = True
                 self._under_way.add(id(batch))
@@ -203,7 +210,7 @@ class GroupCommit:
             results = self._commit(batch, timeout)
             if not any(results):
                 proven = True
-                self._learn(monotonic() - began, len(results))
+                self.learn(monotonic() - began, len(results))
             else:
                 proven = not any(error is not None and error.retryable for error in results)
         except Error as error:
@@ -296,14 +303,14 @@ class GroupCommit:
         except Error as error:
             results = [error] * len(batch)
         if not any(results):
-            self._learn(monotonic() - began, len(results))
+            self.learn(monotonic() - began, len(results))
         with self._lock:
             self._proven = not any(result is not None and result.retryable for result in results)
             self._deal(group, results)
             self._under_way.discard(id(group))
             self._turn.notify_all()
 
-    def _learn(self, took: float, size: int) -> None:
+    def learn(self, took: float, size: int) -> None:
         """Take note of how long a group took that is published. Without the lock: whom it asks has locks as well."""
         if not self._ways:
             with suppress(Error):

@@ -12,7 +12,7 @@ from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from kq import clock, codec, header, limit
-from kq.backend import Backend, Publication, QueueSpec
+from kq.backend import Backend, Publication, QueueSpec, Unconfirmed
 from kq.driver import MAIN
 from kq.envelope import WIRE_VERSION, Envelope
 from kq.errors import Error, Internal, Invalid, NotFound
@@ -291,10 +291,15 @@ class Producer:
             with self._registry.importing():
                 from kq.async_commit import AsyncCommit
 
-            made = AsyncCommit(self._commit(driver))
+            made = AsyncCommit(self._commit(driver), partial(self._sender, driver))
             with self._threads_lock:
                 commit = self._async_commits.setdefault(driver, made)
         return commit
+
+    def _sender(self, driver: str) -> Callable[[Sequence[Publication]], Unconfirmed | None] | None:
+        """Return what sends to a driver's broker without waiting; None where nothing does, as before it is open."""
+        backend = self._registry.opened(driver)
+        return backend.send if backend is not None and backend.capabilities.sends else None
 
     def _declare_and_publish(self, driver: str, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         # Which has nothing ensured when it is opened here.

@@ -302,6 +302,10 @@ class Registry:
                 self._confirmed[driver].clear()
             return found
 
+    def opened(self, driver: str) -> Backend | None:
+        """Return the backend of a driver, as `backend` does, if it is open already; waits for nobody."""
+        return self._backends.get(driver)
+
     def open(self, driver: str = MAIN) -> Backend:
         """Return a backend of the caller's own, which the caller closes; raises as `backend`."""
         with self.importing():

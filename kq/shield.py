@@ -51,6 +51,21 @@ class Shield:
             raise HandlerTimeout
 
 
+class _Deferring:
+    """Holds off a thread's time limit while a block runs, and has it strike at the end of the next shielded one."""
+
+    __slots__ = ("_shield",)
+
+    def __init__(self, shield: Shield) -> None:
+        self._shield = shield
+
+    def __enter__(self) -> None:
+        self._shield.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        self._shield.leave()
+
+
 _mine = local()
 _NONE: Final = nullcontext()
 
@@ -68,3 +83,12 @@ def shielding() -> Shield | None:
 def shielded() -> AbstractContextManager[None]:
     """Return what holds off the time limit of the handler that runs in this thread, if any, while a block runs."""
     return shielding() or _NONE
+
+
+def deferring() -> AbstractContextManager[None]:
+    """Return what does so where nothing may be raised, as in a callback of an event loop, which would only log it.
+
+    Whoever goes on after such a block has the time limit strike, if it is due, with an empty `shielded` one.
+    """
+    shield = shielding()
+    return _NONE if shield is None else _Deferring(shield)

@@ -24,6 +24,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "priorities": "always",
         "tells_age": True,
         "remembers_completed": True,
+        "sends": False,
     },
     "sqlite": {
         "shared": True,
@@ -31,6 +32,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "priorities": "always",
         "tells_age": True,
         "remembers_completed": True,
+        "sends": False,
     },
     "redis": {
         "shared": True,
@@ -38,6 +40,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "priorities": "always",
         "tells_age": True,
         "remembers_completed": True,
+        "sends": True,
     },
     "fakeredis": {
         "shared": True,
@@ -45,6 +48,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "priorities": "always",
         "tells_age": True,
         "remembers_completed": True,
+        "sends": True,
     },
     "rabbitmq": {
         "shared": True,
@@ -52,6 +56,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "priorities": "declared",
         "tells_age": False,
         "remembers_completed": False,
+        "sends": False,
     },
 }
 

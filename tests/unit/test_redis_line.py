@@ -17,6 +17,7 @@ from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connection, Connector
 from kq.backends.redis_error import Broken, Late, Refusal
 from kq.backends.redis_line import Lines
+from kq.backends.redis_sent import Sent
 
 VALUES = st.recursive(
     st.none() | st.integers() | st.binary(max_size=100), lambda inner: st.lists(inner, max_size=5), max_leaves=20
@@ -191,3 +192,103 @@ def test_a_connection_that_broke_while_idle_is_replaced_once(lines: Any) -> None
     # The second connection is closed by now, and the third one answers nothing.
     with pytest.raises(Broken):
         line.ask([ping])
+
+
+class Wire:
+    """A connection whose other end is here, to send over without waiting."""
+
+    def __init__(self) -> None:
+        ours, self.server = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        ours.settimeout(0)
+        self.server.settimeout(10)
+        self.line = Connection(ours)
+        self.put_away: list[Connection] = []
+
+    def send(self, commands: bytes, *numbers: int) -> Sent:
+        """Send as much as there is room for."""
+        sent = Sent(self.line, memoryview(commands), numbers, self.put_away.append)
+        sent.write()
+        return sent
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    """One with little room."""
+    made = Wire()
+    yield made
+    made.line.close()
+    made.server.close()
+
+
+def test_answers_to_what_was_sent_come_in_pieces(wire: Wire) -> None:
+    """As long as one is missing nothing is known; then the connection is free."""
+    sent = wire.send(b"x", 3, 1)
+    for piece in (b":", b"3\r", b"\n:1"):
+        assert sent.confirm() is None
+        wire.server.sendall(piece)
+    assert sent.confirm() is None
+    wire.server.sendall(b"\r\n")
+    assert sent.confirm() == [True] * 4
+    assert wire.put_away == []
+    sent.close()
+    assert wire.put_away == [wire.line]
+
+
+@pytest.mark.parametrize(
+    ("answer", "stored"),
+    [
+        (b":2\r\n:1\r\n", [True, True, True]),
+        (b":-1\r\n:1\r\n", [False, False, True]),
+        (b":1\r\n:1\r\n", [False, False, True]),
+        (b":2\r\n-NOSCRIPT No matching script\r\n", [True, True, False]),
+        (b"-READONLY no\r\n-READONLY no\r\n", [False] * 3),
+        (b"what\r\n", [False] * 3),
+        (b":2\r\n-LOADING soon\r\n", [True, True, False]),
+    ],
+)
+def test_what_is_known_to_be_stored(wire: Wire, answer: bytes, stored: list[bool]) -> None:
+    """What was answered otherwise is not; only a connection on which all went well is used again."""
+    sent = wire.send(b"x", 2, 1)
+    wire.server.sendall(answer)
+    assert sent.confirm() == stored
+    sent.close()
+    assert (wire.put_away == [wire.line]) == all(stored)
+    assert wire.line.is_closed != all(stored)
+
+
+def test_what_breaks_after_a_part_is_stored_in_part(wire: Wire) -> None:
+    """What was answered before counts."""
+    sent = wire.send(b"x", 2, 1, 1)
+    wire.server.sendall(b":2\r\n:")
+    wire.server.close()
+    assert sent.confirm() == [True, True, False, False]
+
+
+def test_what_there_is_no_room_for_is_sent_later(wire: Wire) -> None:
+    """Piece by piece, in order; what cannot be sent any more is found out by reading."""
+    commands = bytes(range(256)) * 400
+    sent = wire.send(commands, 1)
+    assert not sent.write()
+    assert sent.confirm() is None
+    got = b""
+    while len(got) < len(commands):
+        got += wire.server.recv(1 << 20)
+        sent.write()
+    assert got == commands
+    assert sent.write()
+
+    more = wire.send(commands, 1)
+    assert not more.write()
+    wire.server.close()
+    assert more.write()
+    assert more.confirm() == [False]
+
+
+def test_what_is_given_up_leaves_no_answer_behind(wire: Wire) -> None:
+    """Its connection is closed, not kept: the next one would read it."""
+    sent = wire.send(b"x", 1)
+    assert sent.confirm() is None
+    sent.close()
+    assert wire.line.is_closed
+    assert wire.put_away == []

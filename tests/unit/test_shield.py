@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from kq.shield import HandlerTimeout, Shield
+from kq.shield import HandlerTimeout, Shield, carry, deferring, shielded
 
 
 def test_what_was_due_is_raised_where_the_outermost_ends() -> None:
@@ -30,3 +32,30 @@ def test_without_a_limit_nothing_is_raised() -> None:
     with pytest.raises(KeyError), shield:
         raise KeyError
     assert shield.depth == 0
+
+
+def test_where_nothing_may_be_raised_it_strikes_after_that() -> None:
+    """At the end of the next piece of work that may raise it; a thread without a shield has nothing of it."""
+    with deferring(), shielded():
+        pass
+    shield = Shield()
+
+    def work() -> list[str]:
+        carry(shield)
+        reached = []
+        with deferring():
+            with shielded():
+                shield.is_due = True
+            reached.append("in the middle")
+        reached.append("behind it")
+        try:
+            with shielded():
+                reached.append("in the next one")
+        except HandlerTimeout:
+            reached.append("struck")
+        return reached
+
+    with ThreadPoolExecutor(1) as threads:
+        reached = threads.submit(work).result(30)
+    assert reached == ["in the middle", "behind it", "in the next one", "struck"]
+    assert (shield.depth, shield.is_due) == (0, False)

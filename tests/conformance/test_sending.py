@@ -1,0 +1,223 @@
+"""Messages that are sent without waiting, and those that tasks publish so."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+import trustme
+
+import kq
+from kq import errors
+from kq.backend import Publication, Unconfirmed
+from kq.backends import redis_put
+from kq.backends.redis_call import SCRIPTS, Script
+from kq.backends.redis_command import LONG
+from kq.waker import Lookout
+from tests.broker import Broker
+from tests.conformance.conftest import ON_REDIS, Bench
+from tests.conformance.tls_proxy import TlsProxy
+from tests.proxy import Proxy
+
+
+def answer_of(sent: Unconfirmed) -> Sequence[bool]:
+    """Return what the broker answers to what has been sent, and close it."""
+    until = monotonic() + 10
+    while (stored := sent.confirm()) is None:
+        assert Lookout(sent).ready(until - monotonic()), "no answer in 10 s"
+        sent.write()
+    sent.close()
+    return stored
+
+
+def send(bench: Bench, *batch: Publication) -> Sequence[bool]:
+    """Send messages, and return what became of them."""
+    sent = bench.backend.send(batch)
+    assert sent is not None
+    return answer_of(sent)
+
+
+def test_what_is_sent_is_stored(bench: Bench) -> None:
+    """Once, with delay and priority, as if it had been published; or the backend says that it cannot."""
+    other = bench.declare("other")
+    batch = [
+        bench.message("plain"), bench.message("again"), bench.message("late", delay=3600.0),
+        bench.message("other", queue=other),
+    ]  # fmt: skip
+    # A server knows only what it has run before.
+    bench.publish(bench.message("again"), bench.message("later", delay=7200.0))
+    bench.publish(bench.message("again"))
+    sent = bench.backend.send(batch)
+    assert (sent is not None) == bench.backend.capabilities.sends
+    if sent is None:
+        bench.publish(*batch)
+    else:
+        assert answer_of(sent) == [True] * 4
+    if bench.backend.capabilities.deduplicates:
+        found = [envelope.id for envelope in bench.backend.browse(bench.queue, 10, 0)]
+        assert sorted(found) == ["again", "late", "later", "plain"]
+    assert [envelope.id for envelope in bench.backend.browse(other, 10, 0)] == ["other"]
+    deliveries = bench.take(bench.feed(), 2 if bench.backend.capabilities.deduplicates else 4)
+    assert {delivery.id for delivery in deliveries} == {"plain", "again"}
+
+
+@ON_REDIS
+def test_it_needs_a_connection_that_is_there(bench: Bench) -> None:
+    """Each of those that are under way has one of its own; without one nothing is sent."""
+    first = bench.backend.send([bench.message("first")])
+    assert first is not None
+    assert bench.backend.send([bench.message("second")]) is None
+    assert answer_of(first) == [True]
+    assert send(bench, bench.message("third")) == [True]
+    assert {envelope.id for envelope in bench.backend.browse(bench.queue, 10, 0)} == {"first", "third"}
+
+
+@ON_REDIS
+def test_what_would_take_a_while_is_not_sent(bench: Bench) -> None:
+    """Long messages, many of them, and several for a queue that may have room for some."""
+    short = bench.declare("short", max_length=3)
+    assert bench.backend.send([bench.message(body=b"1" * LONG)]) is None
+    assert bench.backend.send([bench.message(body=b"1" * (LONG - 1000)) for _ in range(20)]) is None
+    assert bench.backend.send([bench.message() for _ in range(redis_put.CHUNK + 1)]) is None
+    assert bench.backend.send([bench.message(queue=short) for _ in range(2)]) is None
+    assert bench.backend.info(bench.queue).ready == 0
+    assert send(bench, *(bench.message(body=b"1" * 1000) for _ in range(redis_put.CHUNK))) == [True] * redis_put.CHUNK
+
+
+@ON_REDIS
+def test_what_is_not_stored_is_told_of_each_queue(bench: Bench) -> None:
+    """Of one that is gone or full; what stands before and behind it is stored. The next one has a connection."""
+    gone, full = bench.declare("gone"), bench.declare("full", max_length=1)
+    bench.delete(gone.id)
+    bench.publish(bench.message(queue=full))
+    batch = [bench.message("a"), bench.message(queue=gone), bench.message(queue=full), bench.message("b")]
+    assert send(bench, *batch) == [True, False, False, True]
+    assert {envelope.id for envelope in bench.backend.browse(bench.queue, 10, 0)} == {"a", "b"}
+    bench.publish(bench.message("c"))
+    assert send(bench, bench.message("d")) == [True]
+
+
+@ON_REDIS
+def test_a_server_that_does_not_know_the_script(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told by whoever publishes the message then."""
+    unknown = Script("return 1 -- nobody has run this")
+    with monkeypatch.context() as patched:
+        patched.setitem(SCRIPTS, "PUT_PLAIN", unknown)
+        assert send(bench, bench.message()) == [False]
+    assert bench.backend.info(bench.queue).ready == 0
+    bench.publish(bench.message())
+
+
+@ON_REDIS
+def test_tasks_publish_over_a_wire_that_breaks(bench: Bench) -> None:
+    """Each message is stored once and confirmed: a connection that broke, or is cut in the middle, is replaced."""
+    with closing(Proxy(bench.broker.url)) as proxy, closing(kq.App("test", broker=proxy.url)) as app:
+
+        async def main() -> list[str]:
+            ids = [await app.apublish(bench.queue.id, "first")]
+            for after in (0, 1, 2, 3):
+                ids.append(await app.apublish(bench.queue.id, "before"))
+                proxy.cut_after(after) if after else proxy.reset_all()
+                ids += await asyncio.gather(*(app.apublish(bench.queue.id, n + 1) for n in range(20)))
+            return ids
+
+        ids = asyncio.run(main())
+    assert len(set(ids)) == len(ids) == 85
+    assert sorted(envelope.id for envelope in bench.backend.browse(bench.queue, 100, 0)) == sorted(ids)
+
+
+@ON_REDIS
+def test_a_wire_that_is_silent_holds_up_no_loop(bench: Bench) -> None:
+    """Each task has its answer in its time, and when the wire is whole again the next one is served."""
+
+    async def main() -> list[Any]:
+        await app.apublish(bench.queue.id, "first")
+        proxy.freeze()
+        began = monotonic()
+        tasks = [app.apublish(bench.queue.id, n + 1) for n in range(5)]
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert 0.4 < monotonic() - began < 5
+        proxy.heal()
+        await app.apublish(bench.queue.id, "last")
+        return found
+
+    with closing(Proxy(bench.broker.url)) as proxy:
+        app = kq.App("test", broker=proxy.url, publish_timeout=0.5)
+        with closing(app):
+            found = asyncio.run(main())
+    assert all(isinstance(error, errors.Internal) and error.details["reason"] == "timeout" for error in found)
+    assert "may arrive" in str(found[0])
+
+
+def test_tasks_publish_to_what_is_full(broker: Broker, app: kq.App, queue_id: str) -> None:
+    """As many are stored as there is room for, and the others are told so, whether they come alone or together."""
+    app.queue(queue_id, max_length=3)
+
+    async def main() -> list[Any]:
+        found: list[Any] = [await app.apublish(queue_id, "first")]
+        found += await asyncio.gather(*(app.apublish(queue_id, n + 1) for n in range(5)), return_exceptions=True)
+        for _ in range(2):
+            with pytest.raises(errors.Internal) as caught:
+                await app.apublish(queue_id, "more")
+            found.append(caught.value)
+        return found
+
+    found = asyncio.run(main())
+    refused = [error for error in found if not isinstance(error, str)]
+    assert {error.details["reason"] for error in refused} == {"full"}
+    if broker.stores:
+        assert len(refused) == 5
+        assert app.info(queue_id).ready == 3
+
+
+def test_tasks_publish_to_a_queue_that_somebody_deletes(bench: Bench, app: kq.App) -> None:
+    """The message that meets it is refused, or stored in a new one; the next one is stored."""
+
+    async def main() -> list[Any]:
+        for _ in range(2):
+            await app.apublish(bench.queue.id, "before")
+        await asyncio.to_thread(bench.delete, bench.queue.id)
+        (met,) = await asyncio.gather(app.apublish(bench.queue.id, "meets it"), return_exceptions=True)
+        return [met, await app.apublish(bench.queue.id, "after")]
+
+    met, id = asyncio.run(main())
+    assert isinstance(met, str) or met.details["reason"] == "unroutable"
+    assert id in [envelope.id for envelope in bench.backend.browse(bench.queue, 10, 0)]
+
+
+@ON_REDIS
+def test_tasks_publish_over_tls(broker: Broker, queue_id: str, tmp_path: Path) -> None:
+    """One after the other and together, short and long ones, in records of any size."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+
+    async def main() -> list[str]:
+        ids = [await app.apublish(queue_id, "first")]
+        for size in (10, 30_000):
+            ids += [await app.apublish(queue_id, "x" * size) for _ in range(3)]
+            ids += await asyncio.gather(*(app.apublish(queue_id, "x" * size) for _ in range(30)))
+        return ids
+
+    with closing(TlsProxy(broker.url, context, "localhost")) as proxy:
+        app = kq.App("test", broker=f"{proxy.url}?tls_ca={tmp_path / 'ca.pem'}")
+        with closing(app), pytest.MonkeyPatch.context() as patched:
+            backend = app.registry.backend()
+            send, sent = backend.send, list[Unconfirmed | None]()
+
+            def noting(batch: Sequence[Publication]) -> Unconfirmed | None:
+                sent.append(send(batch))
+                return sent[-1]
+
+            patched.setattr(backend, "send", noting)
+            ids = asyncio.run(main())
+            assert app.info(queue_id).ready == len(set(ids)) == 67
+    # Where it took long, others needed a connection that was not there yet.
+    assert len([one for one in sent if one is not None]) >= 8

@@ -1,0 +1,470 @@
+"""Publishing from an event loop itself, to a broker at the other end of a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import socket
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from kq import errors, group_commit
+from kq.async_commit import AsyncCommit
+from kq.backend import Publication, QueueSpec
+from kq.envelope import Envelope
+from kq.group_commit import GroupCommit
+from kq.shield import HandlerTimeout, Shield, carry
+
+Results = list[errors.Error | None]
+
+
+def batch(*ids: str, queue: str = "app:a") -> list[Publication]:
+    """Publications with these ids."""
+    return [Publication(QueueSpec(queue), Envelope(id, {}, {}, b"1")) for id in ids]
+
+
+class Sent:
+    """A group on its way: the broker answers with a byte for each message, 1 where it is stored."""
+
+    def __init__(self, ids: list[str]) -> None:
+        self.ids = ids
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.setblocking(False)
+        self.is_closed = False
+        #: How many calls there is no room for.
+        self.blocked = 0
+        self.is_whole = asyncio.Event()
+        self._answer = b""
+
+    def fileno(self) -> int:
+        return self.ours.fileno()
+
+    def write(self) -> bool:
+        if self.blocked:
+            self.blocked -= 1
+            return False
+        self.is_whole.set()
+        return True
+
+    def confirm(self) -> list[bool] | None:
+        try:
+            data = self.ours.recv(1000)
+        except BlockingIOError:
+            return None
+        if not data:
+            return [False] * len(self.ids)
+        self._answer += data
+        return [byte == 1 for byte in self._answer] if len(self._answer) == len(self.ids) else None
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.ours.close()
+        self.theirs.close()
+
+    def answer(self, *stored: bool) -> None:
+        self.theirs.sendall(bytes(stored or [True] * len(self.ids)))
+
+
+class Broker:
+    """Notes what loops send, and what threads publish."""
+
+    def __init__(self) -> None:
+        self.sent: list[Sent] = []
+        self.published: list[list[str]] = []
+        #: What sending comes to instead, one for each call, and calls to write more than there is room for.
+        self.refusals: list[errors.Error | None] = []
+        self.blocked = 0
+        self._has_more = asyncio.Event()
+        self.is_ready = True
+        #: Whether it answers at once.
+        self.answers = False
+        group = GroupCommit(self.commit, lambda: self.width, is_ready=lambda batch: self.is_ready)
+        self.width = 1
+        assert group.publish(batch("first"), 5.0) == [None]
+        self.published.clear()
+        self.group = group
+        self.tasks = AsyncCommit(group, lambda: self.send)
+
+    def commit(self, batch: Sequence[Publication], timeout: float) -> Results:
+        self.published.append([publication.envelope.id for publication in batch])
+        return [None] * len(batch)
+
+    def send(self, batch: Sequence[Publication]) -> Sent | None:
+        if self.refusals:
+            refusal = self.refusals.pop()
+            if refusal is not None:
+                raise refusal
+            return None
+        sent = Sent([publication.envelope.id for publication in batch])
+        sent.blocked = self.blocked
+        self.sent.append(sent)
+        self._has_more.set()
+        if self.answers:
+            sent.answer()
+        return sent
+
+    async def has_sent(self, number: int) -> None:
+        """Wait until so many groups have been sent."""
+        while len(self.sent) < number:
+            self._has_more.clear()
+            await self._has_more.wait()
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The ids that have been sent, group by group."""
+        return [sent.ids for sent in self.sent]
+
+    def publish(self, *ids: str, timeout: float = 30.0, queue: str = "app:a") -> asyncio.Task[Results]:
+        """Have a task publish messages."""
+        return asyncio.ensure_future(self.tasks.publish(batch(*ids, queue=queue), timeout))
+
+    def has_threads(self) -> bool:
+        """Tell whether any were started for tasks."""
+        return bool(self.tasks._threads)
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    """One with the last publish of which all was well."""
+    made = Broker()
+    yield made
+    for sent in made.sent:
+        # What has not been answered never is.
+        sent.theirs.close()
+    made.tasks.close(20)
+    for sent in made.sent:
+        sent.close()
+
+
+async def turn() -> None:
+    """Let every task run until it waits."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_a_lone_task_needs_no_thread(broker: Broker) -> None:
+    """Its message is sent when it publishes, and it goes on when the broker has stored it, not before."""
+
+    async def main() -> None:
+        for n in range(3):
+            task = broker.publish(f"{n}")
+            await turn()
+            assert broker.groups == [[f"{m}"] for m in range(n + 1)]
+            assert not task.done()
+            broker.sent[-1].answer()
+            assert await task == [None]
+            assert broker.sent[-1].is_closed
+
+    asyncio.run(main())
+    assert not broker.has_threads()
+    assert broker.published == []
+
+
+def test_what_comes_meanwhile_goes_together(broker: Broker) -> None:
+    """In order, with what those publish next who have been confirmed, and again without a thread."""
+
+    async def twice(id: str) -> None:
+        assert await broker.tasks.publish(batch(f"{id}1"), 30.0) == [None]
+        assert await broker.tasks.publish(batch(f"{id}2", f"{id}3"), 30.0) == [None, None]
+
+    async def main() -> None:
+        tasks = [asyncio.ensure_future(twice(id)) for id in "abc"]
+        await turn()
+        assert broker.groups == [["a1"]]
+        broker.sent[0].answer()
+        await broker.has_sent(2)
+        # Whoever was confirmed has had its turn.
+        assert broker.groups[1] == ["b1", "c1", "a2", "a3"]
+        broker.sent[1].answer()
+        await broker.has_sent(3)
+        assert broker.groups[2] == ["b2", "b3", "c2", "c3"]
+        broker.sent[2].answer()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert not broker.has_threads()
+
+
+def test_those_of_a_queue_go_one_after_the_other(broker: Broker) -> None:
+    """A group has what is for the same queue together, in its order, and each task its own results."""
+
+    async def main() -> None:
+        first = broker.publish("first")
+        await turn()
+        others = [broker.publish(f"{q}{n}", queue=f"app:{q}") for n in range(2) for q in "zx"]
+        await turn()
+        broker.sent[0].answer()
+        await first
+        await broker.has_sent(2)
+        assert broker.groups[1] == ["x0", "x1", "z0", "z1"]
+        broker.sent[1].answer(True, True, False, True)
+        assert await asyncio.gather(*others) == [[None]] * 4
+
+    asyncio.run(main())
+    assert broker.published == [["z0"]]
+
+
+def test_what_is_not_stored_is_published(broker: Broker) -> None:
+    """By a thread, under its id, and nothing else of its group: that is stored."""
+
+    async def main() -> None:
+        first = broker.publish("first")
+        await turn()
+        others = [broker.publish(id) for id in "abc"]
+        await turn()
+        broker.sent[0].answer(False)
+        assert await first == [None]
+        await broker.has_sent(2)
+        broker.sent[1].answer(True, False, True)
+        assert await asyncio.gather(*others) == [[None]] * 3
+
+    asyncio.run(main())
+    assert broker.published == [["first"], ["b"]]
+
+
+@pytest.mark.parametrize("refusal", [None, errors.Internal("closed")])
+def test_what_cannot_be_sent_is_published(broker: Broker, refusal: errors.Error | None) -> None:
+    """As where there is no connection yet, or it is too long; the next one is sent again."""
+    broker.refusals = [refusal]
+    broker.answers = True
+
+    async def main() -> None:
+        assert await broker.publish("a") == [None]
+        assert await broker.publish("b") == [None]
+
+    asyncio.run(main())
+    assert (broker.published, broker.groups) == ([["a"]], [["b"]])
+
+
+def test_a_queue_that_is_not_declared_is_left_to_threads(broker: Broker) -> None:
+    """So is a broker that the last publish did not find as it should be."""
+    broker.answers = True
+    broker.is_ready = False
+
+    async def main() -> None:
+        assert await broker.publish("a") == [None]
+        broker.is_ready = True
+        broker.group._proven = False
+        assert await broker.publish("b") == [None]
+        # By then it is.
+        assert await broker.publish("c") == [None]
+
+    asyncio.run(main())
+    assert (broker.published, broker.groups) == ([["a"], ["b"]], [["c"]])
+
+
+def test_who_waits_too_long_is_late(broker: Broker) -> None:
+    """Each task at its own time, with what became of its message; what is never answered holds up nobody for ever."""
+
+    async def main() -> list[Results]:
+        slow, other = broker.publish("slow", timeout=0.05), broker.publish("other", timeout=0.02)
+        found = [await other, await slow]
+        assert broker.sent[0].is_closed
+        broker.answers = True
+        assert await broker.publish("next") == [None]
+        return found
+
+    late, slow = asyncio.run(main())
+    assert [str(error) for error in late] == [str(group_commit.late(is_taken=False))]
+    assert [str(error) for error in slow] == [str(group_commit.late(is_taken=True))]
+    assert broker.groups == [["slow"], ["next"]]
+    assert broker.published == []
+
+
+def test_who_is_canceled_holds_nobody_up(broker: Broker) -> None:
+    """What nobody has begun with is not sent; what is on its way is waited for all the same."""
+
+    async def main() -> None:
+        sent, waiting, kept = (broker.publish(id) for id in ("sent", "waiting", "kept"))
+        await turn()
+        for task in (sent, waiting):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert not broker.sent[0].is_closed
+        broker.answers = True
+        broker.sent[0].answer()
+        assert await kept == [None]
+        assert broker.sent[0].is_closed
+
+    asyncio.run(main())
+    assert broker.groups == [["sent"], ["kept"]]
+
+
+def test_a_slow_answer_holds_up_nobody_else(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the broker takes several groups at once, another one is sent once the last has been out for a while."""
+    broker.width = 2
+    # Asked only after something has been published.
+    broker.group._ways = 2
+    monkeypatch.setattr(group_commit, "_PATIENCE", 3600.0)
+
+    async def main() -> None:
+        slow, other = broker.publish("slow"), broker.publish("other")
+        await turn()
+        assert broker.groups == [["slow"]]
+        monkeypatch.setattr(group_commit, "_PATIENCE", 0.0)
+        third, fourth = broker.publish("third"), broker.publish("fourth")
+        await turn()
+        assert broker.groups == [["slow"], ["other", "third"]]
+        broker.answers = True
+        broker.sent[1].answer()
+        assert [await task for task in (other, third, fourth)] == [[None]] * 3
+        assert not slow.done()
+        broker.sent[0].answer()
+        assert await slow == [None]
+
+    asyncio.run(main())
+
+
+def test_what_there_is_no_room_for_is_sent_when_there_is(broker: Broker) -> None:
+    """The loop goes on meanwhile."""
+    broker.blocked = 3
+
+    async def main() -> None:
+        task = broker.publish("a")
+        await broker.has_sent(1)
+        await broker.sent[0].is_whole.wait()
+        broker.sent[0].answer()
+        assert await task == [None]
+
+    asyncio.run(main())
+
+
+class WithoutReaders(asyncio.SelectorEventLoop):
+    """As the loops of Windows, which do not tell of descriptors."""
+
+    def add_reader(self, *args: Any) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+
+def test_a_loop_without_readers_leaves_it_to_threads(broker: Broker) -> None:
+    """After a first attempt, what may have arrived by which is published under the same id."""
+
+    async def main() -> None:
+        assert await broker.publish("a") == [None]
+        assert broker.sent[0].is_closed
+        assert await broker.publish("b") == [None]
+
+    loop = WithoutReaders(selectors.DefaultSelector())
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    assert (broker.groups, broker.published) == ([["a"]], [["a"], ["b"]])
+
+
+def test_closing_waits_for_what_is_on_its_way(broker: Broker) -> None:
+    """Where the loop stands still meanwhile: what is not stored, and what waits behind it, a thread publishes."""
+
+    async def main() -> None:
+        tasks = [broker.publish(id) for id in ("sent", "waiting", "canceled")]
+        await turn()
+        tasks[2].cancel()
+        broker.sent[0].answer(False)
+        await asyncio.sleep(0)
+        broker.tasks.close(20)
+        assert sorted(id for ids in broker.published for id in ids) == ["sent", "waiting"]
+        assert await asyncio.gather(*tasks[:2]) == [[None], [None]]
+
+    asyncio.run(main())
+    assert broker.groups == [["sent"]]
+
+
+def test_closing_waits_no_longer_than_it_may(broker: Broker) -> None:
+    """A broker that does not answer keeps nobody from closing; what was not sent to its end a thread publishes."""
+    broker.width = broker.group._ways = 2
+
+    async def main() -> None:
+        broker.publish("mute")
+        await turn()
+        broker.blocked = 1_000_000
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(group_commit, "_PATIENCE", 0.0)
+            half = broker.publish("half")
+            await turn()
+        assert broker.groups == [["mute"], ["half"]]
+        began = monotonic()
+        broker.tasks.close(0.05)
+        assert 0.05 <= monotonic() - began < 15
+        assert await half == [None]
+
+    asyncio.run(main())
+    assert broker.published == [["half"]]
+
+
+def test_a_loop_that_has_ended_is_no_harm(broker: Broker) -> None:
+    """What was on its way is given up with the loop, in the same thread another one goes on, and closing ends."""
+
+    async def leave() -> None:
+        broker.publish("left")
+        await turn()
+
+    async def main() -> None:
+        broker.answers = True
+        assert await broker.publish("next") == [None]
+
+    asyncio.run(leave())
+    broker.sent[0].answer()
+    broker.tasks.close(20)
+    asyncio.run(main())
+    assert broker.groups == [["left"], ["next"]]
+
+
+def test_loops_of_several_threads_do_not_wait_for_each_other(broker: Broker) -> None:
+    """Each sends what its own tasks have; to close in one thread leaves the others' loops alone."""
+
+    async def other() -> None:
+        task = broker.publish("other")
+        await turn()
+        broker.sent[1].answer()
+        assert await task == [None]
+
+    async def main() -> None:
+        task = broker.publish("main")
+        await turn()
+        thread = Thread(target=lambda: asyncio.run(other()))
+        thread.start()
+        thread.join(30)
+        assert broker.groups == [["main"], ["other"]]
+        broker.sent[0].answer()
+        assert await task == [None]
+
+    asyncio.run(main())
+    assert not broker.has_threads()
+
+
+def test_a_time_limit_strikes_in_the_task(broker: Broker) -> None:
+    """Not in a callback of the loop's, which would log it and go on: where the task goes on that has published."""
+    shield = Shield()
+
+    class Struck(Sent):
+        def confirm(self) -> list[bool] | None:
+            # What the watchdog does when the time is over in the middle of this.
+            assert shield.depth
+            shield.is_due = True
+            return super().confirm()
+
+    async def main() -> None:
+        task = broker.publish("a")
+        await turn()
+        broker.sent[0].__class__ = Struck
+        broker.sent[0].answer()
+        with pytest.raises(HandlerTimeout):
+            await task
+        assert (shield.depth, shield.is_due) == (0, False)
+        assert broker.sent[0].is_closed
+
+    def run() -> None:
+        carry(shield)
+        asyncio.run(main())
+        done.append(True)
+
+    done: list[bool] = []
+    thread = Thread(target=run)
+    thread.start()
+    thread.join(30)
+    assert done
