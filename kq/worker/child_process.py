@@ -65,6 +65,9 @@ class ChildProcess(Place):
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Hand over jobs."""
+        if not self.tags:
+            # Until now there was nothing to be heard of.
+            self.heard_at = monotonic()
         self.tags.update(job.tag for job in jobs)
         self.outgoing.extend(map(memoryview, frame.work(jobs)))
         self.write()

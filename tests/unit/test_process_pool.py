@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from kq.executor import Job
+from kq.worker import frame
+from kq.worker.child_process import ChildProcess
 from kq.worker.process_pool import ProcessPool
 
 
@@ -48,3 +53,32 @@ def test_slow_handlers_soon_have_no_more_than_they_run(monkeypatch: pytest.Monke
     child = Child(monkeypatch, 8)
     child.child.window = 1000
     assert [child.ends(1, 1.0) for _ in range(3)] == [504, 256, 132]
+
+
+def test_a_child_that_has_had_nothing_keeps_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For some seconds, its first job included: its silence counts from there on, not from before."""
+    ours, theirs = socket.socketpair()
+    process: Any = SimpleNamespace(socket=ours, slots=None)
+    hello = frame.Hello("app", {}, [], 8, "INFO", "text")
+    child = ChildProcess(1, 1000, process=process, hello=hello, window_min=8)
+    pool: Any = SimpleNamespace(_children=[child])
+    began = monotonic()
+
+    def look(after: float) -> int:
+        monkeypatch.setattr("kq.worker.process_pool.monotonic", lambda: monotonic() + after)
+        ProcessPool._narrow(pool)
+        return child.window
+
+    try:
+        child.heard_at = began - 3.0
+        assert look(0.0) == 1000
+        child.submit([Job(1, "app:a", "id", b"")])
+        assert look(0.0) == 1000
+        assert look(1.0) == 8
+        child.window = 1000
+        child.tags.clear()
+        child.heard_at = began - 5.0
+        assert look(0.0) == 8
+    finally:
+        ours.close()
+        theirs.close()
