@@ -182,7 +182,11 @@ class RedisStore:
     def send(self, lots: Sequence[Lot]) -> Sent | None:
         """See `Store.send`."""
         with self._mapped():
-            return self._putter.send([Lot(prefix(queue), entries, most) for queue, entries, most in lots])
+            line = self._lines.spare()
+        if line is None:
+            return None
+        commands = self._putter.pack([Lot(prefix(queue), entries, most) for queue, entries, most in lots])
+        return Sent(line, commands, [len(lot.entries) for lot in lots], self._lines, self._errors)
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:
         """See `Store.take`."""

@@ -98,7 +98,7 @@ class RedisErrors(Mapped):
         if isinstance(error, Refusal):
             return self.of(error)
         if isinstance(error, Late):
-            return BrokerAway(f"{self._where}: {error}", details={"reason": "timeout"})
+            return self.late(error)
         if isinstance(error, Unsafe):
             return BrokerAway(f"{self._where}: {error}", details={"reason": "refused"})
         if isinstance(error, (Broken, OSError)):
@@ -106,6 +106,10 @@ class RedisErrors(Mapped):
         if isinstance(error, RedisError):
             return Internal(f"{self._where} failed: {error}", details={"reason": "unavailable"})
         return None
+
+    def late(self, error: Late) -> Error:
+        """Return kq's error for what was not answered in time."""
+        return BrokerAway(f"{self._where}: {error}", details={"reason": "timeout"})
 
     def _refused(self, code: str, text: str) -> Error:
         if code in _REFUSALS or any(sign in text for sign in _SIGNS):

@@ -10,7 +10,6 @@ from kq.backends.redis_answer import Answers, error_of
 from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connection
 from kq.backends.redis_error import Broken, Late, NoTransactions, RedisError, Refusal, as_met, is_read_only
-from kq.backends.redis_sent import Sent
 from kq.backends.within import within
 
 #: Seconds that an answer is waited for even where connecting has taken all the time.
@@ -22,12 +21,15 @@ class Lines:
 
     Args:
         connect: Makes one.
+        timeout: See below.
+
+    Attributes:
         timeout: Seconds within which a call that has to connect is to end, too.
     """
 
     def __init__(self, connect: Callable[[], Connection], timeout: float) -> None:
         self._connect = connect
-        self._timeout = timeout
+        self.timeout = timeout
         self._idle: list[Connection] = []
         self._closed = False
 
@@ -49,13 +51,8 @@ class Lines:
         self._put_away(line)
         return answers
 
-    def send(self, commands: bytes, numbers: Sequence[int]) -> Sent | None:
-        """Send commands without waiting for anything; None where there is no connection for that.
-
-        Args:
-            commands: As `Head.pack` makes them.
-            numbers: What they are to be answered with.
-        """
+    def spare(self) -> Connection | None:
+        """Return a connection that is there, and does not block; None where there is none. To be put back."""
         line = _pop(self._idle)
         if line is None:
             return None
@@ -64,9 +61,12 @@ class Lines:
             self._idle.append(line)
             return None
         line.socket.settimeout(0)
-        sent = Sent(line, memoryview(commands), numbers, self._put_back)
-        sent.write()
-        return sent
+        return line
+
+    def put_back(self, line: Connection) -> None:
+        """Take a connection back on which nothing is under way."""
+        line.socket.settimeout(self.timeout)
+        self._put_away(line)
 
     def transact(self, condition: bytes, commands: Sequence[bytes], number: int) -> tuple[Any, list[Any]]:
         """Run commands in one step of the server's, without a script; return their answers.
@@ -128,18 +128,14 @@ class Lines:
                 pass
         began = monotonic()
         try:
-            line = within(self._timeout, self._connect, Connection.close)
+            line = within(self.timeout, self._connect, Connection.close)
         except TimeoutError:
-            raise Late(f"no connection within {self._timeout:g} s") from None
-        line.socket.settimeout(max(_LEAST, self._timeout - (monotonic() - began)))
+            raise Late(f"no connection within {self.timeout:g} s") from None
+        line.socket.settimeout(max(_LEAST, self.timeout - (monotonic() - began)))
         answers = self._exchange(line, commands, number)
         if not line.is_closed:
-            line.socket.settimeout(self._timeout)
+            line.socket.settimeout(self.timeout)
         return line, answers
-
-    def _put_back(self, line: Connection) -> None:
-        line.socket.settimeout(self._timeout)
-        self._put_away(line)
 
     def _put_away(self, line: Connection) -> None:
         if line.is_closed:

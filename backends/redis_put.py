@@ -8,7 +8,6 @@ from typing import Any, Final
 from kq.backends.redis_call import SCRIPTS, Caller
 from kq.backends.redis_command import LONG, Head
 from kq.backends.redis_error import NoTransactions, is_full
-from kq.backends.redis_sent import Sent
 from kq.backends.store import Entry, Lot
 from kq.header import NORMAL
 
@@ -16,8 +15,6 @@ from kq.header import NORMAL
 CHUNK: Final = 500
 #: Bytes of messages that one Lua call stores at most.
 _CHUNK_BYTES: Final = 4 * 2**20
-#: Bytes of messages that are sent without waiting at most: packing more would take a while as well.
-_SENT_BYTES: Final = 2**20
 _HSETNX: Final = Head("HSETNX")
 
 
@@ -45,24 +42,16 @@ class Putter:
             return self._put_one(prefix, entries[0])
         return self._put_all(prefix, entries, max_length)
 
-    def send(self, lots: Sequence[Lot]) -> Sent | None:
-        """See `Store.send`; each lot's queue is its prefix."""
-        if sum(len(lot.entries) for lot in lots) > CHUNK:
-            return None
+    @staticmethod
+    def pack(lots: Sequence[Lot]) -> bytes:
+        """Return commands that store messages, one for each lot, whose queue is its prefix, and answer how many."""
         pieces: list[bytes] = []
-        size = 0
         for prefix, entries, max_length in lots:
-            # There may be room for some, and those may have been taken by when all are published once more.
-            if max_length is not None and len(entries) > 1:
-                return None
             name, words = _script(entries, max_length)
             for entry in entries:
                 words += _words(entry, name)
-                size += len(entry.raw)
-                if len(entry.raw) >= LONG or size > _SENT_BYTES:
-                    return None
             pieces.append(SCRIPTS[name].by_name.pack((1, prefix, *words)))
-        return self._caller.lines.send(b"".join(pieces), [len(lot.entries) for lot in lots])
+        return b"".join(pieces)
 
     def _put_one(self, prefix: str, entry: Entry) -> int | None:
         if len(entry.raw) >= LONG and self.transacts:

@@ -1,12 +1,14 @@
-"""Commands that have been sent to a Redis server, and whose answers nobody stands waiting for."""
+"""Commands that are sent to a Redis server, and whose answers nobody stands waiting for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_connection import Connection
-from kq.backends.redis_error import Broken
+from kq.backends.redis_error import Broken, Late, RedisError, RedisErrors
+from kq.backends.redis_line import Lines
+from kq.errors import Error
 
 
 class Sent:
@@ -16,25 +18,38 @@ class Sent:
 
     Args:
         line: Over which they are sent. It does not block.
-        commands: What there has been no room for so far.
+        commands: What is sent.
         numbers: How many messages each is to store, which is its answer then.
-        put_away: What becomes of the connection once all have been answered.
+        lines: Where the connection goes once all have been answered.
+        errors: What says what goes wrong.
+
+    Attributes:
+        timeout: See `kq.backend.Unconfirmed`.
     """
 
-    __slots__ = ("_answers", "_commands", "_is_free", "_line", "_missing", "_put_away", "_stored")
+    __slots__ = (
+        "_answers", "_commands", "_errors", "_is_clean", "_is_free", "_line", "_lines", "_missing", "_stored",
+        "timeout",
+    )  # fmt: skip
 
     def __init__(
-        self, line: Connection, commands: memoryview, numbers: Sequence[int], put_away: Callable[[Connection], None]
+        self, line: Connection, commands: bytes, numbers: Sequence[int], lines: Lines, errors: RedisErrors
     ) -> None:
         self._line = line
-        self._commands = commands
-        self._put_away = put_away
+        self._lines = lines
+        self._errors = errors
+        self.timeout = lines.timeout
+        #: What there has been no room for so far.
+        self._commands = memoryview(commands)
         self._answers = Answers(line.socket)
         #: The numbers of the commands that have not been answered, the next one last.
         self._missing = list(reversed(numbers))
         #: For each message of the others, whether it is stored.
         self._stored: list[bool] = []
-        self._is_free = False
+        #: Whether nothing has gone wrong.
+        self._is_clean = True
+        #: Whether nothing is on its way over the connection.
+        self._is_free = True
 
     def fileno(self) -> int:
         """See `kq.backend.Unconfirmed`."""
@@ -42,6 +57,7 @@ class Sent:
 
     def write(self) -> bool:
         """See `kq.backend.Unconfirmed`."""
+        self._is_free = False
         while self._commands:
             try:
                 self._commands = self._commands[self._line.socket.send(self._commands) :]
@@ -59,18 +75,26 @@ class Sent:
                 answer = self._answers.read()
                 number = self._missing.pop()
                 self._stored += [answer == number] * number
+                # What an error says of the connection is not looked into here.
+                self._is_clean = self._is_clean and not isinstance(answer, RedisError)
         except self._line.not_now:
             # What there is of a line is kept.
             return None
         except (OSError, Broken):
-            return self._stored + [False] * sum(self._missing)
-        self._is_free = all(self._stored)
+            self._is_clean = False
+            self._stored += [False] * sum(self._missing)
+            self._missing.clear()
+        self._is_free = self._is_clean
         return self._stored
+
+    def late(self) -> Error:
+        """See `kq.backend.Unconfirmed`."""
+        return self._errors.late(Late(f"no answer within {self.timeout:.2g} s"))
 
     def close(self) -> None:
         """See `kq.backend.Unconfirmed`."""
         if self._is_free:
-            self._put_away(self._line)
+            self._lines.put_back(self._line)
         else:
             # What is answered now would be taken for the next call's. What has gone wrong is met again, and seen to,
             # by whoever publishes the messages once more.

@@ -9,15 +9,17 @@ fifty of them cost little more than one. Where the broker takes its time, a seco
 
 from __future__ import annotations
 
+import os
 from asyncio import AbstractEventLoop, get_running_loop
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import groupby
 from queue import Empty, SimpleQueue
 from threading import RLock, Thread, current_thread, get_ident, local
 from time import monotonic
 from typing import Final
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from kq.backend import Publication
 from kq.errors import Error, Internal
@@ -48,7 +50,9 @@ class AsyncCommit:
         self._commit = commit
         self._sender = sender
         self._mine = _Mine()
-        self._loop_commits = WeakSet[LoopCommit]()
+        #: Of all loops, by identity.
+        self._loop_commits = WeakValueDictionary[int, LoopCommit]()
+        self._pid = os.getpid()
         # A signal's handler may close it, in a thread that holds it.
         self._lock = RLock()
         #: What waits for a thread; each None ends one. Nothing more comes to it then.
@@ -57,8 +61,8 @@ class AsyncCommit:
         #: How many of them publish, and since when the last of these does.
         self._busy = 0
         self._busy_since = 0.0
-        #: Callers' threads that hold the lock, or are about to; and those a signal's handler has it closed in, with
-        #: how long it waits.
+        #: Callers' threads that hold the lock, or are about to, or are in the middle of something else here; and those
+        #: a signal's handler has it closed in, with how long it waits.
         self._inside: set[int] = set()
         self._interrupted: dict[int, float] = {}
 
@@ -74,19 +78,16 @@ class AsyncCommit:
         request = Request(batch, monotonic() + timeout, loop)
         # A sync handler's time limit must not strike in here, where it runs a loop of its own.
         with shielded():
-            if self._sender() is None:
-                self._pass_on(request)
-            else:
-                self._loop_commit(loop).hand_in(request)
+            self._guard(partial(self._take, request))
         timer = loop.call_later(timeout, _expire, request)
         try:
-            results = await request.future
+            return await request.future
         finally:
             request.is_over = True
             timer.cancel()
-        with shielded():
-            # Where it would have struck meanwhile, in what the loop did for this.
-            return results
+            with shielded():
+                # Here it strikes where it was due in the middle of what the loop has done for this.
+                pass
 
     def close(self, patience: float) -> None:
         """Publish what has been handed in, and end the threads; what is handed in later starts another. Idempotent.
@@ -104,13 +105,17 @@ class AsyncCommit:
         me = get_ident()
         self._inside.add(me)
         try:
-            if self._mine.commit is not None:
-                # Its loop stands still meanwhile.
-                self._mine.commit.finish(until)
+            commits = [commit for one in self._loop_commits.valuerefs() if (commit := one()) is not None]
+            # Threads publish that, while what is on its way is waited for.
+            for commit in commits:
+                for request in commit.take_back():
+                    self._pass_on(request)
+            for commit in commits:
+                if commit.runs_elsewhere(self._mine.commit):
+                    commit.wait(until)
+                else:
+                    commit.finish(until)
             with self._lock:
-                for commit in self._loop_commits:
-                    for request in commit.take_back():
-                        self._pass_on(request)
                 threads, self._threads, self._busy = self._threads, [], 0
                 requests, self._requests = self._requests, SimpleQueue()
                 for _ in threads:
@@ -125,29 +130,44 @@ class AsyncCommit:
         if me in self._interrupted:
             self.close(self._interrupted.pop(me))
 
-    def _loop_commit(self, loop: AbstractEventLoop) -> LoopCommit:
-        mine = self._mine
-        if mine.commit is None or mine.loop is not loop:
-            mine.loop, mine.commit = loop, LoopCommit(self._commit, self._sender, self._pass_on)
-            with self._lock:
-                self._loop_commits.add(mine.commit)
-        return mine.commit
-
-    def _pass_on(self, request: Request) -> None:
-        """Have a thread publish what a loop could not, or has not."""
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Run a step that no time limit interrupts, and no signal's handler that closes this."""
+        if os.getpid() != self._pid:
+            # Forked by a task: what is on its way is the parent's business.
+            return
         me = get_ident()
         # First of all: a signal's handler must not wait for a thread that waits for the lock.
         is_first = me not in self._inside
         self._inside.add(me)
+        try:
+            with deferring():
+                step()
+        finally:
+            if is_first:
+                self._leave(me)
+
+    def _take(self, request: Request) -> None:
+        if self._sender() is None:
+            self._pass_on(request)
+        else:
+            self._loop_commit(request.loop).hand_in(request)
+
+    def _loop_commit(self, loop: AbstractEventLoop) -> LoopCommit:
+        mine = self._mine
+        if mine.commit is None or mine.loop is not loop:
+            mine.loop, mine.commit = loop, LoopCommit(self._commit, self._sender, self._pass_on, self._guard)
+            with self._lock:
+                self._loop_commits[id(mine.commit)] = mine.commit
+        return mine.commit
+
+    def _pass_on(self, request: Request) -> None:
+        """Have a thread publish what a loop cannot, or has not."""
         try:
             self._hand_in(request)
         except Error as error:
             # Closed: nobody waits there.
             with suppress(RuntimeError):
                 request.loop.call_soon_threadsafe(request.tell, error)
-        finally:
-            if is_first:
-                self._leave(me)
 
     def _hand_in(self, request: Request) -> None:
         # In one step with a thread's decision to end.
@@ -258,5 +278,6 @@ def _expire(request: Request) -> None:
     """Tell a task whose time is over; on its loop."""
     if request.future.done():
         return
-    request.is_over = True
-    request.future.set_result([late(is_taken=request.is_taken)] * len(request.batch))
+    with deferring():
+        request.is_over = True
+        request.tell([late(is_taken=request.is_taken)] * len(request.batch))

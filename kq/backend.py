@@ -201,14 +201,20 @@ class Capabilities(msgspec.Struct, frozen=True):
 
 
 class Unconfirmed(Protocol):
-    """Messages that have been sent to a broker which has not answered yet. Owned by one thread."""
+    """Messages on their way to a broker, which are confirmed later. Owned by one thread.
+
+    Attributes:
+        timeout: Seconds within which they are to be confirmed.
+    """
+
+    timeout: float
 
     def fileno(self) -> int:
         """Return what becomes readable once there is an answer, and writable once there is room for more."""
         ...
 
     def write(self) -> bool:
-        """Send what there has been no room for so far, without waiting, and tell whether that is all."""
+        """Send what has not been sent, as far as there is room, and tell whether that is all; waits for nothing."""
         ...
 
     def confirm(self) -> Sequence[bool] | None:
@@ -220,8 +226,12 @@ class Unconfirmed(Protocol):
         """
         ...
 
+    def late(self) -> Error:
+        """Return the error for messages that are not confirmed in time."""
+        ...
+
     def close(self) -> None:
-        """Make free what has been taken for it: when they have been answered, or are given up and may arrive still."""
+        """Make free what is taken for it: when they have been answered, or are given up and may arrive still."""
         ...
 
 
@@ -317,10 +327,10 @@ class Backend(Protocol):
         ...
 
     def send(self, batch: Sequence[Publication]) -> Unconfirmed | None:
-        """Send messages to be stored without waiting for anything; None, with nothing sent, where that cannot be.
+        """Prepare messages to be sent and stored without waiting for anything; None where that cannot be.
 
-        Then `publish` is to do it. For event loops, which nothing may hold up. Thread-safe, and no call of `publish`
-        as far as `Capabilities.concurrent_publishes` goes.
+        Then `publish` is to do it. Nothing is sent before `Unconfirmed.write` is called. For event loops, which nothing
+        may hold up. Thread-safe, and no call of `publish` as far as `Capabilities.concurrent_publishes` goes.
 
         Args:
             batch: Messages, in order; their queues have been declared.

@@ -115,10 +115,22 @@ class GroupCommit:
             return 1
         return max(1, self._ways if self._distance > 1 else min(self._ways, _FEW))
 
-    def ways(self, waited: float) -> int:
-        """Return how many groups may be under way where the next one has waited for ``waited`` seconds."""
+    def pause(self, under_way: int, waited: float) -> float | None:
+        """Return the seconds until a group may go that has waited for ``waited`` behind others.
+
+        None where one of those has to end before.
+        """
+        if not under_way:
+            return 0.0
         width = self.width
-        return width if width > _FEW or waited >= _PATIENCE else 1
+        if under_way >= width:
+            return None
+        return 0.0 if width > _FEW else max(0.0, _PATIENCE - waited)
+
+    def doubt(self) -> None:
+        """Take note that the broker was not as it should be."""
+        with self._lock:
+            self._proven = False
 
     def is_ready(self, batch: Sequence[Publication]) -> bool:
         """Tell whether ``batch`` needs nothing but publishing, to a broker that was as it should be the last time."""

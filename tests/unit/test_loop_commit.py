@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
 from time import monotonic
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from kq import errors, group_commit
 from kq.async_commit import AsyncCommit
-from kq.backend import Publication, QueueSpec
+from kq.backend import Publication, QueueSpec, Unconfirmed
 from kq.envelope import Envelope
 from kq.group_commit import GroupCommit
 from kq.shield import HandlerTimeout, Shield, carry
@@ -30,20 +30,29 @@ def batch(*ids: str, queue: str = "app:a") -> list[Publication]:
 class Sent:
     """A group on its way: the broker answers with a byte for each message, 1 where it is stored."""
 
+    timeout = 60.0
+
     def __init__(self, ids: list[str]) -> None:
         self.ids = ids
+        self.is_begun = False
         self.ours, self.theirs = socket.socketpair()
         self.ours.setblocking(False)
         self.is_closed = False
         #: How many calls there is no room for.
         self.blocked = 0
         self.is_whole = asyncio.Event()
+        #: Called in the middle of reading it.
+        self.on_answer: Callable[[], None] | None = None
         self._answer = b""
 
     def fileno(self) -> int:
         return self.ours.fileno()
 
+    def late(self) -> errors.Error:
+        return errors.Internal("the broker is mute", details={"reason": "timeout"})
+
     def write(self) -> bool:
+        self.is_begun = True
         if self.blocked:
             self.blocked -= 1
             return False
@@ -53,11 +62,13 @@ class Sent:
     def confirm(self) -> list[bool] | None:
         try:
             data = self.ours.recv(1000)
+            if not data:
+                return [False] * len(self.ids)
+            self._answer += data
         except BlockingIOError:
-            return None
-        if not data:
-            return [False] * len(self.ids)
-        self._answer += data
+            pass
+        if self.on_answer is not None:
+            self.on_answer()
         return [byte == 1 for byte in self._answer] if len(self._answer) == len(self.ids) else None
 
     def close(self) -> None:
@@ -76,7 +87,7 @@ class Broker:
         self.sent: list[Sent] = []
         self.published: list[list[str]] = []
         #: What sending comes to instead, one for each call, and calls to write more than there is room for.
-        self.refusals: list[errors.Error | None] = []
+        self.refusals: list[Exception | None] = []
         self.blocked = 0
         self._has_more = asyncio.Event()
         self.is_ready = True
@@ -93,7 +104,7 @@ class Broker:
         self.published.append([publication.envelope.id for publication in batch])
         return [None] * len(batch)
 
-    def send(self, batch: Sequence[Publication]) -> Sent | None:
+    def send(self, batch: Sequence[Publication]) -> Unconfirmed | None:
         if self.refusals:
             refusal = self.refusals.pop()
             if refusal is not None:
@@ -226,9 +237,9 @@ def test_what_is_not_stored_is_published(broker: Broker) -> None:
     assert broker.published == [["first"], ["b"]]
 
 
-@pytest.mark.parametrize("refusal", [None, errors.Internal("closed")])
-def test_what_cannot_be_sent_is_published(broker: Broker, refusal: errors.Error | None) -> None:
-    """As where there is no connection yet, or it is too long; the next one is sent again."""
+@pytest.mark.parametrize("refusal", [None, errors.Internal("closed"), MemoryError(), OSError("no descriptor")])
+def test_what_cannot_be_sent_is_published(broker: Broker, refusal: Exception | None) -> None:
+    """As where there is no connection yet, or it is too long, or whatever goes wrong; the next one is sent again."""
     broker.refusals = [refusal]
     broker.answers = True
 
@@ -271,8 +282,8 @@ def test_who_waits_too_long_is_late(broker: Broker) -> None:
     late, slow = asyncio.run(main())
     assert [str(error) for error in late] == [str(group_commit.late(is_taken=False))]
     assert [str(error) for error in slow] == [str(group_commit.late(is_taken=True))]
-    assert broker.groups == [["slow"], ["next"]]
-    assert broker.published == []
+    # A broker that does not answer is left to threads.
+    assert (broker.groups, broker.published) == ([["slow"]], [["next"]])
 
 
 def test_who_is_canceled_holds_nobody_up(broker: Broker) -> None:
@@ -342,10 +353,11 @@ class WithoutReaders(asyncio.SelectorEventLoop):
 
 
 def test_a_loop_without_readers_leaves_it_to_threads(broker: Broker) -> None:
-    """After a first attempt, what may have arrived by which is published under the same id."""
+    """Nothing is sent, so nothing is published twice, and it is not asked again."""
 
     async def main() -> None:
         assert await broker.publish("a") == [None]
+        assert not broker.sent[0].is_begun
         assert broker.sent[0].is_closed
         assert await broker.publish("b") == [None]
 
@@ -375,7 +387,10 @@ def test_closing_waits_for_what_is_on_its_way(broker: Broker) -> None:
 
 
 def test_closing_waits_no_longer_than_it_may(broker: Broker) -> None:
-    """A broker that does not answer keeps nobody from closing; what was not sent to its end a thread publishes."""
+    """A broker that does not answer keeps nobody from closing; what was not sent to its end a thread publishes.
+
+    So is what waits behind that, meanwhile.
+    """
     broker.width = broker.group._ways = 2
 
     async def main() -> None:
@@ -387,13 +402,15 @@ def test_closing_waits_no_longer_than_it_may(broker: Broker) -> None:
             half = broker.publish("half")
             await turn()
         assert broker.groups == [["mute"], ["half"]]
+        behind = broker.publish("behind")
+        await turn()
         began = monotonic()
-        broker.tasks.close(0.05)
-        assert 0.05 <= monotonic() - began < 15
-        assert await half == [None]
+        broker.tasks.close(0.5)
+        assert 0.5 <= monotonic() - began < 15
+        assert [await half, await behind] == [[None], [None]]
 
     asyncio.run(main())
-    assert broker.published == [["half"]]
+    assert sorted(id for ids in broker.published for id in ids) == ["behind", "half"]
 
 
 def test_a_loop_that_has_ended_is_no_harm(broker: Broker) -> None:
@@ -441,17 +458,15 @@ def test_a_time_limit_strikes_in_the_task(broker: Broker) -> None:
     """Not in a callback of the loop's, which would log it and go on: where the task goes on that has published."""
     shield = Shield()
 
-    class Struck(Sent):
-        def confirm(self) -> list[bool] | None:
-            # What the watchdog does when the time is over in the middle of this.
-            assert shield.depth
-            shield.is_due = True
-            return super().confirm()
+    def strike() -> None:
+        # What the watchdog does when the time is over in the middle of this.
+        assert shield.depth
+        shield.is_due = True
 
     async def main() -> None:
         task = broker.publish("a")
         await turn()
-        broker.sent[0].__class__ = Struck
+        broker.sent[0].on_answer = strike
         broker.sent[0].answer()
         with pytest.raises(HandlerTimeout):
             await task
@@ -468,3 +483,134 @@ def test_a_time_limit_strikes_in_the_task(broker: Broker) -> None:
     thread.start()
     thread.join(30)
     assert done
+
+
+def test_whoever_waits_does_so_only_for_a_while(broker: Broker) -> None:
+    """Behind what is not answered, too, and behind what was sent after that: nobody else has to come along."""
+    broker.group._ways = 3
+
+    async def main() -> None:
+        mute = [broker.publish("mute"), broker.publish("other")]
+        await broker.has_sent(2)
+        assert broker.groups == [["mute"], ["other"]]
+        behind = broker.publish("behind"), broker.publish("and it")
+        broker.sent[1].answer()
+        await broker.has_sent(3)
+        broker.sent[2].answer()
+        assert [await task for task in behind] == [[None], [None]]
+        assert not mute[0].done()
+        broker.sent[0].answer()
+        await asyncio.gather(*mute)
+
+    asyncio.run(main())
+    assert not broker.has_threads()
+
+
+def test_a_call_takes_no_longer_than_it_may(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks are told by the backend, before their own time is over; a thread finds out what is the matter."""
+    monkeypatch.setattr(Sent, "timeout", 0.02)
+
+    async def main() -> None:
+        found = await asyncio.gather(*(broker.publish(id) for id in ("mute", "behind")))
+        assert [[str(error) for error in results] for results in found] == [["the broker is mute"], ["None"]]
+        # It was as it should be then.
+        broker.answers = True
+        assert await broker.publish("next") == [None]
+
+    asyncio.run(main())
+    assert broker.published == [["behind"]]
+    assert broker.groups == [["mute"], ["next"]]
+
+
+def test_groups_are_no_larger_than_they_may(broker: Broker) -> None:
+    """What would make one too large begins the next; a single request goes whole."""
+    broker.answers = True
+
+    async def main() -> None:
+        broker.answers = False
+        tasks = [broker.publish("first")]
+        await turn()
+        tasks += [broker.publish(*(f"{n}-{m}" for m in range(200))) for n in range(3)]
+        tasks += [broker.publish(*(f"large-{m}" for m in range(600)))]
+        await turn()
+        broker.answers = True
+        broker.sent[0].answer()
+        assert all(not any(results) for results in [await task for task in tasks])
+
+    asyncio.run(main())
+    assert [len(ids) for ids in broker.groups] == [1, 400, 200, 600]
+
+
+def test_a_signals_handler_closes_when_that_is_done(broker: Broker) -> None:
+    """Not in the middle of reading an answer, which it would wait for."""
+
+    async def main() -> None:
+        tasks = broker.publish("a"), broker.publish("b")
+        await turn()
+        # As Python runs a handler: in the middle of what the main thread does.
+        broker.sent[0].on_answer = lambda: broker.tasks.close(20)
+        broker.sent[0].answer()
+        began = monotonic()
+        assert [await task for task in tasks] == [[None], [None]]
+        assert monotonic() - began < 15
+
+    asyncio.run(main())
+    assert (broker.groups, broker.published) == ([["a"]], [["b"]])
+
+
+def test_what_was_read_and_not_ended_is_ended_by_closing(broker: Broker) -> None:
+    """Where an interrupt came in between."""
+
+    async def main() -> None:
+        task = broker.publish("a")
+        await turn()
+
+        def interrupt() -> None:
+            broker.sent[0].on_answer = None
+            raise ZeroDivisionError
+
+        broker.sent[0].on_answer = interrupt
+        broker.sent[0].answer()
+        raised = list[Any]()
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: raised.append(context["exception"]))
+        await turn()
+        assert [type(error) for error in raised] == [ZeroDivisionError]
+        assert not task.done()
+        began = monotonic()
+        broker.tasks.close(20)
+        assert monotonic() - began < 15
+        assert await task == [None]
+
+    asyncio.run(main())
+
+
+def test_closing_in_another_thread_waits_as_well(broker: Broker) -> None:
+    """For what the loop of this one looks after, while it goes on."""
+
+    async def main() -> None:
+        task = broker.publish("a")
+        await turn()
+        closing = asyncio.get_running_loop().run_in_executor(None, broker.tasks.close, 20.0)
+        done, _ = await asyncio.wait([closing], timeout=0.1)
+        assert not done
+        broker.sent[0].answer()
+        await closing
+        assert await task == [None]
+
+    asyncio.run(main())
+
+
+def test_what_a_task_has_forked_leaves_alone_what_is_on_its_way(broker: Broker) -> None:
+    """It shares the descriptors, and would take the parent's answer."""
+
+    async def main() -> None:
+        task = broker.publish("a")
+        await turn()
+        broker.sent[0].answer()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(broker.tasks, "_pid", -1)
+            await turn()
+            assert not task.done()
+        assert await task == [None]
+
+    asyncio.run(main())

@@ -15,7 +15,7 @@ from kq.backends.redis_address import address_of
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connection, Connector
-from kq.backends.redis_error import Broken, Late, Refusal
+from kq.backends.redis_error import Broken, Late, RedisErrors, Refusal
 from kq.backends.redis_line import Lines
 from kq.backends.redis_sent import Sent
 
@@ -203,13 +203,28 @@ class Wire:
         ours.settimeout(0)
         self.server.settimeout(10)
         self.line = Connection(ours)
-        self.put_away: list[Connection] = []
+        self.lines = Lines(_none, 5.0)
+
+    def prepare(self, commands: bytes, *numbers: int) -> Sent:
+        """Prepare something to be sent."""
+        return Sent(self.line, commands, numbers, self.lines, RedisErrors("redis://host"))
 
     def send(self, commands: bytes, *numbers: int) -> Sent:
         """Send as much as there is room for."""
-        sent = Sent(self.line, memoryview(commands), numbers, self.put_away.append)
+        sent = self.prepare(commands, *numbers)
         sent.write()
         return sent
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the connection has been put back for others; takes it."""
+        line = self.lines.spare()
+        assert line in (None, self.line)
+        return line is not None
+
+
+def _none() -> Connection:
+    raise Broken("there is none")
 
 
 @pytest.fixture
@@ -230,31 +245,33 @@ def test_answers_to_what_was_sent_come_in_pieces(wire: Wire) -> None:
     assert sent.confirm() is None
     wire.server.sendall(b"\r\n")
     assert sent.confirm() == [True] * 4
-    assert wire.put_away == []
+    assert not wire.is_free
     sent.close()
-    assert wire.put_away == [wire.line]
+    assert wire.is_free
 
 
 @pytest.mark.parametrize(
-    ("answer", "stored"),
+    ("answer", "stored", "is_free"),
     [
-        (b":2\r\n:1\r\n", [True, True, True]),
-        (b":-1\r\n:1\r\n", [False, False, True]),
-        (b":1\r\n:1\r\n", [False, False, True]),
-        (b":2\r\n-NOSCRIPT No matching script\r\n", [True, True, False]),
-        (b"-READONLY no\r\n-READONLY no\r\n", [False] * 3),
-        (b"what\r\n", [False] * 3),
-        (b":2\r\n-LOADING soon\r\n", [True, True, False]),
+        (b":2\r\n:1\r\n", [True, True, True], True),
+        (b":-1\r\n:1\r\n", [False, False, True], True),
+        (b":1\r\n:0\r\n", [False, False, False], True),
+        (b":2\r\n-NOSCRIPT No matching script\r\n", [True, True, False], False),
+        (b"-READONLY no\r\n-READONLY no\r\n", [False] * 3, False),
+        (b"what\r\n", [False] * 3, False),
+        (b":2\r\n-LOADING soon\r\n", [True, True, False], False),
     ],
 )
-def test_what_is_known_to_be_stored(wire: Wire, answer: bytes, stored: list[bool]) -> None:
-    """What was answered otherwise is not; only a connection on which all went well is used again."""
+def test_what_is_known_to_be_stored(wire: Wire, answer: bytes, stored: list[bool], is_free: bool) -> None:
+    """What was answered otherwise is not; a connection on which something went wrong is not used again."""
     sent = wire.send(b"x", 2, 1)
     wire.server.sendall(answer)
     assert sent.confirm() == stored
+    # Whoever was interrupted then asks again.
+    assert sent.confirm() == stored
     sent.close()
-    assert (wire.put_away == [wire.line]) == all(stored)
-    assert wire.line.is_closed != all(stored)
+    assert wire.is_free == is_free
+    assert wire.line.is_closed != is_free
 
 
 def test_what_breaks_after_a_part_is_stored_in_part(wire: Wire) -> None:
@@ -289,6 +306,15 @@ def test_what_is_given_up_leaves_no_answer_behind(wire: Wire) -> None:
     """Its connection is closed, not kept: the next one would read it."""
     sent = wire.send(b"x", 1)
     assert sent.confirm() is None
+    error = sent.late()
+    assert error.details["reason"] == "timeout"
+    assert "redis://host: no answer within 5 s" in str(error)
     sent.close()
     assert wire.line.is_closed
-    assert wire.put_away == []
+    assert not wire.is_free
+
+
+def test_what_was_not_sent_leaves_the_connection_as_it_was(wire: Wire) -> None:
+    """Which others can have."""
+    wire.prepare(b"x", 1).close()
+    assert wire.is_free
