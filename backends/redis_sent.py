@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_connection import Connection
-from kq.backends.redis_error import Broken, Late, RedisError, RedisErrors
+from kq.backends.redis_error import Broken, Late, RedisErrors
 from kq.backends.redis_line import Lines
 from kq.errors import Error
 
@@ -28,8 +29,7 @@ class Sent:
     """
 
     __slots__ = (
-        "_answers", "_commands", "_errors", "_is_clean", "_is_free", "_line", "_lines", "_missing", "_stored",
-        "timeout",
+        "_answers", "_commands", "_errors", "_got", "_is_free", "_line", "_lines", "_numbers", "timeout",
     )  # fmt: skip
 
     def __init__(
@@ -42,12 +42,9 @@ class Sent:
         #: What there has been no room for so far.
         self._commands = memoryview(commands)
         self._answers = Answers(line.socket)
-        #: The numbers of the commands that have not been answered, the next one last.
-        self._missing = list(reversed(numbers))
-        #: For each message of the others, whether it is stored.
-        self._stored: list[bool] = []
-        #: Whether nothing has gone wrong.
-        self._is_clean = True
+        self._numbers = numbers
+        #: What has been answered; None instead of what will not be.
+        self._got: list[Any] = []
         #: Whether nothing is on its way over the connection.
         self._is_free = True
 
@@ -70,22 +67,21 @@ class Sent:
 
     def confirm(self) -> list[bool] | None:
         """See `kq.backend.Unconfirmed`."""
+        got = self._got
         try:
-            while self._missing:
-                answer = self._answers.read()
-                number = self._missing.pop()
-                self._stored += [answer == number] * number
-                # What an error says of the connection is not looked into here.
-                self._is_clean = self._is_clean and not isinstance(answer, RedisError)
+            while len(got) < len(self._numbers):
+                got.append(self._answers.read())
         except self._line.not_now:
             # What there is of a line is kept.
             return None
         except (OSError, Broken):
-            self._is_clean = False
-            self._stored += [False] * sum(self._missing)
-            self._missing.clear()
-        self._is_free = self._is_clean
-        return self._stored
+            got += [None] * (len(self._numbers) - len(got))
+        # What an error says of the connection is not looked into here.
+        self._is_free = all(isinstance(answer, int) for answer in got)
+        stored: list[bool] = []
+        for number, answer in zip(self._numbers, got, strict=True):
+            stored += [answer == number] * number
+        return stored
 
     def late(self) -> Error:
         """See `kq.backend.Unconfirmed`."""

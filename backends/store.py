@@ -24,10 +24,6 @@ TAKE_BYTES: Final = 8 * 2**20
 TAKE_MOST: Final = 500
 
 
-#: Messages of one `Store.send` at most, bytes of their bodies together, and of each: what takes no time to prepare.
-SEND_MOST: Final = 500
-SEND_BYTES: Final = 2**20
-SEND_LONG: Final = 65536
 #: Stands in the keys of dead letters whose id another one has already, behind the id. No publisher's id has it.
 AGAIN: Final = "\x02"
 
@@ -71,7 +67,7 @@ class Lot(NamedTuple):
     """
 
     queue: str
-    entries: Sequence[Entry]
+    entries: list[Entry]
     max_length: int | None
 
 
@@ -247,10 +243,7 @@ class Store(Protocol):
         ...
 
     def send(self, lots: Sequence[Lot]) -> Unconfirmed | None:
-        """Prepare messages to be stored as `put` would; see `kq.backend.Backend.send`.
-
-        They are no more than `SEND_MOST` and no larger than `SEND_BYTES` and `SEND_LONG` say.
-        """
+        """Prepare messages to be stored as `put` would; see `kq.backend.Backend.send`."""
         ...
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:

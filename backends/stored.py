@@ -6,7 +6,6 @@ It reaches its store through kq's own Kombu transport, as ``channel.store``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from itertools import groupby
 from math import ceil, isfinite
 from threading import RLock
 from time import monotonic
@@ -26,7 +25,7 @@ from kq.backend import (
     unknown_options,
 )
 from kq.backends import kombu_lock  # noqa: F401
-from kq.backends.store import PAGE, SEND_BYTES, SEND_LONG, SEND_MOST, BrokerAway, Entry, Lot, Store, pages
+from kq.backends.store import PAGE, BrokerAway, Entry, Lot, Store, pages
 from kq.backends.stored_feed import StoredFeed
 from kq.backends.stored_replay import Replay
 from kq.backends.tls_parameters import separate
@@ -166,29 +165,19 @@ class StoredBackend:
         """See `Backend.send`."""
         # Not through `_store`, which waits for whoever connects.
         store = self._shared
-        if store is None or not self._may_be_sent(batch):
+        if store is None:
             return None
-        lots = [
-            Lot(queue, [_entry(publication) for publication in several], self._max_length.get(queue))
-            for queue, several in groupby(batch, _queue_of)
-        ]
-        return store.send(lots)
-
-    def _may_be_sent(self, batch: Sequence[Publication]) -> bool:
-        """Look at what takes no time to look at."""
-        if len(batch) > SEND_MOST:
-            return False
-        size = 0
+        lots: list[Lot] = []
         for publication in batch:
-            length = len(publication.envelope.body)
-            if length > SEND_LONG:
-                return False
-            size += length
-        if size > SEND_BYTES:
-            return False
-        # There may be room for some, and those may have been taken by when all are published once more.
-        limited = [queue for queue in map(_queue_of, batch) if queue in self._max_length]
-        return len(limited) == len(set(limited))
+            queue = publication.queue.id
+            if not lots or lots[-1].queue != queue:
+                lots.append(Lot(queue, [_entry(publication)], self._max_length.get(queue)))
+                continue
+            if lots[-1].max_length is not None:
+                # There may be room for some, and those may have been taken by when all are published once more.
+                return None
+            lots[-1].entries.append(_entry(publication))
+        return store.send(lots)
 
     def _put(self, store: Store, queue: str, entries: list[Entry], deadline: float) -> int | None:
         def put() -> int | None:
@@ -300,10 +289,6 @@ class StoredBackend:
             self._shared = None
         self._connection.close()
         self._own.close()
-
-
-def _queue_of(publication: Publication) -> str:
-    return publication.queue.id
 
 
 def _entry(publication: Publication) -> Entry:

@@ -23,9 +23,9 @@ from weakref import WeakValueDictionary
 
 from kq.backend import Publication
 from kq.errors import Error, Internal
-from kq.group_commit import MAX_GROUP, GroupCommit, late, length
+from kq.group_commit import MAX_GROUP, GroupCommit, length
 from kq.loop_commit import LoopCommit, Request, Results, Sender, no_sender
-from kq.shield import deferring, shielded
+from kq.shield import deferring, shielding, strike
 
 #: Seconds without anything to publish after which a thread ends; the next task starts another one.
 _QUIET: Final = 10.0
@@ -77,17 +77,16 @@ class AsyncCommit:
         loop = get_running_loop()
         request = Request(batch, monotonic() + timeout, loop)
         # A sync handler's time limit must not strike in here, where it runs a loop of its own.
-        with shielded():
-            self._guard(partial(self._take, request))
-        timer = loop.call_later(timeout, _expire, request)
+        self._guard(partial(self._take, request))
+        if not request.is_sent:
+            request.arm()
         try:
+            # Here it does, also where it was due in the middle of what the loop has done for this.
+            strike()
             return await request.future
         finally:
-            request.is_over = True
-            timer.cancel()
-            with shielded():
-                # Here it strikes where it was due in the middle of what the loop has done for this.
-                pass
+            request.leave()
+            strike()
 
     def close(self, patience: float) -> None:
         """Publish what has been handed in, and end the threads; what is handed in later starts another. Idempotent.
@@ -110,11 +109,9 @@ class AsyncCommit:
             for commit in commits:
                 for request in commit.take_back():
                     self._pass_on(request)
+            here = _running_loop()
             for commit in commits:
-                if commit.runs_elsewhere(self._mine.commit):
-                    commit.wait(until)
-                else:
-                    commit.finish(until)
+                commit.wait(here, until)
             with self._lock:
                 threads, self._threads, self._busy = self._threads, [], 0
                 requests, self._requests = self._requests, SimpleQueue()
@@ -136,29 +133,33 @@ class AsyncCommit:
             # Forked by a task: what is on its way is the parent's business.
             return
         me = get_ident()
-        # First of all: a signal's handler must not wait for a thread that waits for the lock.
-        is_first = me not in self._inside
-        self._inside.add(me)
+        if me in self._inside:
+            step()
+            return
+        shield = shielding()
+        if shield is not None:
+            shield.__enter__()
         try:
-            with deferring():
-                step()
+            # First of all: a signal's handler must not wait for a thread that waits for the lock.
+            self._inside.add(me)
+            step()
         finally:
-            if is_first:
-                self._leave(me)
+            self._leave(me)
+            if shield is not None:
+                shield.leave()
 
     def _take(self, request: Request) -> None:
-        if self._sender() is None:
+        mine = self._mine
+        if mine.commit is not None and mine.loop is request.loop:
+            mine.commit.hand_in(request)
+        elif self._sender() is None:
             self._pass_on(request)
         else:
-            self._loop_commit(request.loop).hand_in(request)
-
-    def _loop_commit(self, loop: AbstractEventLoop) -> LoopCommit:
-        mine = self._mine
-        if mine.commit is None or mine.loop is not loop:
-            mine.loop, mine.commit = loop, LoopCommit(self._commit, self._sender, self._pass_on, self._guard)
+            commit = LoopCommit(self._commit, self._sender, self._pass_on, self._guard)
             with self._lock:
-                self._loop_commits[id(mine.commit)] = mine.commit
-        return mine.commit
+                self._loop_commits[id(commit)] = commit
+            mine.loop, mine.commit = request.loop, commit
+            commit.hand_in(request)
 
     def _pass_on(self, request: Request) -> None:
         """Have a thread publish what a loop cannot, or has not."""
@@ -274,10 +275,8 @@ def _tell(told: list[tuple[Request, Results | BaseException]]) -> None:
             request.tell(outcome)
 
 
-def _expire(request: Request) -> None:
-    """Tell a task whose time is over; on its loop."""
-    if request.future.done():
-        return
-    with deferring():
-        request.is_over = True
-        request.tell([late(is_taken=request.is_taken)] * len(request.batch))
+def _running_loop() -> AbstractEventLoop | None:
+    try:
+        return get_running_loop()
+    except RuntimeError:
+        return None

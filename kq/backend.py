@@ -26,6 +26,13 @@ from kq.retry import RetryPolicy
 Reason = Literal["unavailable", "timeout", "refused", "blocked", "unroutable", "full"]
 
 
+#: Messages of one `Backend.send` at most, bytes of their bodies together, and of each: what takes an event loop no time
+#: to prepare.
+SEND_MOST: Final = 200
+SEND_BYTES: Final = 2**20
+SEND_LONG: Final = 65536
+
+
 class QueueSpec(msgspec.Struct, frozen=True):
     """A queue as declared.
 
@@ -333,7 +340,8 @@ class Backend(Protocol):
         may hold up. Thread-safe, and no call of `publish` as far as `Capabilities.concurrent_publishes` goes.
 
         Args:
-            batch: Messages, in order; their queues have been declared.
+            batch: Messages, in order; their queues have been declared. No more than `SEND_MOST`, and no larger than
+                `SEND_BYTES` and `SEND_LONG` say.
 
         Raises:
             Error: If the backend is closed.

@@ -120,7 +120,8 @@ class GroupCommit:
 
         None where one of those has to end before.
         """
-        if not under_way:
+        # Nobody waits behind what was sent to a broker that has been found otherwise since: that is for others to see.
+        if not under_way or not self._proven:
             return 0.0
         width = self.width
         if under_way >= width:

@@ -11,17 +11,18 @@ from asyncio import AbstractEventLoop, Future, TimerHandle
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from threading import Event
 from time import monotonic
 from typing import Final
 
-from kq.backend import Publication, Unconfirmed
+from kq.backend import SEND_BYTES, SEND_LONG, SEND_MOST, Publication, Unconfirmed
 from kq.errors import Error
-from kq.group_commit import GroupCommit
-from kq.waker import Lookout
+from kq.group_commit import GroupCommit, late, length
+from kq.shield import deferring
 
-#: Publications that one group carries at most.
-_MOST: Final = 500
+#: Seconds after which it is looked again whether another thread's loop still runs.
+_LOOK_AGAIN: Final = 0.05
 
 Results = list[Error | None]
 Stored = Sequence[bool]
@@ -32,17 +33,40 @@ Sender = Callable[[], Send | None]
 class Request:
     """What a task has handed in, and waits for."""
 
-    __slots__ = ("batch", "deadline", "future", "is_over", "is_taken", "loop")
+    __slots__ = ("_timer", "batch", "deadline", "future", "is_over", "is_sent", "is_taken", "loop", "size")
 
     def __init__(self, batch: Sequence[Publication], deadline: float, loop: AbstractEventLoop) -> None:
         self.batch = batch
         self.deadline = deadline
         self.loop = loop
         self.future: Future[Results] = loop.create_future()
+        #: Bytes of all bodies.
+        self.size = sum(len(publication.envelope.body) for publication in batch)
         #: Whether somebody has begun with it; then it may be published.
         self.is_taken = False
+        #: Whether a loop has, which sees to it that it is told in time.
+        self.is_sent = False
         #: Whether nobody waits for it any more.
         self.is_over = False
+        self._timer: TimerHandle | None = None
+
+    @property
+    def may_be_sent(self) -> bool:
+        """Whether `Backend.send` takes it."""
+        if len(self.batch) > SEND_MOST or self.size > SEND_BYTES:
+            return False
+        return self.size <= SEND_LONG or all(len(one.envelope.body) <= SEND_LONG for one in self.batch)
+
+    def arm(self) -> None:
+        """Have the task told once its time is over, unless it is before; on its loop."""
+        if self._timer is None and not self.future.done():
+            self._timer = self.loop.call_later(self.deadline - monotonic(), self._expire)
+
+    def leave(self) -> None:
+        """Say that nobody waits for it any more; on its loop."""
+        self.is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
 
     def tell(self, outcome: Results | BaseException) -> None:
         """Wake the task up, unless it has been told already; on its loop."""
@@ -52,6 +76,13 @@ class Request:
             self.future.set_exception(outcome)
         else:
             self.future.set_result(outcome)
+
+    def _expire(self) -> None:
+        if self.future.done():
+            return
+        with deferring():
+            self.is_over = True
+            self.tell([late(is_taken=self.is_taken)] * len(self.batch))
 
 
 class LoopCommit:
@@ -86,9 +117,14 @@ class LoopCommit:
 
     def hand_in(self, request: Request) -> None:
         """Publish what a task has: at once, or behind what is on its way."""
-        self._waiting.append(request)
-        if not self._is_gathering:
-            self._go_on()
+        if not request.may_be_sent:
+            self._pass_on(request)
+        elif self._groups or self._waiting or self._is_gathering:
+            self._waiting.append(request)
+            if not self._is_gathering:
+                self._go_on()
+        elif not self._leave([request]):
+            self._pass_on(request)
 
     def take_back(self) -> list[Request]:
         """Return the requests that nobody has begun with: they are the caller's now. Thread-safe."""
@@ -97,34 +133,42 @@ class LoopCommit:
             requests.append(request)
         return requests
 
-    def runs_elsewhere(self, mine: LoopCommit | None) -> bool:
-        """Tell whether there is something on its way which another thread's loop looks after. Thread-safe."""
-        return self is not mine and any(group.loop.is_running() for group in list(self._groups))
+    def wait(self, here: AbstractEventLoop | None, until: float) -> None:
+        """Wait for what is on its way until then, at most: others' loops, that run, look after it, or this does.
 
-    def wait(self, until: float) -> None:
-        """Wait for what is on its way until then, at most, while the loop runs in another thread. Thread-safe."""
-        ended = Event()
-        self._watchers.append(ended)
-        if self._groups:
-            ended.wait(max(0.0, until - monotonic()))
+        Thread-safe.
 
-    def finish(self, until: float) -> None:
-        """Wait for what is on its way until then, at most, while the loop stands still.
-
-        What has not been sent to its end is passed on.
+        Args:
+            here: The loop that runs in the calling thread, and stands still meanwhile.
+            until: As of `monotonic`.
         """
-        for group in list(self._groups):
-            # What has arrived may have been read already, if somebody was interrupted then. Where the loop is closed
-            # nobody waits there.
-            with suppress(RuntimeError):
-                if group.is_writing:
-                    group.refuse()
-                else:
-                    group.read()
-        while self._groups and (left := until - monotonic()) > 0:
-            for group in Lookout(*self._groups).ready(left):
+        while any(group.loop is not here and group.loop.is_running() for group in list(self._groups)):
+            left = until - monotonic()
+            if left <= 0:
+                return
+            ended = Event()
+            self._watchers.append(ended)
+            if self._groups:
+                ended.wait(min(left, _LOOK_AGAIN))
+        self._finish(until)
+
+    def _finish(self, until: float) -> None:
+        """See to what is on its way instead of a loop that does not run."""
+        # What has arrived may have been read already, if somebody was interrupted then.
+        ready = [(group, EVENT_READ) for group in self._groups]
+        while True:
+            for group, events in ready:
+                # A loop that is closed takes nothing more, and nobody waits there.
                 with suppress(RuntimeError):
-                    group.read()
+                    group.proceed(events)
+            left = min([until, *(group.until for group in self._groups)]) - monotonic()
+            if not self._groups or until <= monotonic():
+                return
+            with DefaultSelector() as selector:
+                for group in self._groups:
+                    selector.register(group, EVENT_READ | (EVENT_WRITE if group.is_writing else 0), group)
+                ready = [(key.data, events) for key, events in selector.select(max(0.0, left))]
+            ready += [(group, 0) for group in self._groups if group.until <= monotonic()]
 
     def _go_on(self) -> None:
         self._is_gathering = False
@@ -146,13 +190,14 @@ class LoopCommit:
 
     def _gather(self) -> list[Request]:
         requests = list[Request]()
-        size = 0
+        number = size = 0
         queues = set[str]()
         while (request := self._next()) is not None:
             # Else nobody waits for it any more, or the loop has been held up and says so when it goes on.
             if not request.is_over and monotonic() < request.deadline:
-                size += len(request.batch)
-                if size > _MOST and requests:
+                number += len(request.batch)
+                size += request.size
+                if requests and (number > SEND_MOST or size > SEND_BYTES):
                     self._waiting.appendleft(request)
                     break
                 requests.append(request)
@@ -170,7 +215,10 @@ class LoopCommit:
 
     def _leave(self, requests: list[Request]) -> bool:
         """Send a group; False where that cannot be, and nothing has been sent."""
-        batch = [publication for request in requests for publication in request.batch]
+        if len(requests) == 1:
+            batch = requests[0].batch
+        else:
+            batch = [publication for request in requests for publication in request.batch]
         send = self._sender()
         if send is None or not self._commit.is_ready(batch):
             return False
@@ -189,41 +237,44 @@ class LoopCommit:
         self._groups.add(group)
         self._sent_at = group.sent_at
         for request in requests:
-            request.is_taken = True
-        group.write()
+            request.is_taken = request.is_sent = True
         return True
 
     def _end(self, group: _Group, stored: Stored | None) -> None:
-        """Tell the tasks of a group what is stored of it, unless it is given up, and go on."""
-        self._groups.discard(group)
-        if stored is None:
-            self._commit.doubt()
-            if group.is_late:
-                late = group.unconfirmed.late()
+        """Tell the tasks of a group what is stored of it, or that it is given up, and go on."""
+        try:
+            if stored is None:
+                self._commit.doubt()
+                error = group.unconfirmed.late() if group.is_late else late(is_taken=True)
                 for request in group.requests:
-                    request.tell([late] * len(request.batch))
-        else:
-            self._tell(group, stored)
-        if not self._groups:
-            while self._watchers:
-                self._watchers.pop().set()
-            if self._pause is not None:
-                self._pause.cancel()
-                self._pause = None
+                    request.tell([error] * len(request.batch))
+            else:
+                self._tell(group, stored)
+        finally:
+            self._groups.discard(group)
+            if not self._groups:
+                while self._watchers:
+                    self._watchers.pop().set()
+                if self._pause is not None:
+                    self._pause.cancel()
+                    self._pause = None
         if self._waiting or len(group.requests) > 1:
             # Behind them, so that what they publish next goes together.
-            self._is_gathering = True
             group.loop.call_soon(self._guard, self._go_on)
+            self._is_gathering = True
 
     def _tell(self, group: _Group, stored: Stored) -> None:
-        if all(stored):
-            self._commit.learn(monotonic() - group.sent_at, len(stored))
+        took = monotonic() - group.sent_at
+        # A loop that is busy finds everything to take long.
+        if all(stored) and length(took, len(stored)) <= 1:
+            self._commit.learn(took, len(stored))
         start = 0
         for request in group.requests:
             end = start + len(request.batch)
             if all(stored[start:end]):
                 request.tell([None] * len(request.batch))
             elif not request.is_over:
+                request.arm()
                 self._pass_on(request)
             start = end
 
@@ -237,7 +288,7 @@ class _Group:
 
     __slots__ = (
         "_ended", "_fd", "_guard", "_is_over", "_timer", "is_late", "is_writing", "loop", "requests", "sent_at",
-        "unconfirmed",
+        "unconfirmed", "until",
     )  # fmt: skip
 
     def __init__(
@@ -249,47 +300,58 @@ class _Group:
         self.loop = requests[0].loop
         self.is_writing = False
         self.sent_at = monotonic()
+        # Those that have had to wait have less time, and are told when that is over.
+        last = max([request.deadline for request in requests])
+        self.until = min(last, self.sent_at + unconfirmed.timeout)
+        #: Whether it is given up because the broker has taken too long, and not because there is no time.
+        self.is_late = self.until < last
         self._guard = guard
         self._ended = ended
         self._is_over = False
         self._fd = unconfirmed.fileno()
         try:
-            self.loop.add_reader(self._fd, guard, self.read)
-            left = max(request.deadline for request in requests) - self.sent_at
-            # Else each is told when its own time is over.
-            self.is_late = unconfirmed.timeout <= left
-            self._timer = self.loop.call_later(min(left, unconfirmed.timeout), guard, self._give_up)
+            self.loop.add_reader(self._fd, guard, self._read)
+            # As early as may be: the broker works while the rest is done here.
+            self._write()
+            self._timer = self.loop.call_later(self.until - self.sent_at, guard, self._give_up)
         except NotImplementedError:
             unconfirmed.close()
             raise
         except BaseException:
             self.loop.remove_reader(self._fd)
+            if self.is_writing:
+                self.loop.remove_writer(self._fd)
             unconfirmed.close()
             raise
 
     def fileno(self) -> int:
         return self._fd
 
-    def write(self) -> None:
-        """Send what there is room for, and the rest when there is."""
+    def proceed(self, events: int) -> None:
+        """Do what the loop would do if it ran; 0 where the time may be over."""
+        if events & EVENT_WRITE:
+            self._write()
+        if events & EVENT_READ:
+            self._read()
+        if self.until <= monotonic():
+            self._give_up()
+
+    def _write(self) -> None:
         is_writing = not self.unconfirmed.write()
         if is_writing and not self.is_writing:
-            self.loop.add_writer(self._fd, self._guard, self.write)
+            self.loop.add_writer(self._fd, self._guard, self._write)
         elif self.is_writing and not is_writing:
             self.loop.remove_writer(self._fd)
         self.is_writing = is_writing
 
-    def read(self) -> None:
-        """End it, if it has been answered."""
+    def _read(self) -> None:
         stored = self.unconfirmed.confirm()
         if stored is not None:
             self._end(stored)
 
-    def refuse(self) -> None:
-        """End it as if nothing were stored."""
-        self._end([False] * sum(len(request.batch) for request in self.requests))
-
     def _give_up(self) -> None:
+        # A loop that has been held up may come to this first.
+        self._read()
         self._end(None)
 
     def _end(self, stored: Stored | None) -> None:
@@ -297,12 +359,14 @@ class _Group:
         if self._is_over:
             return
         self._is_over = True
-        self._timer.cancel()
-        self.loop.remove_reader(self._fd)
-        if self.is_writing:
-            self.loop.remove_writer(self._fd)
-        self.unconfirmed.close()
-        self._ended(self, stored)
+        try:
+            self._timer.cancel()
+            self.loop.remove_reader(self._fd)
+            if self.is_writing:
+                self.loop.remove_writer(self._fd)
+            self.unconfirmed.close()
+        finally:
+            self._ended(self, stored)
 
 
 def no_sender() -> None:

@@ -88,7 +88,19 @@ def shielded() -> AbstractContextManager[None]:
 def deferring() -> AbstractContextManager[None]:
     """Return what does so where nothing may be raised, as in a callback of an event loop, which would only log it.
 
-    Whoever goes on after such a block has the time limit strike, if it is due, with an empty `shielded` one.
+    Whoever goes on after such a block calls `strike`.
     """
     shield = shielding()
     return _NONE if shield is None else _Deferring(shield)
+
+
+def strike() -> None:
+    """Have the time limit of the handler that runs in this thread strike, if it is due.
+
+    Raises:
+        HandlerTimeout: If it is.
+    """
+    shield = shielding()
+    if shield is not None:
+        with shield:
+            pass

@@ -6,7 +6,8 @@ import asyncio
 import selectors
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from kq import errors, group_commit
 from kq.async_commit import AsyncCommit
-from kq.backend import Publication, QueueSpec, Unconfirmed
+from kq.backend import SEND_BYTES, SEND_LONG, SEND_MOST, Publication, QueueSpec, Unconfirmed
 from kq.envelope import Envelope
 from kq.group_commit import GroupCommit
 from kq.shield import HandlerTimeout, Shield, carry
@@ -22,9 +23,10 @@ from kq.shield import HandlerTimeout, Shield, carry
 Results = list[errors.Error | None]
 
 
-def batch(*ids: str, queue: str = "app:a") -> list[Publication]:
+def batch(*ids: str, queue: str = "app:a", bodies: Sequence[bytes] = ()) -> list[Publication]:
     """Publications with these ids."""
-    return [Publication(QueueSpec(queue), Envelope(id, {}, {}, b"1")) for id in ids]
+    pairs = zip(ids, bodies or [b"1"] * len(ids), strict=True)
+    return [Publication(QueueSpec(queue), Envelope(id, {}, {}, body)) for id, body in pairs]
 
 
 class Sent:
@@ -43,6 +45,8 @@ class Sent:
         self.is_whole = asyncio.Event()
         #: Called in the middle of reading it.
         self.on_answer: Callable[[], None] | None = None
+        #: Called once it has been sent.
+        self.on_whole: Callable[[], None] | None = None
         self._answer = b""
 
     def fileno(self) -> int:
@@ -57,6 +61,9 @@ class Sent:
             self.blocked -= 1
             return False
         self.is_whole.set()
+        if self.on_whole is not None:
+            self.on_whole()
+            self.on_whole = None
         return True
 
     def confirm(self) -> list[bool] | None:
@@ -129,9 +136,11 @@ class Broker:
         """The ids that have been sent, group by group."""
         return [sent.ids for sent in self.sent]
 
-    def publish(self, *ids: str, timeout: float = 30.0, queue: str = "app:a") -> asyncio.Task[Results]:
+    def publish(
+        self, *ids: str, timeout: float = 30.0, queue: str = "app:a", bodies: Sequence[bytes] = ()
+    ) -> asyncio.Task[Results]:
         """Have a task publish messages."""
-        return asyncio.ensure_future(self.tasks.publish(batch(*ids, queue=queue), timeout))
+        return asyncio.ensure_future(self.tasks.publish(batch(*ids, queue=queue, bodies=bodies), timeout))
 
     def has_threads(self) -> bool:
         """Tell whether any were started for tasks."""
@@ -387,30 +396,79 @@ def test_closing_waits_for_what_is_on_its_way(broker: Broker) -> None:
 
 
 def test_closing_waits_no_longer_than_it_may(broker: Broker) -> None:
-    """A broker that does not answer keeps nobody from closing; what was not sent to its end a thread publishes.
-
-    So is what waits behind that, meanwhile.
-    """
-    broker.width = broker.group._ways = 2
+    """A broker that does not answer keeps nobody from closing; what waits behind it a thread publishes meanwhile."""
 
     async def main() -> None:
         broker.publish("mute")
         await turn()
-        broker.blocked = 1_000_000
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(group_commit, "_PATIENCE", 0.0)
-            half = broker.publish("half")
-            await turn()
-        assert broker.groups == [["mute"], ["half"]]
         behind = broker.publish("behind")
         await turn()
         began = monotonic()
         broker.tasks.close(0.5)
         assert 0.5 <= monotonic() - began < 15
-        assert [await half, await behind] == [[None], [None]]
+        assert await behind == [None]
 
     asyncio.run(main())
-    assert sorted(id for ids in broker.published for id in ids) == ["behind", "half"]
+    assert broker.published == [["behind"]]
+
+
+def test_closing_sends_what_there_was_no_room_for(broker: Broker) -> None:
+    """To its end, and waits for the answer."""
+    broker.blocked = 3
+
+    async def main() -> None:
+        task = broker.publish("a")
+        await broker.has_sent(1)
+        broker.sent[0].on_whole = broker.sent[0].answer
+        assert broker.sent[0].blocked
+        broker.tasks.close(20)
+        assert broker.sent[0].is_closed
+        assert await task == [None]
+
+    asyncio.run(main())
+    assert broker.published == []
+
+
+def test_closing_gives_up_what_has_no_time_left(broker: Broker) -> None:
+    """As what a loop that is closed has left behind: nobody waits for it."""
+
+    async def leave() -> None:
+        broker.publish("mute", timeout=0.2)
+        await turn()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    began = monotonic()
+    broker.tasks.close(20)
+    assert monotonic() - began < 15
+    assert broker.sent[0].is_closed
+
+
+def test_a_loop_that_stops_is_not_waited_for(broker: Broker) -> None:
+    """By whoever closes in another thread: what it has left behind is seen to there."""
+    loop = asyncio.new_event_loop()
+    running, go_on = Event(), Event()
+
+    async def leave() -> None:
+        broker.publish("a")
+        await turn()
+        running.set()
+        await asyncio.to_thread(go_on.wait, 30)
+
+    with ThreadPoolExecutor(2) as threads:
+        leaving = threads.submit(loop.run_until_complete, leave())
+        assert running.wait(30)
+        closing = threads.submit(broker.tasks.close, 20.0)
+        assert not closing.done()
+        go_on.set()
+        leaving.result(30)
+        began = monotonic()
+        broker.sent[0].answer()
+        closing.result(30)
+        assert monotonic() - began < 15
+    assert broker.sent[0].is_closed
+    loop.close()
 
 
 def test_a_loop_that_has_ended_is_no_harm(broker: Broker) -> None:
@@ -523,22 +581,29 @@ def test_a_call_takes_no_longer_than_it_may(broker: Broker, monkeypatch: pytest.
 
 
 def test_groups_are_no_larger_than_they_may(broker: Broker) -> None:
-    """What would make one too large begins the next; a single request goes whole."""
-    broker.answers = True
+    """What would make one too large begins the next; what is too large by itself is left to threads."""
+    long, much = b"1" * SEND_LONG, [b"1" * 1000] * (SEND_BYTES // 1000)
 
     async def main() -> None:
-        broker.answers = False
         tasks = [broker.publish("first")]
         await turn()
-        tasks += [broker.publish(*(f"{n}-{m}" for m in range(200))) for n in range(3)]
-        tasks += [broker.publish(*(f"large-{m}" for m in range(600)))]
+        tasks += [broker.publish(*(f"{n}-{m}" for m in range(SEND_MOST // 2 - 1))) for n in range(3)]
+        tasks += [broker.publish(f"long-{n}", bodies=[long]) for n in range(SEND_BYTES // SEND_LONG + 1)]
+        tasks += [broker.publish(*(f"many-{m}" for m in range(SEND_MOST + 1)))]
+        tasks += [
+            broker.publish("larger", bodies=[long + b"1"]),
+            broker.publish("and", "it", bodies=[b"1", long + b"1"]),
+        ]
+        tasks += [broker.publish(*(f"much-{n}" for n in range(len(much) + 1)), bodies=[*much, b"1" * 1000])]
         await turn()
         broker.answers = True
         broker.sent[0].answer()
-        assert all(not any(results) for results in [await task for task in tasks])
+        assert not any([any(await task) for task in tasks])
 
     asyncio.run(main())
-    assert [len(ids) for ids in broker.groups] == [1, 400, 200, 600]
+    assert [len(ids) for ids in broker.groups] == [1, SEND_MOST - 2, SEND_MOST // 2 - 1 + 15, 2]
+    published = {id.partition("-")[0] for ids in broker.published for id in ids}
+    assert published == {"and", "it", "larger", "many", "much"}
 
 
 def test_a_signals_handler_closes_when_that_is_done(broker: Broker) -> None:
@@ -614,3 +679,21 @@ def test_what_a_task_has_forked_leaves_alone_what_is_on_its_way(broker: Broker) 
         assert await task == [None]
 
     asyncio.run(main())
+
+
+def test_nobody_waits_behind_a_broker_that_is_doubted(broker: Broker) -> None:
+    """What comes after a publish that went wrong is a thread's, though something is on its way: that finds out."""
+
+    async def main() -> None:
+        mute, waiting = broker.publish("mute"), broker.publish("waiting")
+        await turn()
+        broker.group.doubt()
+        assert [await broker.publish("next"), await waiting] == [[None], [None]]
+        # And then it is as it should be.
+        broker.sent[0].answer()
+        broker.answers = True
+        assert [await mute, await broker.publish("last")] == [[None], [None]]
+
+    asyncio.run(main())
+    assert sorted(id for ids in broker.published for id in ids) == ["next", "waiting"]
+    assert broker.groups == [["mute"], ["last"]]
