@@ -92,8 +92,8 @@ class LoopCommit:
         commit: Whose rules it goes by.
         sender: Returns what sends publications, as `Backend.send` does; None where nothing does.
         pass_on: Has a request published in another way.
-        guard: Runs a step here which nothing must interrupt that calls anything here, or raises. All of them but
-            `hand_in` and `finish` go through it by themselves.
+        guard: Runs a step here, which nothing must interrupt that calls anything here, or raises. Those that the loop
+            calls go through it by themselves.
     """
 
     def __init__(
