@@ -167,15 +167,16 @@ class StoredBackend:
         store = self._shared
         if store is None:
             return None
+        if self._max_length and len(batch) > 1:
+            # Of several there may be room for some, and those may have been taken by when all are published once more.
+            limited = [publication.queue.id for publication in batch if publication.queue.id in self._max_length]
+            if len(limited) > len(set(limited)):
+                return None
         lots: list[Lot] = []
         for publication in batch:
             queue = publication.queue.id
             if not lots or lots[-1].queue != queue:
-                lots.append(Lot(queue, [_entry(publication)], self._max_length.get(queue)))
-                continue
-            if lots[-1].max_length is not None:
-                # There may be room for some, and those may have been taken by when all are published once more.
-                return None
+                lots.append(Lot(queue, [], self._max_length.get(queue)))
             lots[-1].entries.append(_entry(publication))
         return store.send(lots)
 

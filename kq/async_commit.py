@@ -25,7 +25,7 @@ from kq.backend import Publication
 from kq.errors import Error, Internal
 from kq.group_commit import MAX_GROUP, GroupCommit, length
 from kq.loop_commit import LoopCommit, Request, Results, Sender, no_sender
-from kq.shield import deferring, shielding, strike
+from kq.shield import deferring, strike
 
 #: Seconds without anything to publish after which a thread ends; the next task starts another one.
 _QUIET: Final = 10.0
@@ -78,8 +78,7 @@ class AsyncCommit:
         request = Request(batch, monotonic() + timeout, loop)
         # A sync handler's time limit must not strike in here, where it runs a loop of its own.
         self._guard(partial(self._take, request))
-        if not request.is_sent:
-            request.arm()
+        request.arm()
         try:
             # Here it does, also where it was due in the middle of what the loop has done for this.
             strike()
@@ -136,17 +135,13 @@ class AsyncCommit:
         if me in self._inside:
             step()
             return
-        shield = shielding()
-        if shield is not None:
-            shield.__enter__()
         try:
-            # First of all: a signal's handler must not wait for a thread that waits for the lock.
-            self._inside.add(me)
-            step()
+            with deferring():
+                # First of all: a signal's handler must not wait for a thread that waits for the lock.
+                self._inside.add(me)
+                step()
         finally:
             self._leave(me)
-            if shield is not None:
-                shield.leave()
 
     def _take(self, request: Request) -> None:
         mine = self._mine

@@ -33,7 +33,7 @@ Sender = Callable[[], Send | None]
 class Request:
     """What a task has handed in, and waits for."""
 
-    __slots__ = ("_timer", "batch", "deadline", "future", "is_over", "is_sent", "is_taken", "loop", "size")
+    __slots__ = ("_timer", "batch", "deadline", "future", "is_over", "is_taken", "loop", "size")
 
     def __init__(self, batch: Sequence[Publication], deadline: float, loop: AbstractEventLoop) -> None:
         self.batch = batch
@@ -44,8 +44,6 @@ class Request:
         self.size = sum(len(publication.envelope.body) for publication in batch)
         #: Whether somebody has begun with it; then it may be published.
         self.is_taken = False
-        #: Whether a loop has, which sees to it that it is told in time.
-        self.is_sent = False
         #: Whether nobody waits for it any more.
         self.is_over = False
         self._timer: TimerHandle | None = None
@@ -142,33 +140,22 @@ class LoopCommit:
             here: The loop that runs in the calling thread, and stands still meanwhile.
             until: As of `monotonic`.
         """
-        while any(group.loop is not here and group.loop.is_running() for group in list(self._groups)):
-            left = until - monotonic()
-            if left <= 0:
-                return
-            ended = Event()
-            self._watchers.append(ended)
-            if self._groups:
-                ended.wait(min(left, _LOOK_AGAIN))
-        self._finish(until)
-
-    def _finish(self, until: float) -> None:
-        """See to what is on its way instead of a loop that does not run."""
-        # What has arrived may have been read already, if somebody was interrupted then.
-        ready = [(group, EVENT_READ) for group in self._groups]
-        while True:
-            for group, events in ready:
+        while (groups := list(self._groups)) and (left := until - monotonic()) > 0:
+            if any(group.loop is not here and group.loop.is_running() for group in groups):
+                ended = Event()
+                self._watchers.append(ended)
+                if self._groups:
+                    ended.wait(min(left, _LOOK_AGAIN))
+                continue
+            for group in groups:
                 # A loop that is closed takes nothing more, and nobody waits there.
                 with suppress(RuntimeError):
-                    group.proceed(events)
-            left = min([until, *(group.until for group in self._groups)]) - monotonic()
-            if not self._groups or until <= monotonic():
-                return
-            with DefaultSelector() as selector:
-                for group in self._groups:
-                    selector.register(group, EVENT_READ | (EVENT_WRITE if group.is_writing else 0), group)
-                ready = [(key.data, events) for key, events in selector.select(max(0.0, left))]
-            ready += [(group, 0) for group in self._groups if group.until <= monotonic()]
+                    group.proceed()
+            groups = [group for group in groups if group in self._groups]
+            if groups:
+                left = max(0.0, min([until, *(group.until for group in groups)]) - monotonic())
+                # Another thread may have its loop go on at any time.
+                _look(groups, left if all(group.loop is here for group in groups) else min(left, _LOOK_AGAIN))
 
     def _go_on(self) -> None:
         self._is_gathering = False
@@ -226,6 +213,8 @@ class LoopCommit:
             unconfirmed = send(batch)
             if unconfirmed is None:
                 return False
+            for request in requests:
+                request.is_taken = True
             group = _Group(requests, unconfirmed, self._guard, self._end)
         except NotImplementedError:
             # Such a loop does not tell of descriptors. It never will.
@@ -236,8 +225,6 @@ class LoopCommit:
             return False
         self._groups.add(group)
         self._sent_at = group.sent_at
-        for request in requests:
-            request.is_taken = request.is_sent = True
         return True
 
     def _end(self, group: _Group, stored: Stored | None) -> None:
@@ -271,11 +258,13 @@ class LoopCommit:
         start = 0
         for request in group.requests:
             end = start + len(request.batch)
-            if all(stored[start:end]):
-                request.tell([None] * len(request.batch))
-            elif not request.is_over:
-                request.arm()
-                self._pass_on(request)
+            if not all(stored[start:end]):
+                if not request.is_over:
+                    self._pass_on(request)
+            else:
+                # Closed: nobody waits there.
+                with suppress(RuntimeError):
+                    request.tell([None] * len(request.batch))
             start = end
 
 
@@ -327,12 +316,11 @@ class _Group:
     def fileno(self) -> int:
         return self._fd
 
-    def proceed(self, events: int) -> None:
-        """Do what the loop would do if it ran; 0 where the time may be over."""
-        if events & EVENT_WRITE:
+    def proceed(self) -> None:
+        """Do what the loop would do if it ran, as far as that can be done."""
+        if self.is_writing:
             self._write()
-        if events & EVENT_READ:
-            self._read()
+        self._read()
         if self.until <= monotonic():
             self._give_up()
 
@@ -350,9 +338,11 @@ class _Group:
             self._end(stored)
 
     def _give_up(self) -> None:
-        # A loop that has been held up may come to this first.
-        self._read()
-        self._end(None)
+        try:
+            # A loop that has been held up may come to this first.
+            self._read()
+        finally:
+            self._end(None)
 
     def _end(self, stored: Stored | None) -> None:
         # Somebody may have been interrupted in the middle of this, and meets it again.
@@ -367,6 +357,16 @@ class _Group:
             self.unconfirmed.close()
         finally:
             self._ended(self, stored)
+
+
+def _look(groups: Sequence[_Group], timeout: float) -> None:
+    """Wait until there is something to do for one of several groups."""
+    with DefaultSelector() as selector:
+        for group in groups:
+            # Ended meanwhile.
+            with suppress(OSError, KeyError, ValueError):
+                selector.register(group, EVENT_READ | (EVENT_WRITE if group.is_writing else 0))
+        selector.select(timeout)
 
 
 def no_sender() -> None:
