@@ -333,6 +333,9 @@ class _Group:
         self.is_writing = is_writing
 
     def _read(self) -> None:
+        if self._is_over:
+            # Its connection may be somebody else's by now.
+            return
         stored = self.unconfirmed.confirm()
         if stored is not None:
             self._end(stored)

@@ -697,3 +697,17 @@ def test_nobody_waits_behind_a_broker_that_is_doubted(broker: Broker) -> None:
     asyncio.run(main())
     assert sorted(id for ids in broker.published for id in ids) == ["next", "waiting"]
     assert broker.groups == [["mute"], ["last"]]
+
+
+def test_a_task_is_told_in_time_whatever_becomes_of_its_group(broker: Broker) -> None:
+    """Where no step of the loop's is run any more that would end it, as in a process that the task has forked."""
+
+    async def main() -> Results:
+        task = broker.publish("a", timeout=0.05)
+        await turn()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(broker.tasks, "_pid", -1)
+            return await asyncio.wait_for(task, 30)
+
+    (error,) = asyncio.run(main())
+    assert str(error) == str(group_commit.late(is_taken=True))
