@@ -7,7 +7,7 @@ sent something without waiting (`Backend.send`); whatever else comes in between 
 
 from __future__ import annotations
 
-from asyncio import AbstractEventLoop, Future, TimerHandle
+from asyncio import AbstractEventLoop, TimerHandle
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,71 +16,18 @@ from threading import Event
 from time import monotonic
 from typing import Final
 
-from kq.backend import SEND_BYTES, SEND_LONG, SEND_MOST, Publication, Unconfirmed
-from kq.errors import Error
+from kq.async_request import Request
+from kq.backend import SEND_BYTES, SEND_MOST, Publication, Unconfirmed
 from kq.group_commit import GroupCommit, late, length
-from kq.shield import deferring
 
+#: Seconds after which whoever was to go on with what waits has been interrupted before it began.
+_GATHERS: Final = 0.05
 #: Seconds after which it is looked again whether another thread's loop still runs.
 _LOOK_AGAIN: Final = 0.05
 
-Results = list[Error | None]
 Stored = Sequence[bool]
 Send = Callable[[Sequence[Publication]], Unconfirmed | None]
 Sender = Callable[[], Send | None]
-
-
-class Request:
-    """What a task has handed in, and waits for."""
-
-    __slots__ = ("_timer", "batch", "deadline", "future", "is_over", "is_taken", "loop", "size")
-
-    def __init__(self, batch: Sequence[Publication], deadline: float, loop: AbstractEventLoop) -> None:
-        self.batch = batch
-        self.deadline = deadline
-        self.loop = loop
-        self.future: Future[Results] = loop.create_future()
-        #: Bytes of all bodies.
-        self.size = sum(len(publication.envelope.body) for publication in batch)
-        #: Whether somebody has begun with it; then it may be published.
-        self.is_taken = False
-        #: Whether nobody waits for it any more.
-        self.is_over = False
-        self._timer: TimerHandle | None = None
-
-    @property
-    def may_be_sent(self) -> bool:
-        """Whether `Backend.send` takes it."""
-        if len(self.batch) > SEND_MOST or self.size > SEND_BYTES:
-            return False
-        return self.size <= SEND_LONG or all(len(one.envelope.body) <= SEND_LONG for one in self.batch)
-
-    def arm(self) -> None:
-        """Have the task told once its time is over, unless it is before; on its loop."""
-        if self._timer is None and not self.future.done():
-            self._timer = self.loop.call_later(self.deadline - monotonic(), self._expire)
-
-    def leave(self) -> None:
-        """Say that nobody waits for it any more; on its loop."""
-        self.is_over = True
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def tell(self, outcome: Results | BaseException) -> None:
-        """Wake the task up, unless it has been told already; on its loop."""
-        if self.future.done():
-            return
-        if isinstance(outcome, BaseException):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
-
-    def _expire(self) -> None:
-        if self.future.done():
-            return
-        with deferring():
-            self.is_over = True
-            self.tell([late(is_taken=self.is_taken)] * len(self.batch))
 
 
 class LoopCommit:
@@ -106,8 +53,8 @@ class LoopCommit:
         self._groups: set[_Group] = set()
         #: When the last of them was sent.
         self._sent_at = 0.0
-        #: Whether those whose messages have been confirmed are about to go on, and may have more.
-        self._is_gathering = False
+        #: Until when those whose messages have been confirmed may be about to go on, and have more.
+        self._gathers_until = 0.0
         #: Ends the time that what waits gives to what is on its way.
         self._pause: TimerHandle | None = None
         #: Set once nothing is on its way.
@@ -117,9 +64,9 @@ class LoopCommit:
         """Publish what a task has: at once, or behind what is on its way."""
         if not request.may_be_sent:
             self._pass_on(request)
-        elif self._groups or self._waiting or self._is_gathering:
+        elif self._groups or self._waiting or self._gathers_until:
             self._waiting.append(request)
-            if not self._is_gathering:
+            if monotonic() >= self._gathers_until:
                 self._go_on()
         elif not self._leave([request]):
             self._pass_on(request)
@@ -158,7 +105,7 @@ class LoopCommit:
                 _look(groups, left if all(group.loop is here for group in groups) else min(left, _LOOK_AGAIN))
 
     def _go_on(self) -> None:
-        self._is_gathering = False
+        self._gathers_until = 0.0
         while self._waiting:
             pause = self._commit.pause(len(self._groups), monotonic() - self._sent_at)
             if pause != 0.0:
@@ -248,7 +195,7 @@ class LoopCommit:
         if self._waiting or len(group.requests) > 1:
             # Behind them, so that what they publish next goes together.
             group.loop.call_soon(self._guard, self._go_on)
-            self._is_gathering = True
+            self._gathers_until = monotonic() + _GATHERS
 
     def _tell(self, group: _Group, stored: Stored) -> None:
         took = monotonic() - group.sent_at

@@ -11,11 +11,12 @@ from time import monotonic
 
 import pytest
 
-from kq import async_commit, errors, group_commit
+from kq import commit_threads, errors, group_commit
 from kq.async_commit import AsyncCommit
 from kq.backend import Publication, QueueSpec
 from kq.envelope import Envelope
 from kq.group_commit import MAX_GROUP, GroupCommit
+from kq.loop_commit import no_sender
 
 QUEUE = QueueSpec("app:a")
 Results = list[errors.Error | None]
@@ -50,7 +51,7 @@ def committing(broker: Broker, width: int = 1) -> Iterator[AsyncCommit]:
     """An `AsyncCommit` that is closed at the end, whose broker has been found as it should be."""
     group = GroupCommit(broker.commit, lambda: width)
     assert group.publish(batch("first"), 5.0) == [None]
-    commit = AsyncCommit(group)
+    commit = AsyncCommit(group, no_sender)
     try:
         yield commit
     finally:
@@ -202,7 +203,7 @@ def test_what_goes_wrong_reaches_every_task() -> None:
             await commit.publish(batch("a"), 5.0)
         assert await commit.publish(batch("b"), 5.0) == [None]
 
-    committing = AsyncCommit(GroupCommit(commit))
+    committing = AsyncCommit(GroupCommit(commit), no_sender)
     asyncio.run(publish(committing))
     committing.close(20)
 
@@ -247,7 +248,7 @@ def test_a_loop_that_has_ended_is_no_harm() -> None:
 
 def test_a_quiet_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread ends when nobody has published for a while, and the next task starts another one."""
-    monkeypatch.setattr(async_commit, "_QUIET", 0.01)
+    monkeypatch.setattr(commit_threads, "_QUIET", 0.01)
     broker = Broker()
     with committing(broker) as commit:
         for n in range(3):
@@ -259,7 +260,7 @@ def test_a_quiet_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_thread_that_ends_misses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """However close together the end of a quiet thread and the next message are, the message is published."""
-    monkeypatch.setattr(async_commit, "_QUIET", 0.0)
+    monkeypatch.setattr(commit_threads, "_QUIET", 0.0)
     broker = Broker()
 
     async def publish(commit: AsyncCommit) -> None:
@@ -299,7 +300,7 @@ def test_threads_and_loops_share_commits() -> None:
         return [None] * len(group)
 
     group = GroupCommit(commit)
-    tasks = AsyncCommit(group)
+    tasks = AsyncCommit(group, no_sender)
 
     async def publish() -> None:
         await asyncio.gather(*(tasks.publish(batch(f"task-{n}"), 30.0) for n in range(300)))
@@ -378,4 +379,4 @@ def test_a_long_group_brings_a_thread_for_those_behind_it(monkeypatch: pytest.Mo
 
     with committing(broker, 2) as commit:
         asyncio.run(publish(commit))
-    assert commit._threads == []
+    assert len(commit._threads) == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kq import errors, group_commit
+from kq import errors, group_commit, loop_commit
 from kq.async_commit import AsyncCommit
 from kq.backend import SEND_BYTES, SEND_LONG, SEND_MOST, Publication, QueueSpec, Unconfirmed
 from kq.envelope import Envelope
@@ -148,8 +148,10 @@ class Broker:
 
 
 @pytest.fixture
-def broker() -> Iterator[Broker]:
+def broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
     """One with the last publish of which all was well."""
+    # A machine that stands still for a while is no interrupt.
+    monkeypatch.setattr(loop_commit, "_GATHERS", 60.0)
     made = Broker()
     yield made
     for sent in made.sent:
@@ -711,3 +713,29 @@ def test_a_task_is_told_in_time_whatever_becomes_of_its_group(broker: Broker) ->
 
     (error,) = asyncio.run(main())
     assert str(error) == str(group_commit.late(is_taken=True))
+
+
+def test_who_was_to_go_on_and_did_not_holds_nobody_up(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where an interrupt strikes in the loop before that has begun: the next one takes what waits with it."""
+    monkeypatch.setattr(loop_commit, "_GATHERS", 0.0)
+
+    async def main() -> None:
+        first = broker.publish("first")
+        await turn()
+        waiting = [broker.publish(id) for id in "ab"]
+        await turn()
+        ours = broker.tasks._pid
+        # From here on no step is run, as after a fork.
+        broker.sent[0].on_answer = lambda: setattr(broker.tasks, "_pid", -1)
+        broker.sent[0].answer()
+        assert await first == [None]
+        await turn()
+        broker.tasks._pid = ours
+        assert broker.groups == [["first"]]
+        broker.answers = True
+        assert await broker.publish("next") == [None]
+        assert await asyncio.gather(*waiting) == [[None], [None]]
+
+    asyncio.run(main())
+    assert broker.groups == [["first"], ["a", "b", "next"]]
+    assert not broker.has_threads()
