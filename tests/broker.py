@@ -67,7 +67,7 @@ class Broker:
         else:
             from kq.backend import BackendOptions
             from kq.backends.store import Entry
-            from kq.backends.virtual import open_store
+            from kq.backends.store_url import open_store
 
             store = open_store(self.url, BackendOptions(30, 30, 10, "test"))
             store.put(queue_id, [Entry(uuid4().hex, raw, 4)], None)

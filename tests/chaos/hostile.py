@@ -16,7 +16,7 @@ import amqp
 
 from kq.backend import BackendOptions
 from kq.backends.store import Entry
-from kq.backends.virtual import open_store
+from kq.backends.store_url import open_store
 from kq.envelope import Envelope, pack
 from tests.chaos.process import memory
 from tests.chaos.scenario import scenario

@@ -12,7 +12,7 @@ from kombu import Exchange, Producer, Queue
 
 import kq
 import kq.backends
-from kq.backends import virtual
+from kq.backends import virtual_channel
 from kq.backends.store import BrokerAway
 from kq.errors import Internal
 from tests.broker import Broker
@@ -220,7 +220,7 @@ def test_what_has_expired_and_finds_no_room_keeps_nobody_waiting(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is tried again later, and what is behind it is delivered."""
-    monkeypatch.setattr(virtual, "_FULL", 60_000)
+    monkeypatch.setattr(virtual_channel, "_FULL", 60_000)
     queue, full = program.beside_a_full_one()
     for n in range(3):
         program.producer.publish(n, routing_key=queue.name, expiration=0.001)
@@ -241,7 +241,7 @@ def test_what_has_expired_is_dead_lettered_once_there_is_room(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However often there was none before."""
-    monkeypatch.setattr(virtual, "_FULL", 200)
+    monkeypatch.setattr(virtual_channel, "_FULL", 200)
     queue, full = program.beside_a_full_one()
     program.producer.publish("late", routing_key=queue.name, expiration=0.001)
     for _ in range(3):
@@ -258,7 +258,7 @@ def test_what_has_expired_is_dead_lettered_once_there_is_room(
 
 def test_many_that_find_no_room_hold_nobody_up(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the first of them are tried again before the last ones have been: whoever asks gets an answer."""
-    monkeypatch.setattr(virtual, "_FULL", 1)
+    monkeypatch.setattr(virtual_channel, "_FULL", 1)
     queue, _ = program.beside_a_full_one()
     for n in range(5):
         program.producer.publish(n, routing_key=queue.name, expiration=0.001)
