@@ -25,7 +25,7 @@ from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connection, Connector
 from kq.backends.redis_error import Late, RedisErrors, Refusal
 from kq.backends.redis_line import Lines
-from kq.backends.redis_put import CHUNK, Putter
+from kq.backends.redis_put import CHUNK, Putter, packed
 from kq.backends.redis_sent import Sent
 from kq.backends.store import (
     AGAIN,
@@ -185,7 +185,7 @@ class RedisStore:
             line = self._lines.spare()
         if line is None:
             return None
-        commands = self._putter.pack([Lot(prefix(queue), entries, most) for queue, entries, most in lots])
+        commands = b"".join([packed(prefix(queue), entries, most) for queue, entries, most in lots])
         return Sent(line, commands, [len(lot.entries) for lot in lots], self._lines, self._errors)
 
     def take(self, queue: str, limit: int, lease: int) -> Taken:

@@ -1,4 +1,7 @@
-"""Reads what a Redis server answers: its protocol's second version, from a socket that blocks."""
+"""Reads what a Redis server answers: its protocol's second version, from a socket that blocks.
+
+From one that does not, a line may come in pieces, and be asked for again; what is longer may not.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from kq.backends.redis_connection import Connection
 from kq.backends.redis_error import Broken, Late, NoTransactions, RedisError, Refusal, as_met, is_read_only
 from kq.backends.within import within
 
-#: Seconds that an answer is waited for even where connecting has taken all the time.
+#: Seconds that a connection, or an answer, is waited for even where what came before it has taken all the time.
 _LEAST: Final = 0.01
 
 
@@ -24,7 +24,7 @@ class Lines:
         timeout: See below.
 
     Attributes:
-        timeout: Seconds within which a call that has to connect is to end, too.
+        timeout: Seconds within which a call is to end that has to connect, or takes two round trips, too.
     """
 
     def __init__(self, connect: Callable[[], Connection], timeout: float) -> None:
@@ -84,6 +84,7 @@ class Lines:
             RedisError: As with `ask`; or what was answered to the condition, or to a command that kept all of
                 them from being run.
         """
+        began = monotonic()
         line, (answer, begun) = self._first([condition + _MULTI], 2)
         if isinstance(begun, Exception) or answer != 1:
             # By this the server forgets that a transaction was begun.
@@ -93,7 +94,7 @@ class Lines:
             if isinstance(begun, Exception):
                 raise NoTransactions(str(begun))
             return answer, []
-        *queued, answers = self._exchange(line, [*commands, _EXEC], number + 1)
+        *queued, answers = self._exchange_by(began, line, [*commands, _EXEC], number + 1)
         if isinstance(answers, Exception):
             line.close()
             for error in queued:
@@ -115,6 +116,7 @@ class Lines:
 
     def _first(self, commands: Sequence[bytes], number: int) -> tuple[Connection, list[Any]]:
         """Return a connection, and what was answered on it."""
+        began = monotonic()
         line = _pop(self._idle)
         if line is not None and line.is_of_parent:
             # What it says there is the parent's business.
@@ -126,16 +128,22 @@ class Lines:
                 return line, self._exchange(line, commands, number)
             except Broken:
                 pass
-        began = monotonic()
         try:
-            line = within(self.timeout, self._connect, Connection.close)
+            line = within(self._left(began), self._connect, Connection.close)
         except TimeoutError:
             raise Late(f"no connection within {self.timeout:g} s") from None
-        line.socket.settimeout(max(_LEAST, self.timeout - (monotonic() - began)))
+        return line, self._exchange_by(began, line, commands, number)
+
+    def _left(self, began: float) -> float:
+        return max(_LEAST, self.timeout - (monotonic() - began))
+
+    def _exchange_by(self, began: float, line: Connection, commands: Sequence[bytes], number: int) -> list[Any]:
+        """Send commands, and return their answers, within what is left of a call's time."""
+        line.socket.settimeout(self._left(began))
         answers = self._exchange(line, commands, number)
         if not line.is_closed:
             line.socket.settimeout(self.timeout)
-        return line, answers
+        return answers
 
     def _put_away(self, line: Connection) -> None:
         if line.is_closed:

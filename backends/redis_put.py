@@ -8,7 +8,7 @@ from typing import Any, Final
 from kq.backends.redis_call import SCRIPTS, Caller
 from kq.backends.redis_command import LONG, Head
 from kq.backends.redis_error import NoTransactions, is_full
-from kq.backends.store import Entry, Lot
+from kq.backends.store import Entry
 from kq.header import NORMAL
 
 #: Messages that one Lua call handles at most: Redis serves nobody else meanwhile.
@@ -41,17 +41,6 @@ class Putter:
         if max_length is None and len(entries) == 1 and _is_plain(entries[0]):
             return self._put_one(prefix, entries[0])
         return self._put_all(prefix, entries, max_length)
-
-    @staticmethod
-    def pack(lots: Sequence[Lot]) -> bytes:
-        """Return commands that store messages, one for each lot, whose queue is its prefix, and answer how many."""
-        pieces: list[bytes] = []
-        for prefix, entries, max_length in lots:
-            name, words = _script(entries, max_length)
-            for entry in entries:
-                words += _words(entry, name)
-            pieces.append(SCRIPTS[name].by_name.pack((1, prefix, *words)))
-        return b"".join(pieces)
 
     def _put_one(self, prefix: str, entry: Entry) -> int | None:
         if len(entry.raw) >= LONG and self.transacts:
@@ -117,6 +106,14 @@ class Putter:
             if isinstance(answer, Exception):
                 raise answer
         return 1
+
+
+def packed(prefix: str, entries: Sequence[Entry], max_length: int | None) -> bytes:
+    """Return a command that stores messages, as `Putter.put` does, and is answered with how many."""
+    name, words = _script(entries, max_length)
+    for entry in entries:
+        words += _words(entry, name)
+    return SCRIPTS[name].by_name.pack((1, prefix, *words))
 
 
 def _script(entries: Sequence[Entry], max_length: int | None) -> tuple[str, list[Any]]:

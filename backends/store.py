@@ -1,4 +1,4 @@
-"""The small contract that a store implements to become a kq broker: about a dozen primitives.
+"""The small contract that a store implements to become a kq broker: its primitives.
 
 Each primitive is atomic: one critical section in memory, one transaction in SQLite, one Lua call in
 Redis. Times are the store's own, in milliseconds; tokens fence off workers whose lease ran out.

@@ -22,6 +22,7 @@ from kq.backend import (
     QueueSpec,
     Role,
     Unconfirmed,
+    UntrustedBroker,
     unknown_options,
 )
 from kq.backends import kombu_lock  # noqa: F401
@@ -128,22 +129,24 @@ class StoredBackend:
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """See `Backend.publish`."""
         deadline = monotonic() + timeout
+        # One that is not answered takes all the time that a call may.
+        again_until = deadline - min(timeout, self._options.timeout) * _CALL_PART
         store = self._store()
         results: list[Error | None] = [None] * len(batch)
         by_queue: dict[str, list[int]] = {}
         for index, publication in enumerate(batch):
             by_queue.setdefault(publication.queue.id, []).append(index)
-        away: BrokerAway | None = None
+        away: BrokerAway | UntrustedBroker | None = None
         for queue, indexes in by_queue.items():
             entries = [_entry(batch[index]) for index in indexes]
             try:
                 if away is not None:
                     raise away
-                accepted = self._put(store, queue, entries, deadline)
+                accepted = self._put(store, queue, entries, deadline, again_until)
             except Error as error:
                 for index in indexes:
                     results[index] = error
-                if isinstance(error, BrokerAway):
+                if isinstance(error, (BrokerAway, UntrustedBroker)):
                     # From the others as well: each would wait for it as long.
                     away = error
                 continue
@@ -180,7 +183,7 @@ class StoredBackend:
             lots[-1].entries.append(_entry(publication))
         return store.send(lots)
 
-    def _put(self, store: Store, queue: str, entries: list[Entry], deadline: float) -> int | None:
+    def _put(self, store: Store, queue: str, entries: list[Entry], deadline: float, again_until: float) -> int | None:
         def put() -> int | None:
             if monotonic() >= deadline:
                 raise Internal("the broker did not confirm in time", details={"reason": "timeout"})
@@ -189,10 +192,9 @@ class StoredBackend:
         try:
             return put()
         except BrokerAway as error:
-            if error.details.get("reason") != "unavailable" or not error.retryable:
+            if error.details.get("reason") != "unavailable" or not error.retryable or monotonic() > again_until:
                 raise
-        # A connection that broke while it was idle: the same ids again are harmless.
-        store.ping()
+        # A connection that broke: the same ids again are harmless.
         return put()
 
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> StoredFeed:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator
+from itertools import count
 from threading import Event, Thread
 from typing import Any
 
@@ -192,6 +193,29 @@ def test_a_connection_that_broke_while_idle_is_replaced_once(lines: Any) -> None
     # The second connection is closed by now, and the third one answers nothing.
     with pytest.raises(Broken):
         line.ask([ping])
+
+
+def test_what_has_taken_time_before_is_part_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that broke, the first of two round trips: what comes then has the rest, so that a publish ends."""
+    ticks = count()
+    monkeypatch.setattr("kq.backends.redis_line.monotonic", lambda: next(ticks) * 0.5)
+    made: list[socket.socket] = []
+
+    def connect() -> Connection:
+        ours, theirs = socket.socketpair()
+        theirs.sendall((b"+OK\r\n", b":1\r\n+OK\r\n")[len(made)])
+        ours.settimeout(2.5)
+        made.append(theirs)
+        return Connection(ours)
+
+    lines = Lines(connect, 2.5)
+    assert lines.ask([b"PING"]) == [b"OK"]
+    made[0].close()
+    # Of two and a half, half a second each between four looks at the clock.
+    with pytest.raises(Late, match=r"no answer within 0\.5 s"):
+        lines.transact(b"condition", [b"command"], 1)
+    assert len(made) == 2
+    made[1].close()
 
 
 class Wire:
