@@ -11,6 +11,8 @@ from typing import Final
 
 #: Messages of one queue that are remembered: of more, those that are due first.
 _MOST: Final = 100_000
+#: Queues that are remembered: of more, those that nothing is due on are forgotten.
+_QUEUES: Final = 10_000
 #: Seconds by which RabbitMQ may be late.
 _LATE: Final = 1.0
 
@@ -22,11 +24,17 @@ class Due:
         # A signal's handler may publish in the middle of it.
         self._lock = RLock()
         self._times: dict[tuple[str, str], list[float]] = {}
+        #: How many queues there may be until then.
+        self._forget_at = _QUEUES
 
     def note(self, url: str, queue: str, delay: float) -> None:
         """Note that a message will be on its queue in so many seconds."""
         now = monotonic()
         with self._lock:
+            if len(self._times) >= self._forget_at:
+                kept = [(key, t) for key, t in list(self._times.items()) if max(t, default=0.0) >= now - _LATE]
+                self._times = dict(kept)
+                self._forget_at = max(_QUEUES, 2 * len(self._times))
             times = self._times.setdefault((url, queue), [])
             heappush(times, now + delay)
             while times[0] < now - _LATE:

@@ -293,6 +293,7 @@ class RabbitFeed:
             if self._missing:
                 self._declare_all()
             self._link = self._open_link()
+            self._recollection.connected(monotonic())
             self._epoch += 1
             self._lookout = Lookout(self._link.connection.sock, self._waker)
             self._subscriptions = Subscriptions(self._link, self._specs, self._receiver, self._cancelled)
@@ -337,12 +338,16 @@ class RabbitFeed:
         # What still arrives while the link is closed goes back to the broker: it is no delivery of ours.
         self._epoch += 1
         self._recollection.broke(monotonic())
-        for delivery in self._outstanding.values():
+        known = {delivery.receipt.tag for delivery in self._done_before}
+        for tag, delivery in self._outstanding.items():
             delivery.lost = True
             if not self._closed:
                 self._recollection.went_back(delivery.queue, delivery.id)
                 if not delivery.receipt.is_named:
                     self._named.remember(delivery.queue, envelope_of(delivery))
+                elif tag not in known:
+                    # What has been done here under its id was another one, that is like it; this one comes back.
+                    self._recollection.not_done(delivery)
         self.losses += len(self._outstanding)
         self._outstanding.clear()
         self._onward.clear()
@@ -468,7 +473,7 @@ class RabbitFeed:
             )
             self._outstanding[tag] = delivery
             self._watch.arrived(queue)
-            if redelivered and self._recollection.is_done(delivery, epoch):
+            if redelivered and self._recollection.is_done(delivery, epoch, monotonic()):
                 # It was done here, and only the acknowledgement got lost; which may happen once more.
                 self._recollection.done(delivery, epoch, monotonic())
                 self._done_before.append(delivery)

@@ -21,6 +21,9 @@ _MOST: Final = 5000
 
 #: Seconds for which the broker may not have read an acknowledgement: the system gives a connection up long before.
 _UNKNOWN: Final = 120.0
+#: Seconds of a new connection after which what was done does not come back any more: by then the broker has known of
+#: the old one's end for long, and what comes under its id is another message.
+_BACK_BY: Final = 600.0
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
@@ -35,6 +38,8 @@ class Recollection:
         self._done: OrderedDict[tuple[str, str], tuple[int, int, float]] = OrderedDict()
         self._losses: OrderedDict[tuple[str, str], int] = OrderedDict()
         self._has_broken = False
+        #: When the present connection was made.
+        self._connected_at = 0.0
 
     def __bool__(self) -> bool:
         """Whether a new message may have to be told from one that was here: a connection broke, or some went back."""
@@ -42,6 +47,8 @@ class Recollection:
 
     def done(self, delivery: Delivery, connection: int, now: float) -> None:
         """Note that a message has been handled.
+
+        One that a copy has taken the place of is not: replayed from the dead letters it may come once more as it was.
 
         Args:
             delivery: Which.
@@ -55,7 +62,7 @@ class Recollection:
         _cut(self._done)
 
     def not_done(self, delivery: Delivery) -> None:
-        """Note that a message has not been handled, whatever was said before: its early acknowledgement failed."""
+        """Note that a message has not been handled, whatever was said of one that is like it."""
         self._done.pop((delivery.queue, delivery.id), None)
 
     def is_another(self, queue: str, id: str) -> None:
@@ -69,6 +76,10 @@ class Recollection:
         while self._done and next(iter(self._done.values()))[2] < now - _UNKNOWN:
             self._done.popitem(last=False)
 
+    def connected(self, now: float) -> None:
+        """Note that there is a connection."""
+        self._connected_at = now
+
     def went_back(self, queue: str, id: str) -> None:
         """Note that a delivery was lost with its connection or given back: the broker counts it."""
         key = (queue, id)
@@ -79,13 +90,13 @@ class Recollection:
         """Note that a copy has taken a message's place, of which the broker has counted nothing."""
         self._losses.pop((delivery.queue, delivery.id), None)
 
-    def is_done(self, delivery: Delivery, connection: int) -> bool:
+    def is_done(self, delivery: Delivery, connection: int, now: float) -> bool:
         """Tell whether a message that has come again has been handled here, over a connection that broke since then.
 
         Over the same one no acknowledgement gets lost: it is another message, which somebody else has given back.
         """
-        what, before, _ = self._done.get((delivery.queue, delivery.id), (0, connection, 0.0))
-        return before < connection and what == hash(delivery.raw)
+        what, before, at = self._done.get((delivery.queue, delivery.id), (0, connection, 0.0))
+        return before < connection and what == hash(delivery.raw) and now - max(at, self._connected_at) < _BACK_BY
 
     def losses(self, queue: str, id: str) -> int:
         """Return how often a message went back from here since it was last handled or copied."""

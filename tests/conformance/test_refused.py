@@ -139,6 +139,26 @@ def test_a_message_without_an_id_comes_back_under_the_one_it_was_given(bench: Be
 
 
 @ON_RABBITMQ
+def test_what_is_like_what_was_done_comes_back(bench: Bench) -> None:
+    """Two messages of one id that say the same: one is done when the connection breaks, the other one waits here."""
+    feed = bench.feed()
+    message = bench.message("order-42")
+    bench.publish(message, message)
+    first, second = bench.take(feed, 2)
+    assert feed.settle([Settlement(first, DONE)]) == ([], [])
+    # Which asks the broker, behind that.
+    feed.put_back()
+
+    break_link(feed)
+    (again,) = take(bench, feed, 1)
+
+    assert second.lost
+    assert (again.id, again.raw) == (second.id, second.raw)
+    assert feed.settle([Settlement(again, DONE)]) == ([], [])
+    assert bench.backend.info(bench.queue).message_count == 0
+
+
+@ON_RABBITMQ
 def test_what_another_one_gives_back_is_not_taken_for_what_was_done(bench: Bench) -> None:
     """It has the same id and says the same, and comes as one that was delivered before."""
     feed = bench.feed()

@@ -43,6 +43,21 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(due._times["a", "q"]) <= 100
 
 
+def test_queues_on_which_nothing_is_due_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some publishers have a queue for each client; what is still to come is remembered, on however many."""
+    now = 100.0
+    monkeypatch.setattr(rabbitmq_due, "monotonic", lambda: now)
+    monkeypatch.setattr(rabbitmq_due, "_QUEUES", 10)
+    due = Due()
+    for n in range(30):
+        due.note("a", f"long {n}", 3600)
+    for n in range(1000):
+        due.note("a", f"short {n}", 1)
+        now += 2
+    assert len(due._times) <= 70
+    assert [due.soonest("a", [f"long {n}"]) is None for n in range(30)] == [False] * 30
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
 def test_a_fork_has_sent_nothing() -> None:
     """What was noted before a fork is the parent's, and a lock that was held then is free in the fork."""

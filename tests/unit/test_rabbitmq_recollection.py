@@ -19,10 +19,10 @@ def test_this_very_message_is_done() -> None:
     recollection = Recollection()
     recollection.done(delivery(), 1, 0.0)
 
-    assert recollection.is_done(delivery(), 2)
-    assert not recollection.is_done(delivery(raw=b"other"), 2)
-    assert not recollection.is_done(delivery(id="b"), 2)
-    assert not recollection.is_done(delivery(queue="app:r"), 2)
+    assert recollection.is_done(delivery(), 2, 1.0)
+    assert not recollection.is_done(delivery(raw=b"other"), 2, 1.0)
+    assert not recollection.is_done(delivery(id="b"), 2, 1.0)
+    assert not recollection.is_done(delivery(queue="app:r"), 2, 1.0)
 
 
 def test_over_the_same_connection_it_is_another_message() -> None:
@@ -30,10 +30,10 @@ def test_over_the_same_connection_it_is_another_message() -> None:
     recollection = Recollection()
     recollection.done(delivery(), 2, 0.0)
 
-    assert not recollection.is_done(delivery(), 2)
-    assert recollection.is_done(delivery(), 3)
+    assert not recollection.is_done(delivery(), 2, 1.0)
+    assert recollection.is_done(delivery(), 3, 1.0)
     recollection.is_another("app:q", "a")
-    assert not recollection.is_done(delivery(), 3)
+    assert not recollection.is_done(delivery(), 3, 1.0)
 
 
 def test_losses_of_an_earlier_copy_are_not_those_of_a_new_one() -> None:
@@ -54,8 +54,12 @@ def test_what_was_acknowledged_long_before_is_known_to_the_broker() -> None:
     recollection.done(delivery(id="new"), 1, 200.0)
     recollection.broke(210.0)
 
-    assert not recollection.is_done(delivery(id="old"), 2)
-    assert recollection.is_done(delivery(id="new"), 2)
+    assert not recollection.is_done(delivery(id="old"), 2, 210.0)
+    assert recollection.is_done(delivery(id="new"), 2, 210.0)
+    # However long the broker was away.
+    recollection.connected(5000.0)
+    assert recollection.is_done(delivery(id="new"), 2, 5010.0)
+    assert not recollection.is_done(delivery(id="new"), 2, 5700.0)
 
 
 def test_what_had_no_id_comes_back_under_the_one_that_it_was_given() -> None:
@@ -120,7 +124,7 @@ def test_what_was_said_too_early_is_taken_back() -> None:
     recollection.done(delivery(), 1, 0.0)
     recollection.not_done(delivery())
 
-    assert not recollection.is_done(delivery(), 2)
+    assert not recollection.is_done(delivery(), 2, 1.0)
 
 
 def test_memory_is_bounded() -> None:
@@ -130,7 +134,7 @@ def test_memory_is_bounded() -> None:
         recollection.done(delivery(id=str(n)), 1, 0.0)
         recollection.went_back("app:q", f"lost {n}")
 
-    assert recollection.is_done(delivery(id="19999"), 2)
-    assert not recollection.is_done(delivery(id="0"), 2)
+    assert recollection.is_done(delivery(id="19999"), 2, 1.0)
+    assert not recollection.is_done(delivery(id="0"), 2, 1.0)
     assert recollection.losses("app:q", "lost 19999") == 1
     assert recollection.losses("app:q", "lost 0") == 0
