@@ -9,6 +9,7 @@ from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, Prec
 from kombu.exceptions import KombuError
 
 from kq import errors
+from kq.backend import UntrustedBroker
 from kq.backends.mapped import Mapped
 from kq.backends.rabbitmq_tls import UnsafeConnection
 from kq.backends.tls import explain
@@ -33,7 +34,7 @@ class RabbitErrors(Mapped):
     def ours(self, error: BaseException) -> Error | None:
         """See `Mapped.ours`."""
         if isinstance(error, UnsafeConnection):
-            return away(f"{self._where}: {error}", "refused")
+            return UntrustedBroker(f"{self._where}: {error}", details={"reason": "refused"})
         if isinstance(error, Error):
             return None
         if isinstance(error, NotAllowed) and "limit (" in _text(error):

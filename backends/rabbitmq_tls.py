@@ -43,6 +43,10 @@ class _Socket(ReadsInTime, SSLTransport):  # type: ignore[misc, unused-ignore]
         plain.settimeout(self.connect_timeout)
         try:
             self.sock = context.wrap_socket(plain, server_hostname=name)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            # As a proxy does before a broker that is away: that may pass in a moment.
+            plain.close()
+            raise ConnectionResetError("the server closed the connection while it was being encrypted") from None
         except ssl.SSLError as error:
             plain.close()
             raise UnsafeConnection(explain(error)) from None

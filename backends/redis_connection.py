@@ -149,7 +149,7 @@ class Connector:
         return made
 
     def _encrypted(self, plain: socket.socket, context: SSLContext) -> socket.socket:
-        from ssl import SSLEOFError, SSLError
+        from ssl import SSLEOFError, SSLError, SSLZeroReturnError
 
         from kq.backends.tls import explain
 
@@ -158,7 +158,7 @@ class Connector:
         except TimeoutError:
             text = f"no TLS connection within {self._connect_timeout:g} s: does the server speak TLS on this port?"
             raise Late(text) from None
-        except SSLEOFError:
+        except (SSLEOFError, SSLZeroReturnError):
             raise Broken("the server closed the connection while it was being encrypted") from None
         except SSLError as error:
             raise Unsafe(explain(error)) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from kq.backend import UntrustedBroker
 from kq.backends.mapped import Mapped
 from kq.backends.store import BrokerAway
 from kq.errors import Error, Internal, PermissionDenied
@@ -100,7 +101,7 @@ class RedisErrors(Mapped):
         if isinstance(error, Late):
             return self.late(error)
         if isinstance(error, Unsafe):
-            return BrokerAway(f"{self._where}: {error}", details={"reason": "refused"})
+            return UntrustedBroker(f"{self._where}: {error}", details={"reason": "refused"})
         if isinstance(error, (Broken, OSError)):
             return BrokerAway(f"{self._where} cannot be reached: {error}", details={"reason": "unavailable"})
         if isinstance(error, RedisError):

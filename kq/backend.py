@@ -1,4 +1,4 @@
-"""The contract between kq and a broker: a few values and one Protocol of about ten methods.
+"""The contract between kq and a broker: a few values and one Protocol.
 
 A backend moves envelopes. It does not decode payloads, route, run handlers or decide about
 retries; what a broker can and cannot do is data (`Capabilities`), not a special case above it.
@@ -18,7 +18,7 @@ import msgspec
 
 from kq.driver import Tls
 from kq.envelope import Envelope
-from kq.errors import Error, Invalid
+from kq.errors import Error, Internal, Invalid
 from kq.outcome import Outcome
 from kq.retry import RetryPolicy
 
@@ -404,6 +404,13 @@ class Backend(Protocol):
     def close(self) -> None:
         """Give up all connections. Idempotent."""
         ...
+
+
+class UntrustedBroker(Internal):
+    """No encrypted connection comes about: a certificate, say, is not what it must be. Its reason is ``refused``.
+
+    It may be mended, but not in the next moment: whoever tries again takes the time.
+    """
 
 
 class Danger(str):

@@ -16,7 +16,7 @@ from threading import Event, Lock, Thread
 from time import monotonic, sleep
 
 from kq.admission import Admission
-from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement, Settling
+from kq.backend import Backend, Delivery, Feed, QueueSpec, Settlement, Settling, UntrustedBroker
 from kq.driver import Driver
 from kq.errors import Error, PermissionDenied
 from kq.idleness import Idleness
@@ -417,7 +417,7 @@ class Fetcher(Thread):
     def _back_off(self, error: Error) -> None:
         self._failures += 1
         self.error = error
-        if isinstance(error, PermissionDenied):
+        if isinstance(error, (PermissionDenied, UntrustedBroker)):
             delay = _BACKOFF_REFUSED
         else:
             driver = self._driver

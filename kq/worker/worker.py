@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from kq import config, limit
 from kq.admission import Admission
-from kq.backend import Backend, QueueSpec, insist
+from kq.backend import Backend, QueueSpec, UntrustedBroker, insist
 from kq.driver import Driver, naming
 from kq.errors import Internal, Invalid
 from kq.executor import Executor
@@ -229,6 +229,11 @@ class Worker:
         if thread is not None and thread is not current_thread() and not is_handling():
             thread.join()
 
+    def reload(self) -> None:
+        """Do what HUP asks for, once it runs: load code and configuration anew, or say why not. Safe in any thread."""
+        self._replace = True
+        self._wake()
+
     def __enter__(self) -> Worker:
         self.start()
         return self
@@ -309,7 +314,8 @@ class Worker:
                         backend.declare(spec, create=True, exact=self._registry.is_exact(spec.id))
                 return warnings
             except Internal as error:
-                if not error.retryable or monotonic() + _CONNECT_PAUSE > until or self._stop.is_set():
+                is_final = isinstance(error, UntrustedBroker) or not error.retryable
+                if is_final or monotonic() + _CONNECT_PAUSE > until or self._stop.is_set():
                     raise
                 if not self._quiet:
                     logger.warning("cannot reach the broker yet: %s", error, extra={"action": "connect"})
@@ -321,7 +327,8 @@ class Worker:
         consumers = [(consumer, self._specs[consumer.queue].driver) for consumer in self._each_consumer()]
         text = announcement(self._registry.name, self._drivers.values(), pool, consumers)
         logger.info("%s", text, extra={"action": "start"})
-        for warning in [*config.unknown_variables(named=self._registry.variables), *warnings]:
+        registry = self._registry
+        for warning in [*config.unknown_variables(named=registry.variables), *registry.risks, *warnings]:
             logger.warning("%s", warning, extra={"action": "warning"})
 
     def _make_pool(self) -> Pool:
@@ -515,8 +522,7 @@ class Worker:
             self._wake()
 
         def reload(number: int, frame: object) -> None:
-            self._replace = True
-            self._wake()
+            self.reload()
 
         def dump(number: int, frame: object) -> None:
             self._dump = True

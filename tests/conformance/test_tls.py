@@ -15,8 +15,17 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
+import kq
 from kq import errors
-from kq.backend import Backend, BackendOptions, Delivery, Publication, QueueSpec, Settlement
+from kq.backend import (
+    Backend,
+    BackendOptions,
+    Delivery,
+    Publication,
+    QueueSpec,
+    Settlement,
+    UntrustedBroker,
+)
 from kq.backends.rabbitmq import RabbitBackend
 from kq.backends.stored import StoredBackend
 from kq.backends.tls_parameters import NOT_VERIFIED
@@ -168,6 +177,20 @@ def test_publishing_to_an_unknown_authority_fails(network: Network, authority: t
     assert isinstance(error, errors.Internal)
     assert "certificate verification failed" in error.message
     assert monotonic() - started < 5.0
+
+
+@ON_THE_NETWORK
+def test_a_worker_does_not_insist(network: Network, authority: trustme.CA) -> None:
+    """What a certificate is, it will be in a moment as well: it ends at its start, and does not try for long."""
+    proxy = network.proxy(server_context(authority, "localhost"))
+    with kq.App("tls", broker=proxy.url) as app:
+        app.consumer(network.broker.queue_id("tls"))(print)
+        started = monotonic()
+        with pytest.raises(UntrustedBroker, match="certificate verification failed") as caught:
+            app.worker(connect_timeout=60).start()
+        assert monotonic() - started < 8.0
+    assert caught.value.details["reason"] == "refused"
+    assert proxy.accepted <= 2
 
 
 @ON_THE_NETWORK

@@ -31,6 +31,8 @@ class TlsProxy:
         self.url = parts._replace(scheme=_SCHEMES[parts.scheme], netloc=f"{user}{at}{host}:{self.port}").geturl()
         #: What the handshakes have agreed on, e.g. TLSv1.3.
         self.versions: list[str | None] = []
+        #: Connections, encrypted or not.
+        self.accepted = 0
         self._open: list[socket.socket] = []
         Thread(target=self._accept, daemon=True).start()
 
@@ -45,6 +47,7 @@ class TlsProxy:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                self.accepted += 1
                 self._open.append(client)
                 Thread(target=self._serve, args=(client,), daemon=True).start()
 
