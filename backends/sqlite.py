@@ -548,6 +548,10 @@ class SQLiteStore(Near):
             self._see_that_it_is_free()
             self._is_busy = True
             try:
+                if self._connection is not None and (_identity(self._path) or self._identity) != self._identity:
+                    # Somebody has put another file in its place: what there is stands there. Where there is none yet,
+                    # none is to be made by whoever only reads.
+                    self._disconnect()
                 db = self._connect()
                 try:
                     _roll_back(db)

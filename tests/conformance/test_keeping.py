@@ -349,6 +349,21 @@ def test_a_file_that_is_gone_confirms_nothing(broker: Broker, replaced: bool) ->
         assert [id for id, _ in other.browse("app:q", 10, 0)] == ["a"]
 
 
+@ON_SQLITE
+def test_who_only_reads_sees_what_has_been_put_in_a_files_place(broker: Broker) -> None:
+    """As whoever watches queues, when a backup is restored."""
+    path = broker.url.removeprefix("sqlite:///")
+    with closing(SQLiteStore(path, 10.0)) as store, closing(SQLiteStore(path, 10.0)) as other:
+        store.declare("app:q", {})
+        assert store.counts("app:q").ready == 0
+        for name in (path, f"{path}-wal", f"{path}-shm"):
+            os.unlink(name)
+        other.declare("app:q", {})
+        assert other.put("app:q", [Entry("a", b"raw", 4)], None) == 1
+
+        assert store.counts("app:q").ready == 1
+
+
 @ON_REDIS
 @pytest.mark.parametrize("key", [b"\xff\xfe", b"\x01zz", b"\x01ab", b"\x01"])
 def test_an_id_that_is_no_text_can_be_settled(bench: Bench, key: bytes) -> None:
