@@ -17,6 +17,7 @@ import msgspec
 
 from kq.errors import Invalid
 from kq.limit import MAX_NESTING
+from kq.plain_keys import has_plain_keys
 
 _NESTING_BYTES: Final = (b"[", b"{")
 #: Bytes of a body from which on it is searched for them, not counted through.
@@ -143,6 +144,8 @@ def _encode_msgpack(data: Any) -> bytes:
 
 
 def _decode_msgpack(body: bytes) -> Any:
+    if not has_plain_keys(body):
+        raise Undecodable("the body cannot be taken: a map has a key that is no string")
     try:
         value = msgspec.msgpack.decode(body)
     except (ValueError, RecursionError, TypeError, msgspec.MsgspecError) as error:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from kq.outcome import Death, Outcome
+from kq.plain_keys import has_plain_keys
 
 #: The version of the wire format, sent as the header ``x_kq``.
 WIRE_VERSION: Final = 1
@@ -55,6 +56,14 @@ class _Identity(msgspec.Struct, array_like=True):
     id: str
 
 
+class _Heads(msgspec.Struct, array_like=True):
+    """What stands before the body of an `Envelope`, not decoded; what follows is skipped."""
+
+    id: msgspec.Raw
+    headers: msgspec.Raw
+    properties: msgspec.Raw
+
+
 _encoder = msgspec.msgpack.Encoder()
 #: How msgpack begins bytes, by how many bytes their length takes (https://github.com/msgpack/msgpack/blob/master/spec.md).
 _BIN_8, _BIN_16, _BIN_32 = b"\xc4", b"\xc5", b"\xc6"
@@ -62,6 +71,9 @@ _BIN_8, _BIN_16, _BIN_32 = b"\xc4", b"\xc5", b"\xc6"
 _LONG = 1 << 16
 _decoder = msgspec.msgpack.Decoder(Envelope)
 _identity_decoder = msgspec.msgpack.Decoder(_Identity)
+_heads_decoder = msgspec.msgpack.Decoder(_Heads)
+#: Bytes of an envelope from which on its headers may be many.
+_MANY = 1 << 14
 
 
 def pack(envelope: Envelope) -> bytes:
@@ -89,6 +101,11 @@ def unpack(raw: bytes) -> Envelope:
         ValueError: If it holds none.
     """
     try:
+        if len(raw) >= _MANY:
+            # Without a look at the body, which may be long.
+            heads = _heads_decoder.decode(raw)
+            if not (has_plain_keys(bytes(heads.headers)) and has_plain_keys(bytes(heads.properties))):
+                raise ValueError("a map has a key that is no string")
         return _decoder.decode(raw)
     except (msgspec.MsgspecError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"not an envelope: {error}") from None

@@ -6,6 +6,7 @@ import math
 from datetime import datetime, timezone
 from decimal import Decimal
 from enum import Enum
+from time import process_time
 from typing import Any
 from uuid import UUID
 
@@ -140,6 +141,16 @@ def test_msgpack_with_other_keys_is_undecodable() -> None:
     """A mapping with keys that are no strings is undecodable."""
     with pytest.raises(codec.Undecodable, match="payload has the key 1; expected string keys"):
         codec.decode(msgspec.msgpack.encode({1: 2}), None, None, codec.MSGPACK)
+
+
+def test_msgpack_with_keys_that_collide_costs_nothing() -> None:
+    """All of these have one hash as tuples: a map of them would take a minute to be filled."""
+    keys = [b"\xdc\x00\x10" + bytes(0xFF - (n >> bit & 1) for bit in range(16)) for n in range(50_000)]
+    body = b"\xdf" + len(keys).to_bytes(4, "big") + b"".join(key + b"\xc0" for key in keys)
+    began = process_time()
+    with pytest.raises(codec.Undecodable, match="a map has a key that is no string"):
+        codec.decode(body, None, None, codec.MSGPACK)
+    assert process_time() - began < 5.0
 
 
 def test_integers_have_a_limit_of_digits() -> None:

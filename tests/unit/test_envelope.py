@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+from time import process_time
 from typing import Any
 
 import msgspec
@@ -170,3 +171,14 @@ def test_a_buried_message_can_be_cleaned(headers: dict[str, Any]) -> None:
     envelope = Envelope("m", {k: v for k, v in headers.items() if not k.startswith("x_")}, {}, b"1")
     outcome = Outcome("dead", 0.0, 5, 0, "max_attempts", Failure("INTERNAL", "no", True, "t"))
     assert clean(bury(envelope, "app:a", outcome, 1.0)) == envelope
+
+
+def test_headers_with_lists_as_keys_are_none() -> None:
+    """All of these have one hash as tuples: they are found before they are decoded, behind any body."""
+    keys = [b"\xdc\x00\x10" + bytes(0xFF - (n >> bit & 1) for bit in range(16)) for n in range(50_000)]
+    headers = b"\x81\xa1h\xdf" + len(keys).to_bytes(4, "big") + b"".join(key + b"\xc0" for key in keys)
+    began = process_time()
+    for parts in ((headers, b"\x80"), (b"\x80", headers)):
+        raw = b"\x94\xa1a" + b"".join(parts) + b"\xc4\x01x"
+        assert unpack_or_wrap(raw, "id") == Envelope("id", {}, {"content_type": "application/octet-stream"}, raw)
+    assert process_time() - began < 5.0
