@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -62,6 +63,7 @@ def worker(
     from kq.worker.option import WorkerOptions
     from kq.worker.pool import StartFailed
     from kq.worker.prefork import fill_standard_streams, prefork
+    from kq.worker.prelude import Stopped, prelude
     from kq.worker.reload import start_anew
     from kq.worker.worker import Worker
 
@@ -69,34 +71,46 @@ def worker(
     is_file_named = source("config") is ParameterSource.COMMANDLINE
     # The variable is for who names neither.
     path = app or (None if is_file_named and source("app_path") is ParameterSource.ENVIRONMENT else app_path)
-    if path is None and config_file.find(None, os.environ) is None:
+    file = config_file.find(None, os.environ)
+    if path is None and file is None:
         raise click.UsageError(
             "name the app, as package.module:attribute, e.g. kq worker shop:app; "
             "or a configuration file that declares consumers, e.g. kq worker --config kq.yaml"
         )
+    if file == config_file.DEFAULT:
+        os.environ[config_file.FOUND] = os.path.abspath(file)
     fill_standard_streams()
     # Before the app's module can do so, and once more when it is known what its file says.
     configure(given["log_level"], given["log_format"], loaded=False)
-    with prefork(_forks(broker, given), given["concurrency"]) as forks:
-        found = load(path, broker)
-        try:
-            unsaid, file = _unsaid(given), found.document.worker.values
-            options = WorkerOptions(**{**given, **{name: file[name] for name in unsaid.intersection(file)}})
-            found.declarations.load_handlers()
-            configure(options.log_level, options.log_format, loaded=True)
-            running = Worker(found, app_path=path or "", options=options, forks=forks, in_file=unsaid)
-            running.run()
-        except Invalid as error:
-            raise ConfigurationError(error.message) from error
-        except StartFailed as error:
-            fail(f"no child could start: {error}", CONFIGURATION)
-        except Error as error:
-            if exit_code(error) == 1:
-                raise
-            end(error)
-        finally:
-            found.close()
-    if running.restart:
+    running: Worker | None = None
+    try:
+        with prelude() as signals, prefork(_forks(broker, given), given["concurrency"]) as forks:
+            found = load(path, broker)
+            try:
+                unsaid, said = _unsaid(given), found.document.worker.values
+                options = WorkerOptions(**{**given, **{name: said[name] for name in unsaid.intersection(said)}})
+                found.declarations.load_handlers()
+                configure(options.log_level, options.log_format, loaded=True)
+                made = Worker(found, app_path=path or "", options=options, forks=forks, in_file=unsaid)
+                signals.hand_over(made.reload)
+                running = made
+                running.run()
+            except Invalid as error:
+                raise ConfigurationError(error.message) from error
+            except StartFailed as error:
+                fail(f"no child could start: {error}", CONFIGURATION)
+            except Error as error:
+                if exit_code(error) == 1:
+                    raise
+                end(error)
+            finally:
+                found.close()
+    except Stopped:
+        # Or once more, when there is nothing left but to say goodbye.
+        if running is None:
+            logging.getLogger("kq.worker").info("stopped before it had begun", extra={"action": "stopped"})
+        return
+    if running is not None and running.restart:
         start_anew()
 
 

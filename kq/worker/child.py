@@ -17,6 +17,7 @@ import sys
 from threading import Event, Lock
 from typing import Any, NoReturn
 
+from kq.config_file import FOUND
 from kq.outcome import DONE
 from kq.shield import shielded
 from kq.target import open_app
@@ -123,6 +124,8 @@ class Child:
         configure(hello.log_level, hello.log_format, loaded=False)
         try:
             app = open_app(hello.app, hello.overrides)
+            # What handlers start, perhaps in another folder, has a file of its own.
+            os.environ.pop(FOUND, None)
         except BaseException as error:
             self._send(frame.Failed(str(error) or repr(error)))
             return False

@@ -86,9 +86,10 @@ def start_anew() -> NoReturn:
     """Replace this process by a fresh one with the same arguments and the same process id."""
     import signal
 
-    if hasattr(signal, "SIGHUP"):
-        # Being ignored outlives the change; a HUP in between would end the new one before it listens.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for name in ("SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            # Being ignored outlives the change; one of them in between would end the new one before it listens.
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     flush()
     if (start := folder()) is not None:
         os.chdir(start)

@@ -434,6 +434,51 @@ def test_stopping_costs_no_cpu(local_shop: Shop) -> None:
     assert worker.wait(20) == 0
 
 
+#: Holds an app up in the middle of being loaded, the first time, until somebody opens the gate.
+GATE = """\
+import os as _os
+
+if _os.path.exists("gate"):
+    open("loading", "w").close()
+    with open("gate") as _gate:
+        _gate.read()
+    _os.unlink("gate")
+"""
+
+
+def worker_at_the_gate(shop: Shop) -> subprocess.Popen[str]:
+    """Start a worker, and return once it loads its app."""
+    os.mkfifo(shop.folder / "gate")
+    source = shop.folder / "shop.py"
+    source.write_text(GATE + source.read_text())
+    worker = shop.worker("-p", "1", ready=False)
+    wait_for((shop.folder / "loading").exists, "the app's code to run")
+    return worker
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_still_loads_its_app_stops(local_shop: Shop, number: int) -> None:
+    """As one that works does, and says so; it has nothing to finish."""
+    worker = worker_at_the_gate(local_shop)
+    assert local_shop.stop(worker, number) == 0
+    assert "stopped before it had begun" in local_shop.log()
+
+
+def test_a_worker_that_still_loads_its_app_reloads_it(local_shop: Shop) -> None:
+    """HUP does not end it: it is done once there is something to reload. USR1 says where it is."""
+    shop = local_shop
+    worker = worker_at_the_gate(shop)
+    worker.send_signal(signal.SIGUSR1)
+    wait_for(lambda: "nothing runs yet" in shop.log(), "the stack")
+    assert 'with open("gate")' in shop.log()
+    worker.send_signal(signal.SIGHUP)
+    (shop.folder / "gate").write_text("")
+    wait_for(lambda: "replacing the children" in shop.log(), "the reload")
+    shop.app.publish(shop.queue, {"n": 1})
+    shop.until("done")
+    assert shop.stop(worker) == 0
+
+
 def test_hup_with_broken_code_keeps_the_old(local_shop: Shop) -> None:
     """Children that cannot load the new code take nobody's place; the old ones work on."""
     shop = local_shop
