@@ -97,7 +97,8 @@ def _place(field: str, value: str | None) -> str:
         return "the system's authorities"
     if PEM in value:
         return "the text given"
-    if field != "key" or "." in value:
+    # A path's last part may have a dot, base64 has none.
+    if field != "key" or "." in os.path.basename(value):
         return repr(value[:200])
     try:
         return repr(value) if os.path.exists(value) else "what was given, which is neither PEM text nor a file"

@@ -77,7 +77,7 @@ class App:
         name: str,
         *,
         broker: str | None = None,
-        config: str | None = None,
+        config: str | config_file.Document | None = None,
         publish_timeout: float | None = None,
         lease: float | None = None,
         heartbeat: float | None = None,
@@ -102,7 +102,7 @@ class App:
             raise Invalid(f"drivers: {expected}, got {type(drivers).__name__}")
         if signing is not None and not isinstance(signing, Signing):
             raise Invalid(f"signing: expected a kq.Signing, got {type(signing).__name__}")
-        document = config_file.load(config)
+        document = config if isinstance(config, config_file.Document) else config_file.load(config)
         settings = resolve(
             {
                 "broker": broker,
@@ -119,10 +119,12 @@ class App:
             },
             document=document,
         )
+        if settings.strict_mode and document.risks:
+            raise Invalid("\n".join(f"{risk}; refused, for strict_mode is on" for risk in document.risks))
         find_backend(settings.broker)
         self.registry = Registry(name, settings)
         self.document = document
-        self.registry.variables = document.variables
+        self.registry.variables, self.registry.risks = document.variables, document.risks
         self.registry.guard = Guard(
             [*policies_of(document), *_policies(policies)],
             strict=settings.strict_mode,
@@ -144,7 +146,8 @@ class App:
             # Never off again: an app that is not strict must not loosen what another one, or the program, has set.
             set_strict(True)
         self._on_handle = _middleware("on_handle", on_handle)
-        self._producer = Producer(self, middleware=_middleware("on_publish", on_publish))
+        self.registry.on_publish = tuple(_middleware("on_publish", on_publish))
+        self._producer = Producer(self)
         _remember(self)
 
     @classmethod
@@ -160,7 +163,8 @@ class App:
         Raises:
             Invalid: If the file, or a setting in the environment, is not what it must be.
         """
-        app = cls(config_file.load(config).namespace or "kq", broker=broker, config=config)
+        document = config_file.load(config)
+        app = cls(document.namespace or "kq", broker=broker, config=document)
         # Whoever calls this, be it a library for command lines, is not where the handlers are.
         app.declarations.module = None
         return app

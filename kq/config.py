@@ -134,8 +134,8 @@ def resolve(
         else:
             section = document.security if setting in _SECURITY else document.settings
             # The groups of a file are those of the file's actor; here somebody else has named another one.
-            theirs = document.security.places.get("actor")
-            is_anothers = setting == "groups" and theirs is not None and origins.get("actor") != str(theirs)
+            theirs = document.security.values.get("actor")
+            is_anothers = setting == "groups" and theirs is not None and values.get("actor") != theirs
             if setting in section.values and not is_anothers:
                 values[setting] = _convert(setting, section.values[setting], kind)
                 origins[setting] = str(section.places[setting])
@@ -158,7 +158,7 @@ def unknown_variables(environment: Mapping[str, str] | None = None, *, named: Co
         named: Variables that the configuration file names.
     """
     environment = os.environ if environment is None else environment
-    known = COMMAND_VARIABLES | {URL_FILE} | {variable_of(setting) for setting in DEFAULTS}
+    known = COMMAND_VARIABLES | {URL_FILE, config_file.FOUND} | {variable_of(setting) for setting in DEFAULTS}
     warnings = []
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known and name not in named and not name.startswith("KQ_TEST_"):

@@ -99,18 +99,24 @@ def check(driver: Driver) -> None:
 
 
 def address(driver: Driver) -> str:
-    """Return a driver's URL, with its virtual host or database number in the place of the URL's own.
+    """Return a driver's URL, or several, with its virtual host or database number in the place of their own.
 
     Raises:
         Invalid: If it has a virtual host, and its kind of broker does not.
     """
     if driver.virtual_host is None:
         return driver.url
-    scheme, _, rest = driver.url.partition("://")
+    scheme = driver.url.partition("://")[0]
     if scheme.lower() in ("memory", "sqlite"):
         raise Invalid(f"virtual_host: {scheme}:// has none; expected amqp:// or redis://")
+    urls = driver.url.split(";") if scheme.lower() in ("amqp", "amqps") else [driver.url]
+    return ";".join(_with_path(url, quote(driver.virtual_host, safe="")) for url in urls)
+
+
+def _with_path(url: str, path: str) -> str:
+    scheme, _, rest = url.partition("://")
     place, mark, query = rest.partition("?")
-    return f"{scheme}://{place.partition('/')[0]}/{quote(driver.virtual_host, safe='')}{mark}{query}"
+    return f"{scheme}://{place.partition('/')[0]}/{path}{mark}{query}"
 
 
 @contextmanager

@@ -128,6 +128,11 @@ class Guard:
         """
         self._require(CONSUME_QUEUE, queue_id)
 
+    def against_consuming(self, queue_id: str) -> str:
+        """Say why the current actor may not consume a queue, or nothing if it may. Nobody tries: it is not audited."""
+        decision = decide(CONSUME_QUEUE, queue_id, strict=self.strict)
+        return "" if decision.allowed else decision.reason
+
     def administer(self, queue_id: str) -> None:
         """Ask whether the current actor may look into a queue, empty it, and deal with its dead letters.
 

@@ -51,6 +51,10 @@ class Registry:
         self.settings = settings
         #: Variables of the environment that the app's configuration file names.
         self.variables: frozenset[str] = frozenset()
+        #: Which of its configuration files others may change.
+        self.risks: tuple[str, ...] = ()
+        #: Around every publish, outermost first.
+        self.on_publish: tuple[Callable[..., list[str]], ...] = ()
         #: What asks the app's policies. Where there is no app, strict mode is as everywhere in the process.
         self.guard = Guard(strict=settings.strict_mode or None)
         self._signing: Signing | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from kq.cli.acl import show
 from kq.cli.option import ConfigurationError, common, load, table, warn
 from kq.config_file.kind import WORKER
 from kq.entry import CONSUMER_OPTIONS
-from kq.errors import Conflict, Invalid
+from kq.errors import Conflict, Error, Invalid
 from kq.retry import Backoff
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool,
             for driver in app.registry.drivers.values():
                 _print_rights(app.registry, driver)
             return
-        warnings = config.unknown_variables(named=app.registry.variables)
-        warnings += _worker_warnings(app)
+        warnings = [*config.unknown_variables(named=app.registry.variables), *app.registry.risks]
+        warnings += _worker_warnings(app, app_path or "")
         warnings += filter(None, map(pointless, app.registry.guard.policies))
         if offline:
             _print_configuration(app)
@@ -167,7 +168,7 @@ def _worker_options(file: Given) -> list[list[Any]]:
     return rows
 
 
-def _worker_warnings(app: App) -> list[str]:
+def _worker_warnings(app: App, app_path: str) -> list[str]:
     """Return what ``kq worker`` would warn of before it works.
 
     Raises:
@@ -182,7 +183,27 @@ def _worker_warnings(app: App) -> list[str]:
         if said := os.environ.get(f"KQ_{field.name.upper()}"):
             given[field.name] = options[field.name].process_value(context, said)
     handled = {consumer.queue for consumer in app.registry.router}
-    return [f"worker: queue {queue} has no handler" for queue in given.get("queues") or () if queue not in handled]
+    queues = given.pop("queues", None) or ()
+    warnings = [f"worker: queue {queue} has no handler" for queue in queues if queue not in handled]
+    chosen = handled.intersection(queues) if queues else handled
+    if chosen:
+        warnings += _why_not(app, app_path, {**given, "queues": sorted(chosen)})
+    return warnings
+
+
+def _why_not(app: App, app_path: str, options: Mapping[str, Any]) -> list[str]:
+    """Return why ``kq worker`` would not start, as far as that can be told without a broker."""
+    from kq.worker.option import WorkerOptions
+    from kq.worker.worker import Worker
+
+    try:
+        Worker(app, app_path=app_path, options=WorkerOptions(**options), quiet=True)
+    except Error as error:
+        return [f"worker: it would not start: {error.message}"]
+    guard = app.registry.guard
+    with guard.serving():
+        reasons = {queue: guard.against_consuming(queue) for queue in options["queues"]}
+    return [f"worker: it may not consume {queue}: {reason}" for queue, reason in reasons.items() if reason]
 
 
 def _show(value: Any) -> str:

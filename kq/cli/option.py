@@ -211,11 +211,14 @@ def _use_file(ctx: click.Context, param: click.Parameter, path: str | None) -> N
 
 
 def find_app(app_path: str | None, broker: str | None) -> App:
-    """Return an app as `load` does, and warn of variables of the environment that nothing reads; raises as `load`."""
+    """Return an app as `load` does, and warn of variables that nothing reads, and files that others may change.
+
+    Raises as `load` does.
+    """
     from kq.config import unknown_variables
 
     app = load(app_path, broker)
-    for warning in unknown_variables(named=app.registry.variables):
+    for warning in (*unknown_variables(named=app.registry.variables), *app.registry.risks):
         warn(warning)
     return app
 

@@ -5,6 +5,6 @@ it, `loader` checks it and makes a `document`, `schema` and `reference` describe
 """
 
 from kq.config_file.document import Document, Entry, Given, Place, empty
-from kq.config_file.search import DEFAULT, find, load
+from kq.config_file.search import DEFAULT, FOUND, find, load
 
-__all__ = ["DEFAULT", "Document", "Entry", "Given", "Place", "empty", "find", "load"]
+__all__ = ["DEFAULT", "FOUND", "Document", "Entry", "Given", "Place", "empty", "find", "load"]

@@ -87,6 +87,7 @@ class Document(msgspec.Struct, frozen=True):
         security: Actor, groups, strict mode.
         signing: Keys.
         variables: The variables of the environment that the files name.
+        risks: Which of the files others may change.
     """
 
     paths: tuple[str, ...]
@@ -101,6 +102,7 @@ class Document(msgspec.Struct, frozen=True):
     security: Given
     signing: Given
     variables: frozenset[str] = frozenset()
+    risks: tuple[str, ...] = ()
 
 
 def empty() -> Document:

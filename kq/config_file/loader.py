@@ -55,6 +55,7 @@ class Loader:
             tuple(draft.paths), namespace, found["driver"], main, found["queue"], found["consumer"], found["policy"],
             **{name: draft.sections.get(name, nothing) for name in _ONCE},
             variables=frozenset(self._problems.variables),
+            risks=tuple(self._problems.risks),
         )  # fmt: skip
 
     def _file(self, path: str, including: tuple[str, ...]) -> str | None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -22,6 +24,9 @@ from kq.errors import Invalid
 MAX_SIZE: Final = 2**20
 #: Levels of lists and mappings.
 MAX_DEPTH: Final = 32
+
+#: Mistakes that are told.
+_SHOWN: Final = 100
 
 #: What stands for a variable of the environment in a text.
 VARIABLE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -68,21 +73,22 @@ class Problems:
     Attributes:
         found: The mistakes, each with its place.
         variables: The variables of the environment that the files name.
+        risks: Who else may change what is read.
     """
 
-    found: list[str] = field(default_factory=list)
+    found: dict[str, None] = field(default_factory=dict)
     variables: set[str] = field(default_factory=set)
+    risks: list[str] = field(default_factory=list)
 
     def add(self, place: Place | str, what: str) -> None:
         """Note a mistake and its place."""
-        text = f"{place}: {what}"
-        if text not in self.found:
-            self.found.append(text)
+        self.found.setdefault(f"{place}: {what}")
 
     def check(self) -> None:
         """Raise `Invalid` with every mistake, a line each, if there is one."""
         if self.found:
-            raise Invalid("\n".join(self.found))
+            more = len(self.found) - _SHOWN
+            raise Invalid("\n".join([*islice(self.found, _SHOWN), *([f"and {more} more"] if more > 0 else [])]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +107,14 @@ class Text:
 
 
 def read(path: str, problems: Problems) -> Node | None:
-    """Return the tree of a file; None for an empty one.
+    """Return the tree of a file; None, noted, for an empty one.
 
     Raises:
         Invalid: If it cannot be read, is no YAML, or holds what is refused.
     """
     import yaml
 
-    text = _contents(path)
+    text = _contents(path, problems)
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -129,7 +135,12 @@ def read(path: str, problems: Problems) -> Node | None:
         raise Invalid(f"{path}{line}: not YAML: {error.problem or error}") from None
     except yaml.YAMLError as error:
         raise Invalid(f"{path}: not YAML: {error}") from None
-    return None if root is None else _node(path, root, problems)
+    if root is None:
+        # By /dev/null people say that there is no file.
+        if os.path.isfile(path):
+            problems.add(path, "is empty; expected fields such as entries or settings")
+        return None
+    return _node(path, root, problems)
 
 
 def look_up(scalar: Scalar, environment: MappingOf[str, str], problems: Problems, label: str) -> Text:
@@ -148,18 +159,36 @@ def look_up(scalar: Scalar, environment: MappingOf[str, str], problems: Problems
     return Text(value, scalar.text, VARIABLE.search(scalar.text) is not None)
 
 
-def _contents(path: str) -> str:
+def _contents(path: str, problems: Problems) -> str:
     try:
+        # Before it is opened, for which a pipe may have us wait.
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise Invalid(f"{path}: is a pipe; expected a file, which children and reloads read once more")
         with Path(path).open("rb") as file:
+            status = os.fstat(file.fileno())
             data = file.read(MAX_SIZE + 1)
     except OSError as error:
         raise Invalid(f"{path}: cannot be read: {os.strerror(error.errno) if error.errno else error}") from None
     if len(data) > MAX_SIZE:
         raise Invalid(f"{path}: larger than {MAX_SIZE:,} bytes")
+    if (risk := _risk(status)) is not None:
+        problems.risks.append(f"{path}: {risk}")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise Invalid(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _risk(status: os.stat_result) -> str | None:
+    """Return who else may change a file, which names the code that is run; None where nobody may."""
+    # Windows has other rules, and what is no file has other contents.
+    if not hasattr(os, "geteuid") or not stat.S_ISREG(status.st_mode):
+        return None
+    if status.st_mode & stat.S_IWOTH:
+        return "everybody may write to it, and it says what code is run; take that away with chmod o-w"
+    if status.st_uid not in (0, os.geteuid()):
+        return f"it belongs to another user ({status.st_uid}), and says what code is run; have it with chown"
+    return None
 
 
 def _refuse(path: str, event: Any, what: str) -> NoReturn:

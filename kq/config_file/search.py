@@ -11,14 +11,18 @@ from kq.errors import Invalid
 
 #: What is read where nobody names a file.
 DEFAULT: Final = "kq.yaml"
+#: The variable by which a worker tells its children, and itself when it starts anew, where that was: where it is gone
+#: by then, they are to say so, and not to be another app.
+FOUND: Final = "KQ_CONFIG_FOUND"
 
 
 def find(path: str | None, environment: Mapping[str, str]) -> str | None:
-    """Return the file to read: the one named, else ``KQ_CONFIG``, else ``kq.yaml`` if there is one."""
+    """Return the file to read: the one named, else ``KQ_CONFIG``, else ``kq.yaml`` if there is one, or was."""
     named = path or environment.get("KQ_CONFIG") or None
     if named is None and os.path.isfile(DEFAULT):
         return DEFAULT
-    return named
+    was = environment.get(FOUND)
+    return was if named is None and was and not os.path.isfile(was) else named
 
 
 def load(path: str | os.PathLike[str] | None = None, environment: Mapping[str, str] | None = None) -> Document:

@@ -95,10 +95,10 @@ class One:
         try:
             return self.make(text.value)
         except Invalid as error:
-            why = error.message if not text.looked_up else f"expected {self.expected}, got {_clipped(text)}"
+            why = error.message if not text.looked_up else f"expected {self.expected}, got {_as_written(text)}"
             reading.problems.add(node.place, f"{label}: {why}")
         except ValueError:
-            reading.problems.add(node.place, f"{label}: expected {self.expected}, got {_clipped(text)}")
+            reading.problems.add(node.place, f"{label}: expected {self.expected}, got {_as_written(text)}")
         return None
 
     def schema(self) -> dict[str, Any]:
@@ -107,9 +107,14 @@ class One:
         return json if json == _ANY_TEXT else {"anyOf": [json, {"type": "string", "pattern": VARIABLE.pattern}]}
 
 
-def _clipped(text: Text) -> str:
+def _as_written(text: Text) -> str:
     """Return what may be shown of a text, if it is long only its start."""
-    return repr(text.shown) if len(text.shown) <= _SHOWN else repr(text.shown[:_SHOWN]) + "..."
+    shown = text.shown
+    if text.looked_up:
+        # What stands beside a variable, or in its place where it is not set, may be the secret.
+        names = [f"${{env:{found[1]}}}" for found in VARIABLE.finditer(shown)]
+        shown = names[0] if VARIABLE.fullmatch(shown) else "...".join(["", *names, ""])
+    return repr(shown) if len(shown) <= _SHOWN else repr(shown[:_SHOWN]) + "..."
 
 
 def _text(text: str) -> str:

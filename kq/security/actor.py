@@ -43,7 +43,8 @@ class Actor(Frozen):
             raise Invalid(f"actor: expected an id of 1 to {MAX_ID} printable characters, got {_short(id)}")
         if meta is not None and not isinstance(meta, Mapping):
             raise Invalid(f"actor {id!r}: expected meta to be a mapping, got {type(meta).__name__}")
-        self._put(id=str(id))
+        # Not `str(id)`, for which an enum has another text.
+        self._put(id=str.__str__(id))
         self._put(meta=immutable({} if meta is None else meta, f"meta of actor {id!r}"))
         self._put(meta_keys={key: _key(value) for key, value in self.meta.items()})
         self._put(_hash=hash((self.id, frozenset(self.meta))))

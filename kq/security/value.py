@@ -90,7 +90,8 @@ def text(value: str, what: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise Invalid(f"{what}: expected text, got a string with a lone surrogate") from None
-    return str(value)
+    # Not `str(value)`, for which an enum has another text.
+    return str.__str__(value)
 
 
 def mutable(value: Any) -> Any:

@@ -283,6 +283,39 @@ def test_reload_is_all_or_nothing(local: Project) -> None:
     assert worker.wait(PATIENCE) == 0
 
 
+def test_a_file_that_is_gone_is_missed(local: Project) -> None:
+    """By reloads, also where nobody has named it: without it the app would be another one, with other rules."""
+    local.write("handlers.py", "import logging\nimport kq\napp = kq.App('shop')\n@app.consumer('shop:q')\n"
+                "def f(payload): logging.getLogger().info('got %s', payload)\n")  # fmt: skip
+    local.write("kq.yaml", "settings: {lease: 7s}\n")
+    worker = local.worker("handlers:app", "-p", "1")
+    (local.folder / "kq.yaml").rename(local.folder / "kq.old")
+    worker.send_signal(signal.SIGHUP)
+    local.until("nothing is reloaded")
+    assert "kq.yaml: cannot be read" in local.log()
+    (local.folder / "kq.yaml").write_text("")
+    worker.send_signal(signal.SIGHUP)
+    local.until("nothing is reloaded", 2)
+    assert "kq.yaml: is empty" in local.log()
+    (local.folder / "kq.old").rename(local.folder / "kq.yaml")
+    local.write("handlers.py", (local.folder / "handlers.py").read_text().replace("got", "has got"))
+    worker.send_signal(signal.SIGHUP)
+    local.until("replacing the children")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(PATIENCE) == 0
+
+
+def test_check_says_why_a_worker_would_not_start(local: Project) -> None:
+    """As far as that can be told without a broker: its options, its pool, its policies."""
+    local.write("handlers.py", "def f(payload): pass\n")
+    file = "namespace: shop\n{}\nentries: [{{id: w, kind: queue.consumer, queue: q, method: f}}]\n"
+    local.write("kq.yaml", file.format("security: {strict_mode: true}"))
+    assert "worker: it may not consume shop:q: " in local.run("check", "--offline").stderr
+    local.write("kq.yaml", file.format("worker: {pool: processes}"))
+    assert "it would not start: pool: memory://" in local.run("check", "--offline", "-b", "memory://").stderr
+    assert local.run("check", "--offline").stderr == ""
+
+
 def test_a_reload_tries_what_the_file_says_of_the_worker_now(local: Project) -> None:
     """Not what it said when the worker started: that may be wrong by now, or right no more."""
     local.write("handlers.py", "import logging\ndef f(payload): logging.getLogger().info('got %s', payload)\n")

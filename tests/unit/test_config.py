@@ -353,3 +353,13 @@ def test_argument_over_environment_over_file_over_default(
     assert found({}, environment, document) == (parsed, variable_of(setting))
     assert found({}, {}, document) == (in_file, f"{path}:1")
     assert found({}, {}, None) == (getattr(Settings(), setting), "default")
+
+
+def test_the_groups_of_a_file_are_its_actors(tmp_path: Path) -> None:
+    """Also where the same one is named elsewhere once more; where another one is they are not his."""
+    path = tmp_path / "kq.yaml"
+    path.write_text("security: {actor: 'service:worker', groups: [workers]}\n")
+    document = config_file.load(str(path), {})
+    assert resolve({}, {"KQ_ACTOR": "service:worker"}, document).groups == ("workers",)
+    assert resolve({"actor": "service:worker"}, {}, document).groups == ("workers",)
+    assert resolve({}, {"KQ_ACTOR": "user:ann"}, document).groups == ()

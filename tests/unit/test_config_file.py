@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import process_time
@@ -13,6 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kq
 from kq import config_file, errors
 from kq.config_file import kind, reference
 from kq.config_file.schema import json_schema
@@ -114,6 +117,28 @@ def test_everything_is_read(write: Write) -> None:
     assert found.security.values["strict_mode"] is True
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other rules")
+@pytest.mark.parametrize("by", ["mode", "owner"])
+def test_a_file_that_others_may_change_is_warned_of(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """It says what code is run: where strict mode is on it is refused, be it an included one."""
+    path = write("include: [more.yaml]\n")
+    more = write("settings: {lease: 10s}\n", "more.yaml")
+    assert config_file.load(path, {}).risks == ()
+    assert kq.App("fine", broker="memory://risks", config=path, strict_mode=True).document.risks == ()
+    if by == "mode":
+        Path(more).chmod(0o646)
+    elif os.geteuid() == 0:
+        os.chown(more, 4711, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    (*_, risk) = kq.App("fine", broker="memory://risks", config=path).registry.risks
+    assert risk.startswith(f"{more}: {'everybody may write to it' if by == 'mode' else 'it belongs to another user'}")
+    with pytest.raises(errors.Invalid, match="refused, for strict_mode is on"):
+        kq.App("strict", broker="memory://risks", config=path, strict_mode=True)
+
+
 def test_no_file_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no file is named and there is no kq.yaml, there is an empty document; a named one must be there."""
     monkeypatch.chdir(tmp_path)
@@ -170,6 +195,25 @@ def test_a_variable_s_value_is_not_shown(write: Write) -> None:
     )
     assert "c4nary" not in why
     assert len(why.splitlines()) == 4
+    # What stands beside it, too.
+    why = refused(write("entries: [{kind: queue.driver.amqp, url: 'redis://:c4nary@${env:HOST}/0'}]\n"), HOST="h")
+    assert "c4nary" not in why
+    assert "got '...${env:HOST}...'" in why
+
+
+def test_what_is_not_read_twice_is_refused(tmp_path: Path) -> None:
+    """A pipe: children and reloads would find nothing in it. So would they in a file that is empty by mistake."""
+    pipe, file = tmp_path / "pipe", tmp_path / "empty.yaml"
+    os.mkfifo(pipe)
+    file.write_text("# nothing\n")
+    assert "is a pipe; expected a file" in refused(str(pipe))
+    assert "is empty; expected fields" in refused(str(file))
+
+
+def test_of_many_mistakes_the_first_are_told(write: Write) -> None:
+    """Each once, and in no time."""
+    why = refused(write("".join(f"a{n}: 1\n" for n in range(2000)))).splitlines()
+    assert (len(why), why[-1]) == (101, "and 1900 more")
 
 
 def test_every_mistake_is_named_with_its_line(write: Write) -> None:

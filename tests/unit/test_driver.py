@@ -19,6 +19,7 @@ def test_a_driver_shows_no_secret() -> None:
         ("amqp://a:b@host:1/old?x=1", "new", "amqp://a:b@host:1/new?x=1"),
         ("amqp://host", "/", "amqp://host/%2F"),
         ("redis://host/0", "3", "redis://host/3"),
+        ("amqp://a/old;amqp://b:1?x=1", "new", "amqp://a/new;amqp://b:1/new?x=1"),
     ],
 )
 def test_a_virtual_host_goes_into_the_url(url: str, virtual_host: str | None, expected: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -83,3 +84,14 @@ def test_meta_nested_too_deep_is_refused() -> None:
     for value in (DEEP, loop):
         with pytest.raises(Invalid, match="levels"):
             Actor("user:1", {"x": value})
+
+
+def test_an_enum_is_what_it_stands_for() -> None:
+    """A policy compares with that, not with the enum's name."""
+
+    class Role(str, Enum):
+        SUSPENDED = "suspended"
+
+    actor = Actor(Role.SUSPENDED, {"role": Role.SUSPENDED})
+    assert (actor.id, actor.meta["role"]) == ("suspended", "suspended")
+    assert (type(actor.id), type(actor.meta["role"])) == (str, str)

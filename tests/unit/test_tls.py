@@ -109,6 +109,8 @@ def test_errors_name_the_field_and_show_no_key(ours: tuple[str, str], authority:
         (Tls(certificate=certificate, key=other), "does not belong to the certificate in the text given"),
         (Tls(certificate=certificate, key=broken), "tls: certificate: expected a certificate and its key"),
         (Tls(certificate=certificate, key=bare), "neither PEM text nor a file"),
+        # As a file in such a folder has it.
+        (Tls(certificate=certificate, key=f"/etc/kq.d/{bare}"), "neither PEM text nor a file"),
         (Tls(certificate=certificate, key=locked), "tls: key_password: is missing"),
         (Tls(certificate=certificate, key=locked, key_password="wr0ng"), "tls: key_password: does not open"),
         (Tls(certificate=certificate, key=locked, key_password="x" * 5000), "tls: key_password: does not open"),
