@@ -116,8 +116,9 @@ class Consumer:
                     backends[spec.driver] = self._registry.open(spec.driver)
                     stack.callback(backends[spec.driver].close)
                 exact = self._registry.is_exact(spec.id)
+                create = self._registry.create_queues or self._registry.is_declared(spec.id)
                 with naming(spec.driver):
-                    backends[spec.driver].declare(spec, create=self._registry.create_queues or exact, exact=exact)
+                    backends[spec.driver].declare(spec, create=create, exact=exact)
             self._backends = stack.pop_all()
         fetchers = {name: self._fetcher(name, backend) for name, backend in backends.items()}
         self._intake = Intake({spec.id: fetchers[spec.driver] for spec in self._specs.values()})

@@ -67,12 +67,12 @@ class Producer:
 
     Args:
         source: An app, or a broker URL.
-        middleware: Around every publish, outermost first.
+        middleware: Around every publish, outermost first, within the app's own.
     """
 
     def __init__(self, source: HasRegistry | str, *, middleware: Sequence[PublishMiddleware] = ()) -> None:
         self._registry, self._own = registry_of(source)
-        self._middleware = middleware
+        self._middleware = (*self._registry.on_publish, *middleware)
         #: Threads that are handing something to a pool, whose own lock a signal's handler would wait for in vain; and
         #: the pools that such a handler has closed, to be shut down after that.
         self._submitting: set[int] = set()

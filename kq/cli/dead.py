@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kq.cli.option import FAILED, common, confirm, fail, find_app, printable, table
+from kq.errors import NotFound
 
 if TYPE_CHECKING:
+    from kq.app import App
     from kq.dead_letter import DeadLetter
 
 
@@ -32,7 +34,7 @@ def list_(queue: str, limit: int, offset: int, as_json: bool, app_path: str | No
     """List the dead letters of QUEUE, oldest first."""
     with find_app(app_path, broker) as app:
         letters = app.dead(queue).list(limit, offset)
-        total = app.info(queue).dead
+        total = None if as_json else _total(app, queue)
     if as_json:
         click.echo(json.dumps([_fields(letter) for letter in letters]))
         return
@@ -161,6 +163,14 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def _total(app: App, queue: str) -> int | None:
+    """Return how many dead letters there are; None where nobody knows, as of a queue that is gone."""
+    try:
+        return app.info(queue).dead
+    except NotFound:
+        return None
 
 
 def _brief(letter: DeadLetter) -> str:

@@ -138,8 +138,8 @@ class ProcessPool:
 
     @property
     def needs_watching(self) -> bool:
-        """See `Pool.needs_watching`: handlers may run late, and children hoard."""
-        return self._timeout_of is not None or bool(self._hoarders())
+        """See `Pool.needs_watching`: handlers may run late, and what waits in a child may turn out to wait for long."""
+        return self._timeout_of is not None or any(len(child.tags) > child.window_min for child in self._children)
 
     def wake(self) -> None:
         """See `Pool.wake`."""

@@ -1112,6 +1112,21 @@ def test_undeclared_queues_can_be_forbidden(make_app: Callable[..., kq.App], que
     assert app.publish(queue_id, 1)
 
 
+def test_a_queue_that_has_a_handler_is_made_for_whoever_pulls(
+    make_app: Callable[..., kq.App], queue_id: str, broker: Broker
+) -> None:
+    """With create_queues off as well, as for whoever publishes; another one is NotFound."""
+    app = make_app(create_queues=False)
+    with pytest.raises(errors.NotFound):
+        kq.Consumer(app, broker.queue_id("other"))
+    app.consumer(queue_id)(print)
+    with kq.Consumer(app, queue_id) as consumer:
+        app.publish(queue_id, 1)
+        message = consumer.receive(20)
+        assert message is not None
+        message.ack()
+
+
 def test_fatal_mistakes_leave_no_trace(app: kq.App, queue_id: str) -> None:
     """publish_many checks everything before it sends anything."""
     app.publish(queue_id, "first")
@@ -1133,7 +1148,7 @@ def _publish_raw(broker: Broker, queue_id: str, body: bytes, headers: dict[str, 
 
     from kq.backend import BackendOptions
     from kq.backends.store import Entry
-    from kq.backends.virtual import open_store
+    from kq.backends.store_url import open_store
     from kq.envelope import Envelope, pack
 
     store = open_store(broker.url, BackendOptions(30, 30, 10, "test"))

@@ -11,9 +11,11 @@ from contextlib import closing
 from pathlib import Path
 from time import monotonic
 
+import kombu
 import pytest
 
 import kq
+import kq.backends
 from tests.integration.conftest import PATIENCE, Shop
 
 
@@ -129,6 +131,22 @@ def test_variables_hold_a_header_on_each_line(local_shop: Shop) -> None:
         assert message is not None
         assert message.headers() == {"subject": "a b=c", "n": 1}
         message.ack()
+
+
+def test_dead_letters_of_a_queue_that_is_gone(shop: Shop) -> None:
+    """They are where they were, and are shown."""
+    (id,) = shop.app.publish_many(shop.queue, [{"n": 1, "do": "invalid"}])
+    assert shop.worker("-p", "1", "--burst", ready=False).wait(30) == 0
+    url = shop.broker.url if shop.broker.url.startswith("amqp") else f"kq-{shop.broker.url}"
+    with kombu.Connection(url) as connection:
+        connection.channel().queue_delete(shop.queue)
+
+    (letter,) = json.loads(shop.run("dead", "list", shop.queue, "--json").stdout)
+    table = shop.run("dead", "list", shop.queue)
+
+    assert (letter["id"], letter["reason"]) == (id, "not_retryable")
+    assert (table.returncode, table.stderr) == (0, "")
+    assert id in table.stdout
 
 
 def test_dead_letters(shop: Shop) -> None:

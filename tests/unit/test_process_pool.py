@@ -82,3 +82,13 @@ def test_a_child_that_has_had_nothing_keeps_its_pace(monkeypatch: pytest.MonkeyP
     finally:
         ours.close()
         theirs.close()
+
+
+def test_what_waits_in_a_child_is_watched_over() -> None:
+    """It was given as much because its handlers were fast: somebody has to look whether they are."""
+    child = SimpleNamespace(window_min=8, tags=set(range(8)))
+    pool: Any = object.__new__(ProcessPool)
+    pool._children, pool._timeout_of = [child], None
+    assert not pool.needs_watching
+    child.tags.add(8)
+    assert pool.needs_watching

@@ -120,6 +120,28 @@ def test_an_id_is_for_a_single_message() -> None:
         assert app.info("app:q").ready == 1
 
 
+def test_an_apps_middleware_is_around_each_of_its_producers() -> None:
+    """A program that publishes with one of its own leaves out nothing that the app insists on."""
+
+    def mark(by: str) -> Any:
+        def marked(draft: Draft, call_next: Any) -> Any:
+            before = (draft.headers or {}).get("by", "")
+            return call_next(replace(draft, headers={"by": before + by}))
+
+        return marked
+
+    with (
+        kq.App("test", broker="memory://test-producer-onion", on_publish=[mark("a")]) as app,
+        kq.Producer(app, middleware=[mark("b")]) as producer,
+        kq.Consumer(app, "app:q") as consumer,
+    ):
+        producer.publish("app:q", 1)
+        message = consumer.receive(20)
+        assert message is not None
+        assert message.header("by") == "ab"
+        message.ack()
+
+
 def test_middleware_may_give_what_can_be_gone_through_once() -> None:
     """Each of it is checked and published."""
 
