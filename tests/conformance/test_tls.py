@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from time import monotonic, time
 from typing import Any
 from uuid import uuid4
@@ -270,6 +272,32 @@ def test_a_client_certificate(network: Network, authority: trustme.CA, tmp_path:
     ):
         assert_works(network.backend(proxy.url, tls), network.broker)
     assert_refused(network.backend(proxy.url, Tls(ca=ca)).check)
+
+
+@ON_THE_NETWORK
+def test_who_hangs_up_during_the_handshake_is_away(network: Network) -> None:
+    """As a proxy whose broker is not there yet: that may pass in a moment, and is no certificate's fault."""
+    over = Event()
+
+    def hang_up(server: socket.socket) -> None:
+        with suppress(OSError):
+            while not over.is_set():
+                client, _ = server.accept()
+                with client:
+                    client.recv(4096)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = Thread(target=hang_up, args=(server,))
+        thread.start()
+        scheme = "rediss" if network.broker.stores else "amqps"
+        backend = network.backend(f"{scheme}://localhost:{server.getsockname()[1]}")
+        with pytest.raises(errors.Internal) as caught:
+            backend.check()
+        over.set()
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(20)
+    assert not isinstance(caught.value, UntrustedBroker)
+    assert caught.value.details["reason"] == "unavailable"
 
 
 @ON_THE_NETWORK
