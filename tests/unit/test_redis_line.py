@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from itertools import count
 from threading import Event, Thread
 from typing import Any
@@ -12,6 +13,7 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kq.backend import BackendOptions, Publication, QueueSpec
 from kq.backends.redis_address import address_of
 from kq.backends.redis_answer import Answers
 from kq.backends.redis_command import Head
@@ -19,6 +21,8 @@ from kq.backends.redis_connection import Connection, Connector
 from kq.backends.redis_error import Broken, Late, RedisErrors, Refusal
 from kq.backends.redis_line import Lines
 from kq.backends.redis_sent import Sent
+from kq.backends.stored import StoredBackend
+from kq.envelope import Envelope
 
 VALUES = st.recursive(
     st.none() | st.integers() | st.binary(max_size=100), lambda inner: st.lists(inner, max_size=5), max_leaves=20
@@ -216,6 +220,50 @@ def test_what_has_taken_time_before_is_part_of_a_call(monkeypatch: pytest.Monkey
         lines.transact(b"condition", [b"command"], 1)
     assert len(made) == 2
     made[1].close()
+
+
+class Hanging:
+    """Answers what is said at first, and hangs up on each script, after so many seconds."""
+
+    def __init__(self, after: float) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.scripts = 0
+        self._after = after
+        self._over = Event()
+        self._thread = Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            with suppress(OSError):
+                connection, _ = self.listener.accept()
+                with connection:
+                    while data := connection.recv(1000):
+                        if b"EVAL" in data:
+                            self.scripts += 1
+                            self._over.wait(self._after)
+                            break
+                        connection.sendall(b"+OK\r\n" * (1 + data.count(b"\r\n*")))
+
+    def close(self) -> None:
+        self._over.set()
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self.listener.close()
+
+
+@pytest.mark.parametrize(("after", "scripts"), [(0.0, 3), (0.6, 2)])
+def test_a_publish_is_tried_again_as_long_as_there_is_time(after: float, scripts: int) -> None:
+    """Over the connection that there was, over a new one, and once more: unless that could take longer than it may."""
+    with closing(Hanging(after)) as server:
+        options = BackendOptions(lease=30.0, heartbeat=30.0, timeout=3.0, name="test")
+        with closing(StoredBackend(f"redis://127.0.0.1:{server.port}", options)) as backend:
+            message = Publication(QueueSpec("app:q"), Envelope("id", {}, {}, b"1"))
+            (error,) = backend.publish([message], 3.0)
+        assert error is not None
+        assert error.details["reason"] == "unavailable"
+        assert server.scripts == scripts
 
 
 class Wire:
