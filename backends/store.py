@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 from uuid import uuid4
 
-from kq.backend import Capabilities, Role, Unconfirmed
+from kq.backend import Capabilities, Role, Unconfirmed, UntrustedBroker
 from kq.errors import Error, Internal
 
 #: Bytes of messages after which one `Store.take` takes no more, so that large ones fill nobody's memory.
@@ -37,6 +37,10 @@ _LOT_BYTES: Final = 4 * 2**20
 
 class BrokerAway(Internal):
     """The broker cannot be reached, or did not answer; what `kombu` calls a connection error."""
+
+
+#: What is raised where there is no way to the broker: whatever else is to be asked for meets it as well.
+UNREACHABLE: Final = (BrokerAway, UntrustedBroker)
 
 
 class Entry(NamedTuple):

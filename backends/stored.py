@@ -22,11 +22,10 @@ from kq.backend import (
     QueueSpec,
     Role,
     Unconfirmed,
-    UntrustedBroker,
     unknown_options,
 )
 from kq.backends import kombu_lock  # noqa: F401
-from kq.backends.store import PAGE, BrokerAway, Entry, Lot, Store, pages
+from kq.backends.store import PAGE, UNREACHABLE, BrokerAway, Entry, Lot, Store, pages
 from kq.backends.stored_feed import StoredFeed
 from kq.backends.stored_replay import Replay
 from kq.backends.tls_parameters import separate
@@ -136,7 +135,7 @@ class StoredBackend:
         by_queue: dict[str, list[int]] = {}
         for index, publication in enumerate(batch):
             by_queue.setdefault(publication.queue.id, []).append(index)
-        away: BrokerAway | UntrustedBroker | None = None
+        away: Error | None = None
         for queue, indexes in by_queue.items():
             entries = [_entry(batch[index]) for index in indexes]
             try:
@@ -146,7 +145,7 @@ class StoredBackend:
             except Error as error:
                 for index in indexes:
                     results[index] = error
-                if isinstance(error, (BrokerAway, UntrustedBroker)):
+                if isinstance(error, UNREACHABLE):
                     # From the others as well: each would wait for it as long.
                     away = error
                 continue

@@ -11,12 +11,12 @@ from typing import Any, Final
 from uuid import uuid4
 
 from kq import clock
-from kq.backend import Delivery, QueueSpec, Settlement, Settling, UntrustedBroker
+from kq.backend import Delivery, QueueSpec, Settlement, Settling
 from kq.backends.store import (
     TAKE_BYTES,
     TAKE_MOST,
+    UNREACHABLE,
     Ahead,
-    BrokerAway,
     Ending,
     Entry,
     Lease,
@@ -238,7 +238,7 @@ class StoredFeed:
                 continue
             try:
                 answers = self._store.settle(queue, [ending for _, ending in part])
-            except (BrokerAway, UntrustedBroker):
+            except UNREACHABLE:
                 raise
             except Error as error:
                 failed += [(settlement, error) for settlement, _ in part]
@@ -262,14 +262,14 @@ class StoredFeed:
         """Move dead letters to where they belong, and return those that were not moved."""
         target = self._specs[queue].dead_letter
         left: list[_Burial] = []
-        away: BrokerAway | UntrustedBroker | None = None
+        away: Error | None = None
         start = 0
         for lot in in_lots([move for _, move in burials]):
             part = burials[start : start + len(lot)]
             start += len(lot)
             assert target is not None
             for burial, answer in zip(part, self._moved(queue, target, lot), strict=True):
-                if isinstance(answer, (BrokerAway, UntrustedBroker)):
+                if isinstance(answer, UNREACHABLE):
                     away = answer
                 elif isinstance(answer, Error):
                     failed.append((burial[0], answer))
@@ -285,7 +285,7 @@ class StoredFeed:
     def _moved(self, queue: str, target: str, lot: Sequence[Move]) -> list[bool | Error]:
         try:
             return self._store.move(queue, target, lot)
-        except (BrokerAway, UntrustedBroker):
+        except UNREACHABLE:
             raise
         except Error as error:
             # What there is no room for all of, there may be for one.
@@ -337,7 +337,7 @@ class StoredFeed:
         for queue, pairs in held.items():
             try:
                 kept = self._store.renew(queue, pairs, self._lease, self._name)
-            except (BrokerAway, UntrustedBroker):
+            except UNREACHABLE:
                 raise
             except Error as error:
                 # One queue that is out of order is not to cost the others their leases.

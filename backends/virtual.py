@@ -21,8 +21,8 @@ from kombu.transport import base, virtual
 from kombu.utils.url import as_url, parse_url
 
 from kq import forking
-from kq.backend import BackendOptions, UntrustedBroker
-from kq.backends.store import BrokerAway, Store
+from kq.backend import BackendOptions
+from kq.backends.store import UNREACHABLE, Store
 from kq.backends.store_url import open_store
 from kq.backends.virtual_channel import Channel
 from kq.config import hide_password
@@ -39,9 +39,9 @@ class Transport(virtual.Transport):
     can_parse_url = True
     driver_type = "kq"
     driver_name = "kq"
-    connection_errors = (BrokerAway, UntrustedBroker)
+    connection_errors = UNREACHABLE
     channel_errors = (*virtual.Transport.channel_errors, Error)
-    recoverable_connection_errors = (BrokerAway, UntrustedBroker)
+    recoverable_connection_errors = UNREACHABLE
     implements = base.Transport.implements.extend(
         asynchronous=False, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False
     )
@@ -142,7 +142,7 @@ class Transport(virtual.Transport):
                 return
             try:
                 self.store.leave(queue, self.consumer)
-            except (BrokerAway, UntrustedBroker):
+            except UNREACHABLE:
                 self.is_away = True
             except Error:
                 pass
@@ -201,7 +201,7 @@ class _LeaseKeeper(Thread):
             try:
                 transport.store.renew(queue, pairs, transport.lease, transport.consumer)
                 transport.is_away = False
-            except (BrokerAway, UntrustedBroker):
+            except UNREACHABLE:
                 break  # unreachable for now: there are two more tries before a lease runs out
             except Error:
                 continue  # one queue that is out of order is not to cost the others their leases

@@ -11,8 +11,7 @@ from uuid import uuid4
 from kombu.transport import base, virtual
 
 from kq import clock
-from kq.backend import UntrustedBroker
-from kq.backends.store import BrokerAway, Ending, Entry, Lease, Move, under_another_id
+from kq.backends.store import UNREACHABLE, Ending, Entry, Lease, Move, under_another_id
 from kq.backends.virtual_exchange import TopicExchange
 from kq.backends.virtual_message import milliseconds, to_envelope, to_payload
 from kq.backends.virtual_topology import TopologyChannel
@@ -234,7 +233,7 @@ class Channel(TopologyChannel):
     def _discard_expired(self, tag: str) -> bool:
         try:
             self.discard(tag, EXPIRED)
-        except (BrokerAway, UntrustedBroker):
+        except UNREACHABLE:
             raise
         except Error:
             # Where it belongs there is no room for it. It is tried again later, and is in nobody's way meanwhile.
