@@ -145,8 +145,8 @@ class App:
         if settings.strict_mode:
             # Never off again: an app that is not strict must not loosen what another one, or the program, has set.
             set_strict(True)
-        self._on_handle = _middleware("on_handle", on_handle)
-        self.registry.on_publish = tuple(_middleware("on_publish", on_publish))
+        self._on_handle = list(limit.functions("on_handle", on_handle))
+        self.registry.on_publish = limit.functions("on_publish", on_publish)
         self._producer = Producer(self)
         _remember(self)
 
@@ -524,16 +524,6 @@ _active: ContextVar[App | None] = ContextVar("kq_app", default=None)
 #: Kept alive: what comes after it acts on it, also where nobody else holds it.
 _last: App | None = None
 _default: App | None = None
-
-
-def _middleware(name: str, given: Any) -> list[Any]:
-    if callable(given) or not isinstance(given, Iterable):
-        raise Invalid(f"{name}: expected a list of functions, got {given!r}")
-    functions = list(given)
-    for function in functions:
-        if not callable(function):
-            raise Invalid(f"{name}: expected functions, got {function!r}")
-    return functions
 
 
 def _policies(given: Any) -> list[Policy]:

@@ -42,7 +42,7 @@ COMMAND_VARIABLES: Final = frozenset(
         "ACL", "ACTION", "ACTOR_META", "ALL", "APP", "BURST", "CONCURRENCY", "CONFIG", "CONNECT_TIMEOUT", "DEBUG",
         "DELAY", "EXPIRES", "GRACE", "HEADER", "JSON", "JSONL", "LIMIT", "LOG_FORMAT", "LOG_LEVEL",
         "MAX_TASKS_PER_CHILD", "MESSAGE_ID", "META", "OFFLINE", "OFFSET", "POOL", "PREFETCH", "PRIORITY", "PROCESSES",
-        "QUEUES", "RESOURCE", "SCHEMA", "YES",
+        "QUEUES", "RESOURCE", "SCHEMA", "STRICT", "YES",
     )
 )  # fmt: skip
 
@@ -271,7 +271,8 @@ def _parse(variable: str, text: str, kind: type) -> Any:
             return float(text) if seconds is None else seconds
         return kind(text)
     except (KeyError, ValueError):
-        raise Invalid(f"{variable}: expected {_a(kind)}, got {text!r}") from None
+        expected = "a duration such as 30s, 500ms or 2h" if kind is float else _a(kind)
+        raise Invalid(f"{variable}: expected {expected}, got {text!r}") from None
 
 
 def _a(kind: type) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
@@ -74,6 +74,17 @@ def count(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return value
     raise Invalid(f"{name}: expected an integer from {low} to {high:,}, got {value!r}")
+
+
+def functions(name: str, given: Any) -> tuple[Any, ...]:
+    """Return the functions of a list, as middleware is given, or raise ``Invalid``."""
+    if callable(given) or not isinstance(given, Iterable):
+        raise Invalid(f"{name}: expected a list of functions, got {given!r}")
+    found = tuple(given)
+    for function in found:
+        if not callable(function):
+            raise Invalid(f"{name}: expected functions, got {function!r}")
+    return found
 
 
 def duration(text: str) -> float | None:

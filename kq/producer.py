@@ -72,7 +72,7 @@ class Producer:
 
     def __init__(self, source: HasRegistry | str, *, middleware: Sequence[PublishMiddleware] = ()) -> None:
         self._registry, self._own = registry_of(source)
-        self._middleware = (*self._registry.on_publish, *middleware)
+        self._middleware = (*self._registry.on_publish, *limit.functions("middleware", middleware))
         #: Threads that are handing something to a pool, whose own lock a signal's handler would wait for in vain; and
         #: the pools that such a handler has closed, to be shut down after that.
         self._submitting: set[int] = set()

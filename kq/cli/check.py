@@ -12,7 +12,7 @@ import click
 from msgspec import structs
 
 from kq.cli.acl import show
-from kq.cli.option import ConfigurationError, common, load, table, warn
+from kq.cli.option import CONFIGURATION, ConfigurationError, common, fail, load, table, warn
 from kq.config_file.kind import WORKER
 from kq.entry import CONSUMER_OPTIONS
 from kq.errors import Conflict, Error, Invalid
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     show_envvar=True,
     help="Print a JSON Schema of the configuration file, for editors.",
 )
+@click.option("--strict", is_flag=True, envvar="KQ_STRICT", show_envvar=True,
+              help="Exit with 78 where there is something to warn of.")  # fmt: skip
 @click.option("--acl", is_flag=True, envvar="KQ_ACL", show_envvar=True,
               help="Print the least rights of a publisher and of a worker; connect nothing.")  # fmt: skip
 @common
-def check(app_path: str | None, broker: str | None, offline: bool, schema: bool, acl: bool) -> None:
+def check(app_path: str | None, broker: str | None, offline: bool, schema: bool, strict: bool, acl: bool) -> None:
     """Reach the brokers, and say what they can do and which of their settings endanger messages."""
     from kq import config
     from kq.guard import pointless
@@ -69,6 +71,9 @@ def check(app_path: str | None, broker: str | None, offline: bool, schema: bool,
         warn(warning)
     if not warnings:
         click.echo("the configuration is fine" if offline else "no unsafe settings found")
+    elif strict:
+        count = len(warnings)
+        fail(f"{count} warning{'s' if count > 1 else ''}, and --strict lets none pass", CONFIGURATION)
 
 
 def _print_rights(registry: Registry, driver: Driver) -> None:

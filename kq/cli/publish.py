@@ -67,7 +67,7 @@ def publish(
             return
         text = ""
         try:
-            text = sys.stdin.read() if data == "-" else str(data)
+            text = sys.stdin.read().removeprefix("\ufeff") if data == "-" else str(data)
             payload = json.loads(text)
         except (ValueError, RecursionError) as error:
             hint = f"; a text needs quotes of its own: '\"{text}\"'" if text[:1].isalpha() else ""
@@ -159,11 +159,14 @@ def _payloads(lines: BinaryIO) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            text = line.decode()
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             payload = json.loads(text)
             if codec.is_empty(payload):
                 raise _BadLine(f"line {number} is empty data ({text.strip()})")
             codec.JSON.encode(payload)
+        except json.JSONDecodeError as error:
+            # Its own number of a line is always 1.
+            raise _BadLine(f"line {number} is not JSON: {error.msg}, at column {error.colno}") from None
         except (ValueError, RecursionError, Invalid) as error:
             raise _BadLine(f"line {number} is not a message: {error}") from None
         yield number, payload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from kq.executor import Job
+from kq.outcome import Death
 from kq.worker import frame
 from kq.worker.pool import Place
 from kq.worker.process import Process
@@ -27,6 +29,8 @@ class ChildProcess(Place):
     ended: bool = False
     watched: bool = True
     late: frozenset[int] = frozenset()
+    #: Why its worker has killed it; empty where it has not.
+    killed_because: str = ""
     #: When it is killed, if it has not ended by then; None for never.
     doomed_at: float | None = None
     finished: int = 0
@@ -62,6 +66,21 @@ class ChildProcess(Place):
                 self.outgoing.popleft()
             else:
                 self.outgoing[0] = first[sent:]
+
+    def kill(self, why: str) -> None:
+        """Kill it; ``why`` is for the log, which is not to take it for a stranger's doing.
+
+        One that has hung up is dying already, nobody knows of what.
+        """
+        if not self.ended:
+            self.killed_because = why
+        self.process.kill()
+
+    def how_it_ended(self, death: Death) -> str:
+        """Return how it has ended, as a verb and what follows it."""
+        if self.killed_because and death.exit_signal == signal.SIGKILL:
+            return f"was killed by its worker ({self.killed_because})"
+        return str(death)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Hand over jobs."""

@@ -244,7 +244,7 @@ class ProcessPool:
                 self._take(child, message, events)
         except msgspec.MsgspecError:
             logger.exception("child %d speaks nonsense; killing it", child.number, extra={"action": "child_broken"})
-            child.process.kill()
+            child.kill("it spoke nonsense")
         if child.ended and child.watched:
             # Its end of the socket is closed; its process says when it is over. It can report nothing more.
             child.watched = False
@@ -325,7 +325,7 @@ class ProcessPool:
         elif not expected and not self._closing:
             logger.error(
                 "child %d (pid %d) %s while running %d and holding %d jobs; starting a new one",
-                child.number, child.process.pid, death, len(running), len(queued),
+                child.number, child.process.pid, child.how_it_ended(death), len(running), len(queued),
                 extra={"action": "child_died"},
             )  # fmt: skip
         self._forget(child)
@@ -390,7 +390,7 @@ class ProcessPool:
             if child.doomed_at is not None and now >= child.doomed_at:
                 child.doomed_at = None if child.ready else now + _START_PATIENCE
                 child.why_failed = child.why_failed or f"it did not load the app within {_START_PATIENCE:g} s"
-                child.process.kill()
+                child.kill("it did not end in time" if child.ready else child.why_failed)
 
     def _stop_late_handlers(self) -> None:
         """Kill a child whose handler does not heed its time limit."""
@@ -408,7 +408,7 @@ class ProcessPool:
             if any(seconds > KILL_AFTER for seconds in overdue.values()):
                 # Others that are late as well are charged as well, and do not get another turn for it.
                 child.late = frozenset(tag for tag, seconds in overdue.items() if seconds > 0)
-                child.process.kill()
+                child.kill(f"a handler went on {KILL_AFTER:g} s beyond its time limit")
 
     def _patience(self, timeout: float) -> float:
         now = monotonic()

@@ -88,6 +88,19 @@ def test_publish_stops_at_the_first_bad_line(local_shop: Shop, bad: bytes) -> No
     assert local_shop.app.info(local_shop.queue).ready == 2
 
 
+def test_a_bad_line_is_named_once(local_shop: Shop) -> None:
+    """The decoder counts lines of its own, which would be taken for the file's; what marks the start is no data."""
+    lines = local_shop.folder / "lines.jsonl"
+    lines.write_bytes(b'\xef\xbb\xbf{"n": 1}\n{"n": 2,}\n')
+
+    done = local_shop.run("publish", local_shop.queue, "--jsonl", str(lines))
+
+    assert done.returncode == 2
+    assert "kq: line 2 is not JSON: " in done.stderr
+    assert "line 1" not in done.stderr
+    assert local_shop.app.info(local_shop.queue).ready == 1
+
+
 def test_info_counts(shop: Shop) -> None:
     """Kq info shows a table for people and JSON for programs."""
     shop.app.publish_many(shop.queue, [{"n": 1}, {"n": 2}])

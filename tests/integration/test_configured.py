@@ -312,8 +312,14 @@ def test_check_says_why_a_worker_would_not_start(local: Project) -> None:
     local.write("kq.yaml", file.format("security: {strict_mode: true}"))
     assert "worker: it may not consume shop:q: " in local.run("check", "--offline").stderr
     local.write("kq.yaml", file.format("worker: {pool: processes}"))
-    assert "it would not start: pool: memory://" in local.run("check", "--offline", "-b", "memory://").stderr
-    assert local.run("check", "--offline").stderr == ""
+    found = local.run("check", "--offline", "-b", "memory://")
+    assert "it would not start: pool: memory://" in found.stderr
+    assert found.returncode == 0
+    found = local.run("check", "--offline", "--strict", "-b", "memory://")
+    assert found.stderr.endswith("kq: 1 warning, and --strict lets none pass\n")
+    assert found.returncode == 78
+    found = local.run("check", "--offline", "--strict")
+    assert (found.stderr, found.returncode) == ("", 0)
 
 
 def test_a_reload_tries_what_the_file_says_of_the_worker_now(local: Project) -> None:

@@ -282,6 +282,8 @@ def test_a_handler_that_holds_the_interpreter_is_killed(local_shop: Shop) -> Non
 
     assert (letter.reason, letter.error_kind, letter.attempts) == ("max_attempts", "TIMEOUT", 2)
     assert len(shop.history("started", "hold")) == 2
+    assert "was killed by its worker (a handler went on 2 s beyond its time limit)" in shop.log()
+    assert "signal 9" not in shop.log()
 
 
 def test_hup_reloads_code(local_shop: Shop) -> None:

@@ -133,7 +133,7 @@ def test_booleans_in_the_environment(text: str, value: bool) -> None:
 @pytest.mark.parametrize(
     ("variable", "text", "expected"),
     [
-        ("KQ_LEASE", "soon", "expected a number, got 'soon'"),
+        ("KQ_LEASE", "soon", "expected a duration such as 30s, 500ms or 2h, got 'soon'"),
         ("KQ_LEASE", "nan", "expected a number from 0.1 to 86,400, got nan"),
         ("KQ_LEASE", "0", "expected a number from 0.1 to 86,400, got 0.0"),
         ("KQ_PUBLISH_TIMEOUT", "inf", "expected a number from 0.001 to 3,600, got inf"),

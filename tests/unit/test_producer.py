@@ -192,6 +192,7 @@ def test_middleware_that_returns_no_ids_is_named(result: Any) -> None:
     ("make", "words"),
     [
         (lambda: app_of(on_publish=print), "on_publish: expected a list of functions"),
+        (lambda: kq.Producer("memory://", middleware=cast(Any, print)), "middleware: expected a list of functions"),
         (lambda: app_of(on_handle=[5]), "on_handle: expected functions, got 5"),
         (lambda: app_of().consumer(lambda payload: None), r"write @app.consumer\("),
         (lambda: app_of().worker(concurency=4), "expected options of .*got 'concurency'"),
