@@ -7,7 +7,7 @@ leased, and its answer, which may come at any time, has to be collected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import monotonic
 from typing import Any, Final, NamedTuple
 
@@ -15,6 +15,7 @@ from kq.backends.redis_answer import Answers
 from kq.backends.redis_command import Head
 from kq.backends.redis_connection import Connection
 from kq.backends.redis_error import Broken
+from kq.backends.redis_key import bell_key
 from kq.backends.store import Ahead
 from kq.waker import Lookout, Waker
 
@@ -45,7 +46,6 @@ class Bell:
 
     Args:
         connection: This one.
-        key_of: Returns the key on which it is rung for a queue.
         waker: Ends a wait as well.
 
     Attributes:
@@ -54,8 +54,7 @@ class Bell:
             nothing can be taken ahead, for it could not be withdrawn.
     """
 
-    def __init__(self, connection: Connection, key_of: Callable[[str], str], waker: Waker) -> None:
-        self._key_of = key_of
+    def __init__(self, connection: Connection, waker: Waker) -> None:
         self._waker = waker
         self._connection = connection
         self._socket = connection.socket
@@ -95,7 +94,7 @@ class Bell:
             RedisError, OSError: If the connection breaks.
         """
         if not self._asked and queues:
-            self._asked = {self._key_of(queue).encode(): queue for queue in queues}
+            self._asked = {bell_key(queue).encode(): queue for queue in queues}
             self.ahead = None if self.number is None else ahead
             call = _BLPOP.pack((*self._asked, b"%g" % _BLOCK))
             self._socket.sendall(call if self.ahead is None else call + take)

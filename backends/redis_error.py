@@ -76,14 +76,26 @@ def as_met(error: BaseException, late: str) -> BaseException:
 
 
 class RedisErrors(Mapped):
-    """What happened, as one of kq's errors.
+    """What happened, as one of kq's errors; and the end of it, once the store is closed.
 
     Args:
         shown: The server's URL, without its password.
+
+    Attributes:
+        is_closed: Whether nothing is asked any more: who begins with something is told so.
     """
 
     def __init__(self, shown: str) -> None:
         self._where = f"Redis at {shown}"
+        self.is_closed = False
+
+    def __enter__(self) -> None:
+        if self.is_closed:
+            raise BrokerAway("the connection to Redis is closed", details={"reason": "unavailable"})
+
+    def close(self) -> None:
+        """Have nothing more asked."""
+        self.is_closed = True
 
     def of(self, refusal: Refusal) -> Error:
         """Return kq's error for what the server has answered."""

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from kq.backend import Settlement
-from kq.backends.redis import prefix
+from kq.backends.redis_key import prefix
 from kq.backends.store import Entry
 from kq.backends.stored import StoredBackend
 from kq.config import Settings

@@ -14,7 +14,8 @@ import redis
 import kq
 from kq.backend import Delivery, Publication, QueueSpec, Settlement
 from kq.backends.memory import MemoryStore
-from kq.backends.redis import RedisStore, prefix
+from kq.backends.redis import RedisStore
+from kq.backends.redis_key import prefix
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import BrokerAway, Ending, Entry, Store
 from kq.backends.stored import StoredBackend

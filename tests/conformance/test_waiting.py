@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from kq.backend import Delivery, Feed, Settlement
-from kq.backends.redis import prefix
+from kq.backends.redis_key import prefix
 from kq.backends.store import TAKE_MOST, BrokerAway
 from kq.backends.stored import StoredBackend
 from kq.backends.stored_feed import StoredFeed
