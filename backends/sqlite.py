@@ -19,7 +19,6 @@ that notices.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,14 +30,15 @@ from uuid import uuid4
 
 from kq import forking
 from kq.backend import Capabilities, Role
-from kq.backends.machine import BOOT_ID
 from kq.backends.machine import awake as _awake
 from kq.backends.machine import now as _since_start
 from kq.backends.sqlite_error import SQLiteErrors
-from kq.backends.sqlite_file import Disk, check_place
+from kq.backends.sqlite_file import Disk
 from kq.backends.sqlite_listener import Listener, forget
+from kq.backends.sqlite_open import Identity, connect, identity, wait_by_itself
 from kq.backends.sqlite_rows import (
     CHUNK,
+    PART,
     RAW,
     arguments_of,
     consumers_of,
@@ -52,7 +52,7 @@ from kq.backends.sqlite_rows import (
     remember,
     time_of_day,
 )
-from kq.backends.sqlite_schema import DELAYED, LEASED, prepare
+from kq.backends.sqlite_schema import DELAYED, LEASED
 from kq.backends.sqlite_turn import begin
 from kq.backends.store import (
     AGAIN,
@@ -75,10 +75,8 @@ from kq.waker import Lookout, Waker
 #: Seconds between two looks of a process that nobody can wake, and after which it tries again to be woken.
 _LOOK: Final = 0.5
 _DEAF_FOR: Final = 30.0
-#: Bytes of the journal that stay when nothing is in it; a usual one has a quarter of that.
-_JOURNAL: Final = 16 * 2**20
-#: Rows that one transaction drops of a queue that is purged.
-_PART: Final = 5_000
+#: Rows that one transaction drops of a queue that is purged or deleted.
+_DROPPED: Final = 5_000
 
 
 class SQLiteStore(Near):
@@ -108,7 +106,7 @@ class SQLiteStore(Near):
         self._deaf_until = 0.0
         self._connection: sqlite3.Connection | None = None
         #: Which file the connection has open.
-        self._identity: tuple[int, int] | None = None
+        self._identity: Identity | None = None
         self._listener: Listener | None = None
         #: Queues for which somebody may have rung and which `wait` has not returned since.
         self._rung: set[str] = set()
@@ -151,11 +149,20 @@ class SQLiteStore(Near):
 
     def delete(self, queue: str, *, if_empty: bool = False, if_unused: bool = False) -> bool:
         """See `Store.delete`."""
-        with self._transaction() as db:
+
+        def is_wanted(db: sqlite3.Connection) -> bool:
             if if_empty and db.execute("SELECT 1 FROM message WHERE queue = ? LIMIT 1", (queue,)).fetchone():
+                return True
+            return bool(if_unused and consumers_of(db, queue))
+
+        with self._reading() as db:
+            if is_wanted(db):
                 return False
-            if if_unused and consumers_of(db, queue):
+        self._drop(queue, "")
+        with self._transaction() as db:
+            if is_wanted(db):
                 return False
+            # What has come meanwhile.
             db.execute("DELETE FROM message WHERE queue = ?", (queue,))
             db.execute("DELETE FROM completed WHERE queue = ?", (queue,))
             db.execute("DELETE FROM queue WHERE name = ?", (queue,))
@@ -163,7 +170,7 @@ class SQLiteStore(Near):
 
     def put(self, queue: str, entries: Sequence[Entry], max_length: int | None) -> int | None:
         """See `Store.put`."""
-        self._disk.reserve([len(entry.raw) for entry in entries])
+        self._disk.reserve([len(entry.raw) for entry in entries], self._unused)
         with self._transaction() as db:
             listeners = listeners_if_there(db, queue)
             if listeners is None:
@@ -193,14 +200,13 @@ class SQLiteStore(Near):
         """See `Store.take`."""
         with self._transaction() as db:
             now, since_start, awake = time_of_day(), _since_start(), _awake()
+            # Not all that there may be: others wait, and a journal for all of it may have no room.
+            over = "place IN (SELECT place FROM message WHERE queue = ? AND state = ? AND moment <= ? LIMIT ?)"
             db.execute(
-                "UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 "
-                "WHERE queue = ? AND state = 2 AND moment <= ?",
-                (queue, awake),
+                f"UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 WHERE {over}",
+                (queue, LEASED, awake, PART),
             )
-            db.execute(
-                "UPDATE message SET state = 0 WHERE queue = ? AND state = 1 AND moment <= ?", (queue, since_start)
-            )
+            db.execute(f"UPDATE message SET state = 0 WHERE {over}", (queue, DELAYED, since_start, PART))
             rows, size = [], 0
             for row in db.execute(
                 f"SELECT place, id, {RAW}, attempts, crashes, deliveries, expires FROM message "
@@ -344,29 +350,29 @@ class SQLiteStore(Near):
     def remove(self, queue: str, ids: Sequence[str] | None) -> int:
         """See `Store.remove`."""
         if ids is None:
-            return self._purge(queue)
+            return self._drop(queue, "AND state <> 2")
         with self._transaction() as db:
             return sum(
                 db.execute("DELETE FROM message WHERE queue = ? AND id = ? AND state <> 2", (queue, id)).rowcount
                 for id in dict.fromkeys(ids)
             )
 
-    def _purge(self, queue: str) -> int:
-        """Drop what waits in a queue, in parts: leases are to be renewed, and messages published, in between."""
+    def _drop(self, queue: str, which: str) -> int:
+        """Drop messages of a queue, in parts: leases are to be renewed, and messages published, in between."""
         # A row of no queue: as long as it stands, what comes meanwhile is placed behind it, whatever has gone by then.
         mark = ("", uuid4().hex)
         with self._transaction() as db:
             end = db.execute(
                 "INSERT INTO message (queue, id, priority, state, here) VALUES (?, ?, 0, 0, x'')", mark
             ).lastrowid
-        removed, gone = 0, _PART
+        removed, gone = 0, _DROPPED
         try:
-            while gone == _PART:
+            while gone == _DROPPED:
                 with self._transaction() as db:
                     gone = db.execute(
-                        "DELETE FROM message WHERE place IN (SELECT place FROM message WHERE queue = ? AND state <> 2 "
+                        f"DELETE FROM message WHERE place IN (SELECT place FROM message WHERE queue = ? {which} "
                         "AND place < ? LIMIT ?)",
-                        (queue, end, _PART),
+                        (queue, end, _DROPPED),
                     ).rowcount
                 removed += gone
         finally:
@@ -473,27 +479,7 @@ class SQLiteStore(Near):
         if self._closed:
             raise BrokerAway("the SQLite store is closed", details={"reason": "unavailable"})
         if self._connection is None:
-            check_place(self._path)
-            db = sqlite3.connect(
-                self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=64
-            )
-            try:
-                # Changing the mode needs the file for itself for a moment: only where it is not set yet.
-                if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-                    db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-                # Some build SQLite so that it overwrites all that is deleted: as many bytes again for each message.
-                db.execute("PRAGMA secure_delete = FAST")
-                # What a large transaction has taken is not kept from others for ever.
-                db.execute(f"PRAGMA journal_size_limit = {_JOURNAL}")
-                prepare(db, self._path)
-                _end_leases_of_earlier_starts(db)
-                _wait_by_itself(db, 0.0)
-            except BaseException:
-                db.close()
-                raise
-            self._connection = db
-            self._identity = _identity(self._path)
+            self._connection, self._identity = connect(self._path, self._timeout)
         return self._connection
 
     def _see_that_it_is_free(self) -> None:
@@ -504,8 +490,20 @@ class SQLiteStore(Near):
                 details={"reason": "unavailable"},
             )
 
+    def _unused(self) -> int:
+        """Return how many bytes of the file hold nothing."""
+        with self._reading() as db:
+            return int(
+                db.execute("PRAGMA freelist_count").fetchone()[0] * db.execute("PRAGMA page_size").fetchone()[0]
+            )  # fmt: skip
+
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, patience: float | None = None) -> Iterator[sqlite3.Connection]:
+        """Write: all of the block, or nothing.
+
+        Args:
+            patience: Seconds to wait for those who write at most; None for as long as any call may take.
+        """
         with self._lock, self._errors:
             self._see_that_it_is_free()
             self._is_busy = True
@@ -513,7 +511,7 @@ class SQLiteStore(Near):
                 db = self._connect()
                 try:
                     _roll_back(db)
-                    begin(db, self._timeout)
+                    begin(db, self._timeout if patience is None else patience)
                     yield db
                     self._see_that_it_is_there()
                     db.execute("COMMIT")
@@ -530,7 +528,7 @@ class SQLiteStore(Near):
 
     def _see_that_it_is_there(self) -> None:
         """Refuse a file that somebody has deleted or replaced: nobody else would see what we store."""
-        if _identity(self._path) != self._identity:
+        if identity(self._path) != self._identity:
             raise BrokerAway(
                 f"{self._path} has been deleted or replaced under us; connecting anew",
                 details={"reason": "unavailable"},
@@ -548,7 +546,7 @@ class SQLiteStore(Near):
             self._see_that_it_is_free()
             self._is_busy = True
             try:
-                if self._connection is not None and (_identity(self._path) or self._identity) != self._identity:
+                if self._connection is not None and (identity(self._path) or self._identity) != self._identity:
                     # Somebody has put another file in its place: what there is stands there. Where there is none yet,
                     # none is to be made by whoever only reads.
                     self._disconnect()
@@ -556,12 +554,12 @@ class SQLiteStore(Near):
                 try:
                     _roll_back(db)
                     # Hardly ever: while somebody opens the file after a crash, or closes it as the last one.
-                    _wait_by_itself(db, self._timeout)
+                    wait_by_itself(db, self._timeout)
                     db.execute("BEGIN")
                     yield db
                 finally:
                     _roll_back(db)
-                    _wait_by_itself(db, 0.0)
+                    wait_by_itself(db, 0.0)
             finally:
                 self._is_busy = False
 
@@ -607,41 +605,16 @@ class SQLiteStore(Near):
             except OSError:
                 pass  # most likely its buffer is full of wake-ups already; it says nothing of the owner
         if gone:
-            # What was to be made known is committed: whether the dead can be struck off changes nothing.
-            with suppress(Error), self._transaction() as db:
+            # What was to be made known is committed: whether the dead can be struck off changes nothing, and nobody is
+            # to wait for it.
+            with suppress(Error), self._transaction(patience=0.0) as db:
                 db.executemany("DELETE FROM listener WHERE path = ?", [(path,) for path in gone])
-
-
-def _wait_by_itself(db: sqlite3.Connection, seconds: float) -> None:
-    """Have SQLite wait for others, in its own way, or not at all."""
-    db.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
 
 
 def _roll_back(db: sqlite3.Connection) -> None:
     """End the transaction, if any: a caller who was interrupted at the wrong moment has left one open."""
     if db.in_transaction:
         db.execute("ROLLBACK")
-
-
-def _end_leases_of_earlier_starts(db: sqlite3.Connection) -> None:
-    """Make ready what was leased when the machine went down, or when another clock was used."""
-    if db.execute("SELECT id FROM boot").fetchone()[0] == BOOT_ID:
-        return
-    db.execute("BEGIN IMMEDIATE")
-    if db.execute("SELECT id FROM boot").fetchone()[0] != BOOT_ID:
-        db.execute("UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 WHERE state = 2")
-        db.execute("UPDATE message SET moment = max(0, due - ?) + ? WHERE state = 1", (time_of_day(), _since_start()))
-        db.execute("DELETE FROM consumer")
-        db.execute("UPDATE boot SET id = ?", (BOOT_ID,))
-    db.execute("COMMIT")
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 class _Dropped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final
 from urllib.parse import unquote
@@ -14,11 +14,17 @@ from kq.errors import Internal, Invalid
 
 #: Types of file systems that other machines share, so that WAL's shared memory is not shared by all.
 _NETWORK_FILE_SYSTEMS: Final = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph-fuse"}
-)
+    {
+        "nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "beegfs", "gpfs", "vboxsf", "vmhgfs", "prl_fs",
+        "fuse.sshfs", "fuse.glusterfs", "fuse.ceph-fuse", "fuse.s3fs", "fuse.gcsfuse", "fuse.rclone", "fuse.juicefs",
+        "fuse.vmhgfs-fuse",
+    }
+)  # fmt: skip
 
 #: Bytes of a disk that are kept free for taking and settling; of a small one, a quarter.
 _RESERVE: Final = 16 * 2**20
+#: Which part of that is to be the disk's own, and not the file's, for the journal.
+_JOURNAL_SHARE: Final = 4
 #: Bytes that are stored, and seconds, before the disk is looked at again.
 _LOOK_AFTER: Final = 2**20
 _LOOK_EVERY: Final = 1.0
@@ -57,7 +63,8 @@ def check_place(path: str) -> None:
         BrokerAway: Saying which, and what to do.
     """
     # Where it really is, whatever it is called.
-    folder = os.path.dirname(os.path.realpath(path))
+    file = os.path.realpath(path)
+    folder = os.path.dirname(file)
     if not os.path.isdir(folder):
         raise BrokerAway(
             f"the directory {folder} does not exist; make it, or choose another file in the broker's URL",
@@ -69,7 +76,7 @@ def check_place(path: str) -> None:
             f"{target} cannot be written to; give this user write permission on the file and its directory",
             details={"reason": "refused"},
         )
-    kind = _file_system(folder)
+    point, kind = _file_system(file)
     if kind in _NETWORK_FILE_SYSTEMS:
         raise BrokerAway(
             f"{folder} is on a network file system ({kind}), where SQLite cannot keep messages safe; "
@@ -77,22 +84,30 @@ def check_place(path: str) -> None:
             details={"reason": "refused"},
             retryable=False,
         )
+    if point == file:
+        raise BrokerAway(
+            f"{file} is mounted by itself, as a container's single file; SQLite keeps what is stored last in a second "
+            f"file beside it ({os.path.basename(file)}-wal), which would stay in {folder} here and be lost with it: "
+            "mount a folder, and have the file in there",
+            details={"reason": "refused"},
+            retryable=False,
+        )
 
 
-def _file_system(folder: str) -> str:
-    """Return the type of the file system that holds ``folder``; empty where nobody can tell."""
+def _file_system(path: str) -> tuple[str, str]:
+    """Return where the file system that holds ``path`` is mounted, and its type; empty where nobody can tell."""
     best, kind = "", ""
     try:
         with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
             for line in mounts:
                 _, point, name, *_ = line.split(" ")
                 point = point.replace("\\040", " ")
-                inside = folder == point or folder.startswith(point.rstrip("/") + "/")
+                inside = path == point or path.startswith(point.rstrip("/") + "/")
                 if inside and len(point) >= len(best):
                     best, kind = point, name
     except OSError:
-        return ""
-    return kind
+        return "", ""
+    return best, kind
 
 
 class Disk:
@@ -109,13 +124,14 @@ class Disk:
         self._stored = 0
         self._look_at = 0.0
 
-    def reserve(self, sizes: Sequence[int]) -> None:
+    def reserve(self, sizes: Sequence[int], unused: Callable[[], int]) -> None:
         """Refuse to store more where it is nearly full: what is stored must still be taken, and that takes room.
 
         It is looked at after each megabyte, or second.
 
         Args:
             sizes: How many bytes each of the messages has that are to be stored.
+            unused: Returns how many bytes of the file itself are free; asked only where the disk is nearly full.
 
         Raises:
             Internal: With reason ``full``.
@@ -132,8 +148,12 @@ class Disk:
             return
         free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
         # It is written to the journal first, and from there to where it belongs.
-        needed = 2 * (size_of_all + _PAGE * len(sizes)) if size_of_all > _LOOK_AFTER else 0
-        if free < min(_RESERVE, size // 4) + needed:
+        needed = size_of_all + _PAGE * len(sizes) if size_of_all > _LOOK_AFTER else 0
+        kept = min(_RESERVE, size // 4)
+        # A file never becomes smaller: what has been handled leaves room in it. The journal has to grow all the same.
+        if free < kept + 2 * needed and (
+            free < kept // _JOURNAL_SHARE + needed or free + unused() < kept + 2 * needed
+        ):  # fmt: skip
             raise Internal(
                 f"{self._path}: only {free:,} bytes are free; the rest is kept for handling what is stored",
                 details={"reason": "full"},

@@ -18,6 +18,8 @@ from kq.backends.store import Ending, Entry, Move
 
 #: Rows that one statement names at most; SQLite's own limit on parameters is far above.
 CHUNK: Final = 500
+#: Rows that one transaction makes ready, or has wait anew, at most.
+PART: Final = 1_000
 #: What was stored, wherever it stands.
 RAW: Final = "CASE WHEN apart THEN (SELECT apart.raw FROM apart WHERE number = message.apart) ELSE here END"
 #: A message, where it is under a lease of ours.
@@ -50,8 +52,12 @@ def count_of(db: sqlite3.Connection, queue: str, where: str) -> int:
 
 
 def new_tokens(db: sqlite3.Connection, count: int) -> int:
-    """Return the first of so many tokens in a row, which nobody has ever had."""
-    db.execute("UPDATE sequence SET value = value + ? WHERE name = 'token'", (count,))
+    """Return the first of so many tokens in a row, which nobody has ever had.
+
+    They are not before the time in microseconds: a file that is restored from a copy counts from there again.
+    """
+    least = time_of_day() * 1000 + count
+    db.execute("UPDATE sequence SET value = max(value + ?, ?) WHERE name = 'token'", (count, least))
     last = int(db.execute("SELECT value FROM sequence WHERE name = 'token'").fetchone()[0])
     return last - count + 1
 

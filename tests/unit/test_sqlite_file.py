@@ -36,6 +36,11 @@ def test_what_names_no_file_is_refused(url: str, words: str) -> None:
         path_of(url)
 
 
+def nothing() -> int:
+    """Return what a file without room has."""
+    return 0
+
+
 class Looks:
     """Stands in for what the system says of a disk, and counts how often it is asked."""
 
@@ -55,12 +60,12 @@ def test_a_disk_is_looked_at_after_each_megabyte(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sqlite_file, "monotonic", lambda: 5.0)
     disk = Disk(str(tmp_path / "kq.db"))
     for _ in range(1000):
-        disk.reserve([100])
+        disk.reserve([100], nothing)
     # Each takes a few pages.
     assert 8 <= looks.count <= 16
     before = looks.count
     for _ in range(5):
-        disk.reserve([2**20])
+        disk.reserve([2**20], nothing)
     assert looks.count == before + 5
 
 
@@ -68,9 +73,9 @@ def test_what_a_batch_takes_is_kept_free_as_well(monkeypatch: pytest.MonkeyPatch
     """Once in the journal, and once where it belongs: what has been stored must still be taken."""
     monkeypatch.setattr(os, "statvfs", Looks(100 * 2**20))
     disk = Disk(str(tmp_path / "kq.db"))
-    disk.reserve([2**20] * 40)
+    disk.reserve([2**20] * 40, nothing)
     with pytest.raises(Internal, match="bytes are free") as caught:
-        disk.reserve([2**20] * 45)
+        disk.reserve([2**20] * 45, nothing)
     assert caught.value.details == {"reason": "full"}
 
 
@@ -79,7 +84,7 @@ def test_a_link_to_another_file_system_is_followed(monkeypatch: pytest.MonkeyPat
     (tmp_path / "far").mkdir()
     (tmp_path / "near").symlink_to(tmp_path / "far")
     real = os.path.realpath(tmp_path / "far")
-    monkeypatch.setattr(sqlite_file, "_file_system", lambda folder: "nfs4" if folder == real else "ext4")
+    monkeypatch.setattr(sqlite_file, "_file_system", lambda path: ("/", "nfs4" if path.startswith(real) else "ext4"))
     with pytest.raises(BrokerAway, match="is on a network file system"):
         check_place(str(tmp_path / "near" / "kq.db"))
     check_place(str(tmp_path / "kq.db"))
@@ -91,16 +96,39 @@ def test_a_disk_is_looked_at_after_each_second(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(os, "statvfs", looks)
     monkeypatch.setattr(sqlite_file, "monotonic", lambda: now[0])
     disk = Disk(str(tmp_path / "kq.db"))
-    disk.reserve([100])
+    disk.reserve([100], nothing)
     looks.free = 2**20
-    disk.reserve([100])
+    disk.reserve([100], nothing)
     now[0] = 1.0
     for _ in range(3):
         with pytest.raises(Internal, match="only 1,048,576 bytes are free") as caught:
-            disk.reserve([100])
+            disk.reserve([100], nothing)
         assert caught.value.details == {"reason": "full"}
     assert looks.count == 4
     looks.free = 2**29
-    disk.reserve([100])
-    disk.reserve([100])
+    disk.reserve([100], nothing)
+    disk.reserve([100], nothing)
     assert looks.count == 5
+
+
+def test_room_in_the_file_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What has been handled leaves some there, and a file never becomes smaller; but a journal needs the disk's."""
+    monkeypatch.setattr(os, "statvfs", Looks(8 * 2**20))
+    disk = Disk(str(tmp_path / "kq.db"))
+    with pytest.raises(Internal, match="only 8,388,608 bytes are free"):
+        disk.reserve([100], lambda: 2**20)
+    disk.reserve([100], lambda: 2**30)
+    monkeypatch.setattr(os, "statvfs", Looks(2 * 2**20))
+    disk = Disk(str(tmp_path / "kq.db"))
+    with pytest.raises(Internal, match="only 2,097,152 bytes are free"):
+        disk.reserve([100], lambda: 2**30)
+
+
+def test_a_file_that_is_mounted_by_itself_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What SQLite keeps beside it would stay in a container, and be lost with it."""
+    file = tmp_path / "kq.db"
+    file.touch()
+    monkeypatch.setattr(sqlite_file, "_file_system", lambda path: (path, "ext4"))
+    with pytest.raises(BrokerAway, match=r"is mounted by itself.*kq\.db-wal.*mount a folder") as caught:
+        check_place(str(file))
+    assert not caught.value.retryable

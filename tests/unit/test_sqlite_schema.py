@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import os
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from threading import Barrier, Thread
+from types import SimpleNamespace
 
 import pytest
 
-from kq.backends import machine, sqlite, sqlite_rows
+from kq.backends import machine, sqlite, sqlite_boot, sqlite_open, sqlite_rows
 from kq.backends.sqlite import SQLiteStore
+from kq.backends.sqlite_file import Disk
 from kq.backends.sqlite_schema import prepare
-from kq.backends.store import Ending, Entry, Move
-from kq.errors import Invalid
+from kq.backends.store import BrokerAway, Ending, Entry, Move
+from kq.errors import Internal, Invalid
 
 #: What undoes a version's step.
 UNDO = {
@@ -227,3 +231,164 @@ def test_a_machine_that_sleeps_ends_no_lease(path: str, monkeypatch: pytest.Monk
         assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["later"]
         counts = store.counts("app:q")
         assert (counts.ready, counts.delayed, counts.leased, counts.consumers) == (0, 0, 2, 1)
+
+
+def boot(path: str, *new: str) -> str:
+    """Return by which start a file counts; have it count by another one."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        if new:
+            db.execute("UPDATE boot SET id = ?", new)
+        return str(db.execute("SELECT id FROM boot").fetchone()[0])
+
+
+def test_after_another_start_no_lease_is_left(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is delayed waits for the time of day, however much that is: it is gone through in parts."""
+    monkeypatch.setattr(sqlite_boot, "PART", 2)
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry("held", b"raw", 4)], None)
+        store.put("app:q", [Entry(f"soon{n}", b"raw", 4, 3_600_000) for n in range(5)], None)
+        store.put("app:q", [Entry(f"late{n}", b"raw", 4, 7_200_000) for n in range(2)], None)
+        assert len(store.take("app:q", 10, 30_000).leases) == 1
+    # An hour before this one, by a clock that had counted much further.
+    boot(path, f"another {machine.started_at() - 3600}")
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE message SET moment = moment + 1000000000000, due = due - 3600000 WHERE state = 1")
+        db.commit()
+
+    with closing(SQLiteStore(path, 10.0)) as store:
+        assert {lease.id: lease.deliveries for lease in store.take("app:q", 10, 30_000).leases} == {
+            "held": 1, **{f"soon{n}": 0 for n in range(5)},
+        }  # fmt: skip
+        assert store.counts("app:q").delayed == 2
+    assert boot(path).startswith(machine.BOOT_ID)
+
+
+def test_a_container_with_an_id_of_its_own_ends_nobodys_lease(path: str) -> None:
+    """It counts from the same start as all others on its machine, and leaves the file as it is."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry("held", b"raw", 4)], None)
+        assert len(store.take("app:q", 10, 30_000).leases) == 1
+    known = boot(path, f"of-a-container {machine.started_at() - 1}")
+    with closing(SQLiteStore(path, 10.0)) as store:
+        assert store.take("app:q", 10, 30_000).leases == []
+        assert store.counts("app:q").leased == 1
+    assert boot(path) == known
+
+
+def test_a_clock_that_is_set_starts_nothing(path: str) -> None:
+    """The start is the same one, and its moment is noted anew."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry("held", b"raw", 4)], None)
+        assert len(store.take("app:q", 10, 30_000).leases) == 1
+    # As a file of before has it, too.
+    for known in (machine.BOOT_ID, f"{machine.BOOT_ID} {machine.started_at() - 1000}"):
+        boot(path, known)
+        with closing(SQLiteStore(path, 10.0)) as store:
+            assert store.counts("app:q").leased == 1
+        assert abs(int(boot(path).split()[-1]) - machine.started_at()) <= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody has such a clock")
+def test_who_cannot_tell_the_start_is_refused(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the time of day every lease of the others would be over."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.ping()
+    monkeypatch.setattr(sqlite_boot, "BOOT_ID", machine.TIME_OF_DAY)
+    with closing(SQLiteStore(path, 10.0)) as store, pytest.raises(BrokerAway, match="boot_id") as caught:
+        store.ping()
+    assert not caught.value.retryable
+
+
+def test_what_is_due_is_made_ready_in_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction is to have room on a disk that is nearly full; what is left is looked for at once."""
+    monkeypatch.setattr(sqlite, "PART", 2)
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry(str(n), b"raw", 4, 3_600_000) for n in range(5)], None)
+        later = machine.now() + 3_600_001
+        monkeypatch.setattr(sqlite, "_since_start", lambda: later)
+        taken = store.take("app:q", 10, 30_000)
+        assert (len(taken.leases), taken.more_in) == (2, 1)
+        assert store.counts("app:q").ready == 3
+        assert [len(store.take("app:q", 10, 30_000).leases) for _ in range(3)] == [2, 1, 0]
+
+
+def test_a_long_queue_is_deleted_in_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that is leased or delayed, and unless it is still wanted."""
+    monkeypatch.setattr(sqlite, "_DROPPED", 2)
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.declare("app:other", {})
+        entries = [Entry(str(n), b"raw" * n * 1000, 4, n % 2 * 3_600_000) for n in range(1, 8)]
+        for queue in ("app:q", "app:other"):
+            store.put(queue, entries, None)
+        store.take("app:q", 1, 30_000)
+        assert not store.delete("app:q", if_empty=True)
+        store.renew("app:q", [], 30_000, "consumer")
+        assert not store.delete("app:q", if_unused=True)
+        assert store.counts("app:q").ready + store.counts("app:q").delayed == 6
+        assert store.delete("app:q")
+        assert store.arguments("app:q") is None
+        assert store.counts("app:other").ready == 3
+    assert apart(path) == 6
+
+
+def test_tokens_of_a_file_that_was_restored_are_new(path: str) -> None:
+    """It has forgotten which it has given; whoever still has one is not to settle another delivery with it."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry("a", b"raw", 4)], None)
+        (first,) = store.take("app:q", 1, 30_000).leases
+        with closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute("UPDATE sequence SET value = 0")
+            db.execute("UPDATE message SET state = 0, token = 0")
+        (second,) = store.take("app:q", 1, 30_000).leases
+        assert second.token > first.token
+        assert store.settle("app:q", [Ending("a", first.token, "ack")]) == [False]
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_not_used(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would see what is stored there."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+    whole = Path(path).read_bytes()
+
+    def replaced(db: sqlite3.Connection, where: str) -> None:
+        prepare(db, where)
+        monkeypatch.setattr(sqlite_open, "prepare", prepare)
+        Path(path).rename(path + ".old")
+        Path(path).write_bytes(whole)
+
+    monkeypatch.setattr(sqlite_open, "prepare", replaced)
+    with closing(SQLiteStore(path, 10.0)) as store:
+        with pytest.raises(BrokerAway, match="replaced while it was opened"):
+            store.put("app:q", [Entry("a", b"raw", 4)], None)
+        assert store.put("app:q", [Entry("a", b"raw", 4)], None) == 1
+    with closing(SQLiteStore(path, 10.0)) as store:
+        assert store.counts("app:q").ready == 1
+
+
+def test_a_full_disk_takes_messages_again_when_they_are_handled(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file stays as large as it was, and has room."""
+    free = SimpleNamespace(f_bavail=10 * 2**20, f_frsize=1, f_blocks=2**30)
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry(str(n), bytes(2**20), 4) for n in range(12)], None)
+        monkeypatch.setattr(os, "statvfs", lambda path: free)
+        monkeypatch.setattr(store, "_disk", Disk(path))
+        with pytest.raises(Internal, match="bytes are free"):
+            store.put("app:q", [Entry("more", b"raw", 4)], None)
+        leases = store.take("app:q", 100, 30_000).leases + store.take("app:q", 100, 30_000).leases
+        assert len(leases) == 12
+        store.settle("app:q", [Ending(lease.id, lease.token, "ack") for lease in leases])
+        assert store.put("app:q", [Entry("more", b"raw", 4)], None) == 1
+
+
+def test_a_database_without_a_log_is_not_used() -> None:
+    """A commit is on disk only with one; SQLite itself says nothing where it can have none, as here in memory."""
+    with pytest.raises(BrokerAway, match="no write-ahead log there") as caught:
+        sqlite_open.connect(":memory:", 1.0)
+    assert not caught.value.retryable
