@@ -24,6 +24,8 @@ P c        zset    consumers, by the end of their lease  renew
 P w        list    one token at most, to wake a worker   whoever makes something ready
 P k        zset    ids completed, by the moment in ms    settle (ack), where the queue has a replay
                    until which they are remembered       window; expires with the last of them
+P a        hash    since -> moment in ms at which it     take; deleted by renew
+                   was found that no consumer is heard
 =========  ======  ====================================  ==========================================
 
 Three rules. Time is the server's. A script that must work on a full server writes first something
@@ -93,6 +95,20 @@ end
 local function unheard(at, lease)  -- when the latest consumer's lease ends, if none has been heard of for long; or nil
   local last = tonumber(call('ZRANGE', P .. 'c', -1, -1, 'WITHSCORES')[2] or '')
   return last and last < at + lease / 2 and last or nil
+end
+""",
+    "silent": """
+local function silent(at, lease)  -- whether consumers have not been heard of for long, and may yet be
+  local last = unheard(at, lease)
+  if not last then return false end
+  local noted = redis.pcall('HGET', P .. 'a', 'since')
+  local since = type(noted) == 'string' and tonumber(noted)
+  if not since or since > at then
+    -- From when it is found, not from when they were heard: the server may have stood still, or its clock been set.
+    since = at
+    if type(redis.pcall('HSET', P .. 'a', 'since', number(at))) ~= 'number' then return last >= at - lease end
+  end
+  return at < since + 1.5 * lease  -- not for ever: all may have died
 end
 """,
     "add": """
@@ -257,10 +273,7 @@ end
 local is_away = false  -- whoever holds what has run out could not renew it, and does so soon; see RENEW
 if not plain then
   local over = call('ZRANGEBYSCORE', l, '-inf', number(at), 'LIMIT', 0, 200)
-  if #over > 0 then
-    local lease = tonumber(ARGV[2])
-    is_away = (unheard(at, lease) or -math.huge) >= at - lease  -- not for ever: all may have died
-  end
+  if #over > 0 then is_away = silent(at, tonumber(ARGV[2])) end
   for _, id in ipairs(is_away and {} or over) do
     call('ZREM', l, id)
     local token = call('HGET', t, id) or '0'
@@ -275,8 +288,17 @@ if not plain then
   end
 end
 
--- In small steps, so that little is read beyond the bytes that one answer may have.
+-- In small steps, and no further than to the bytes that one answer may have.
 local ids, raws, left, size, most = {}, {}, {}, 0, tonumber(ARGV[3])
+
+local function fitting(got)  -- how many of them there is room for, the one with which it is over included
+  local total = size
+  for i, id in ipairs(got) do
+    total = total + math.max(call('HSTRLEN', m, id), #id)
+    if total >= most then return i end
+  end
+  return #got
+end
 
 local function keep(got)
   if ARGV[4] == '1' then
@@ -301,13 +323,20 @@ for _, n in ipairs((plain or call('EXISTS', unpack(lines)) == 0) and {4} or {9, 
   while #ids < limit and size < most do
     local step = math.min(limit - #ids, ARGV[4] == '1' and 1 or 50)
     local got, last = plain and {} or call('ZRANGE', P .. 'b:' .. n, 0, step - 1), false
-    if #got > 0 then
-      call('ZREM', P .. 'b:' .. n, unpack(got))
-    else
-      got = call('LPOP', P .. 'r:' .. n, step) or {}
+    local is_back = #got > 0
+    if not is_back then
+      got = call('LRANGE', P .. 'r:' .. n, 0, step - 1)
       last = #got < step
     end
-    if #got > 0 then keep(got) end
+    local fit = fitting(got)
+    last = last and fit == #got
+    for i = #got, fit + 1, -1 do got[i] = nil end
+    if is_back then
+      call('ZREM', P .. 'b:' .. n, unpack(got))
+    elseif fit > 0 then
+      call('LPOP', P .. 'r:' .. n, fit)
+    end
+    if fit > 0 then keep(got) end
     if last then break end
   end
 end
@@ -506,6 +535,7 @@ local until_ = number(at + lease)
 local last = unheard(at, lease)
 local was_away = last and (call('ZSCORE', P .. 'c', ARGV[2]) or (last < at and last >= at - lease))
 call('ZREM', P .. 'c', ARGV[2])
+call('UNLINK', P .. 'a')
 if was_away then
   local grace = number(at + math.floor(lease / 3))
   local ids = call('ZRANGEBYSCORE', P .. 'l', '-inf', '(' .. grace)
@@ -613,7 +643,7 @@ return out
 DELETE: Final = """
 if ARGV[1] == '1' and call('HLEN', P .. 'm') > 0 then return 0 end
 if ARGV[2] == '1' and call('ZCOUNT', P .. 'c', '(' .. number(now()), '+inf') > 0 then return 0 end
-for _, key in ipairs({'q', 'm', 'd', 'l', 't', 's', 'p', 'x', 'n', 'c', 'w', 'k'}) do call('UNLINK', P .. key) end
+for _, key in ipairs({'q', 'm', 'd', 'l', 't', 's', 'p', 'x', 'n', 'c', 'w', 'k', 'a'}) do call('UNLINK', P .. key) end
 for n = 0, 9 do call('UNLINK', P .. 'r:' .. n, P .. 'b:' .. n) end
 return 1
 """

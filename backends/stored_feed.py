@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from math import ceil, inf
 from time import monotonic
 from typing import Any, Final
@@ -302,6 +302,10 @@ class StoredFeed:
     def put_back(self) -> None:
         """See `Feed.put_back`."""
         self._collect(withdraw=True)
+        self._give_back_early()
+
+    def _give_back_early(self) -> None:
+        """Give back what was taken ahead and has not been fetched."""
         if self._early:
             # Ours until they are back: what cannot be given back now is handed over, or given back later.
             try:
@@ -352,6 +356,8 @@ class StoredFeed:
 
     def wait(self, timeout: float) -> None:
         """See `Feed.wait`."""
+        # The last fetch has left no room for that, and others may have.
+        self._give_back_early()
         # Queues in which the last fetch left no room are not listened to: a wake-up that we cannot
         # follow would be missing elsewhere.
         soonest = min((self._look_at[queue] for queue in self._room), default=inf)
@@ -385,17 +391,31 @@ class StoredFeed:
                 # As it came: that it was here for a moment settles nothing of what others have lost.
                 ending = Ending(id, token, "release", deliveries=delivery.deliveries)
                 by_queue.setdefault(queue, []).append(ending)
-            for queue, endings in by_queue.items():
-                self._store.settle(queue, endings)
             for queue in self._specs:
-                self._store.leave(queue, self._name)
+                # One queue that is out of order is not to cost the others a lease's time.
+                with _but_unreachable():
+                    if queue in by_queue:
+                        self._store.settle(queue, by_queue[queue])
+                with _but_unreachable():
+                    self._store.leave(queue, self._name)
             for queue in tuple(self._owed):
                 self._pass_on(queue)
-        except Error:
-            pass  # unreachable: the leases run out by themselves
+        except UNREACHABLE:
+            pass  # the leases run out by themselves
         finally:
             self._held.clear()
             self._connection.close()
+
+
+@contextmanager
+def _but_unreachable() -> Iterator[None]:
+    """Let errors pass that say nothing of the store as a whole."""
+    try:
+        yield
+    except UNREACHABLE:
+        raise
+    except Error:
+        pass
 
 
 def _key(delivery: Delivery) -> tuple[str, str, int]:

@@ -184,6 +184,41 @@ def test_what_cannot_be_put_back_now_is_handed_over_later(bench: Bench, monkeypa
     assert [delivery.id for delivery in feed.fetch(10, {})] == ["a", "b"]
 
 
+@ON_STORES
+def test_what_finds_no_room_is_given_back(bench: Bench) -> None:
+    """What was taken ahead would wait as long as the handlers run that have the room by now; others may be idle."""
+    feed: Any = bench.feed()
+    bench.publish(bench.message("a"), bench.message("b"), bench.message("c"))
+    feed._early.extend(bench.take(feed, 3))
+    assert [delivery.id for delivery in feed.fetch(1, {})] == ["a"]
+    assert feed.fetch(0, {}) == []
+    feed.wait(0.0)
+    assert [(delivery.id, delivery.deliveries) for delivery in bench.take(bench.feed(), 2)] == [("b", 0), ("c", 0)]
+
+
+@ON_STORES
+def test_a_queue_out_of_order_keeps_no_other_from_being_given_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stops gives back what can be given back."""
+    sick, sound = bench.declare("sick"), bench.declare("sound")
+    bench.backend.publish([bench.message("a", queue=sick), bench.message("b", queue=sound)], 10.0)
+    feed: Any = bench.feed(sick, sound)
+    bench.take(feed, 2)
+    settle = feed._store.settle
+
+    def refuse(queue: str, endings: Any) -> list[bool]:
+        if queue == sick.id:
+            raise Internal("out of order", details={"reason": "refused"})
+        return list(settle(queue, endings))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feed._store, "settle", refuse)
+        feed.close()
+    (delivery,) = bench.take(bench.feed(sound), 1, within=LEASE / 2)
+    assert (delivery.id, delivery.deliveries) == ("b", 0)
+
+
 @ON_RABBITMQ
 def test_what_was_done_is_not_run_again_after_a_lost_acknowledgement(bench: Bench) -> None:
     """A message whose acknowledgement the broker did not get is acknowledged when it comes back, unseen."""
@@ -273,14 +308,18 @@ def let_pass(bench: Bench, seconds: float) -> None:
 
 
 @ON_REDIS
-@pytest.mark.parametrize("first", ["take", "renew", "join"])
-def test_while_nobody_reaches_the_server_leases_do_not_end(make_bench: Callable[..., Bench], first: str) -> None:
-    """The first that comes back, or is new, would have what the others run."""
+@pytest.mark.parametrize(
+    ("first", "seconds"), [("take", 31.0), ("renew", 31.0), ("join", 31.0), ("take", 3600.0), ("renew", 3600.0)]
+)
+def test_while_nobody_reaches_the_server_leases_do_not_end(
+    make_bench: Callable[..., Bench], first: str, seconds: float
+) -> None:
+    """The first that comes back, or is new, would have what the others run; as it would where the clock is set."""
     bench = make_bench(lease=30.0)
     holder, other = bench.feed(), bench.feed()
     bench.publish(bench.message("held"), bench.message("waits"))
     (held,) = bench.take(holder, 1)
-    let_pass(bench, 31.0)
+    let_pass(bench, seconds)
 
     if first == "renew":
         other.renew()
@@ -315,6 +354,43 @@ def test_a_server_that_was_away_keeps_no_lease_of_the_dead(make_bench: Callable[
 
     # Only the feed that has been heard of lately.
     assert [delivery.id for delivery in bench.take(bench.feed(), 1, within=10.0)] == ["held"]
+
+
+@ON_REDIS
+def test_who_polls_takes_what_the_dead_have_left(make_bench: Callable[..., Bench]) -> None:
+    """A lease and a half after it has found that nobody is heard of; plain Kombu programs do, which are not counted."""
+    bench = make_bench(lease=30.0)
+    bench.publish(bench.message("held"))
+    bench.take(bench.feed(), 1)
+    let_pass(bench, 100.0)
+    store = bench.backend._store()  # type: ignore[attr-defined]
+    assert store.take(bench.queue.id, 5, 30_000).leases == []
+
+    client: Any
+    with closing(redis.Redis.from_url(bench.broker.url)) as client:
+        client.hincrby(f"{{kq:{bench.queue.id}}}:a", "since", -44_000)
+        assert store.take(bench.queue.id, 5, 30_000).leases == []
+        client.hincrby(f"{{kq:{bench.queue.id}}}:a", "since", -2_000)
+        assert [lease.id for lease in store.take(bench.queue.id, 5, 30_000).leases] == ["held"]
+        # Until somebody is heard of again.
+        bench.feed()
+        assert not client.exists(f"{{kq:{bench.queue.id}}}:a")
+
+
+@ON_REDIS
+@pytest.mark.parametrize("known", [False, True])
+def test_no_more_bytes_are_taken_at_once_than_may_be(make_bench: Callable[..., Bench], known: bool) -> None:
+    """Also by the first who takes something, who does not know how large it is; what is left is taken next."""
+    bench = make_bench(lease=30.0)
+    bench.publish(*(bench.message(f"{n:02}", body=b'"' + b"x" * 900_000 + b'"') for n in range(25)))
+    feed = bench.feed()
+    sizes = []
+    if known:
+        sizes.append(len(feed.fetch(1, {})))
+    while found := feed.fetch(100, {}):
+        assert [delivery.id for delivery in found] == [f"{sum(sizes) + n:02}" for n in range(len(found))]
+        sizes.append(len(found))
+    assert sizes == ([1, 10, 10, 4] if known else [10, 10, 5])
 
 
 @ON_REDIS
