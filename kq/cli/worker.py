@@ -59,6 +59,7 @@ def worker(
     signal gives it back at once. HUP reloads code and configuration; USR1 logs what runs where.
     """
     from kq import config_file
+    from kq.worker.ending import ending
     from kq.worker.log import configure
     from kq.worker.option import WorkerOptions
     from kq.worker.pool import StartFailed
@@ -84,17 +85,21 @@ def worker(
     configure(given["log_level"], given["log_format"], loaded=False)
     running: Worker | None = None
     try:
-        with prelude() as signals, prefork(_forks(broker, given), given["concurrency"]) as forks:
+        with ending(), prelude() as signals, prefork(_forks(broker, given), given["concurrency"]) as forks:
             found = load(path, broker)
             try:
                 unsaid, said = _unsaid(given), found.document.worker.values
                 options = WorkerOptions(**{**given, **{name: said[name] for name in unsaid.intersection(said)}})
                 found.declarations.load_handlers()
                 configure(options.log_level, options.log_format, loaded=True)
-                made = Worker(found, app_path=path or "", options=options, forks=forks, in_file=unsaid)
+                made = Worker(
+                    found, app_path=path or "", options=options, forks=forks, in_file=unsaid, can_restart=True
+                )
                 signals.hand_over(made.reload)
                 running = made
                 running.run()
+                if running.restart:
+                    signals.close_ears()
             except Invalid as error:
                 raise ConfigurationError(error.message) from error
             except StartFailed as error:

@@ -22,6 +22,7 @@ from kq.outcome import DONE
 from kq.shield import shielded
 from kq.target import open_app
 from kq.worker import frame
+from kq.worker.ending import end_in_time
 from kq.worker.log import configure
 from kq.worker.process import FOR_SUPERVISOR, flush
 from kq.worker.runner import Result, Runner
@@ -129,6 +130,8 @@ class Child:
         except BaseException as error:
             self._send(frame.Failed(str(error) or repr(error)))
             return False
+        # The app may have made itself at home.
+        leave_signals_to_supervisor()
         configure(hello.log_level, hello.log_format, loaded=True)
         self._app = app
         timeouts = [c.timeout for c in app.registry.router if c.queue in hello.queues and c.timeout is not None]
@@ -142,7 +145,7 @@ class Child:
             on_out_of_memory=lambda: self._send(frame.Exhausted()),
             wire=self if self._shared else None,
         )
-        self._send(frame.Ready())
+        self._send(frame.Ready(app.fingerprint() != hello.fingerprint))
         return True
 
     def _emit(self, results: list[Result], early: bool) -> None:
@@ -197,6 +200,7 @@ def serve(connection: socket.socket, slots: SlotTable, parent: int) -> int:
         _end_broken()
     if code:
         _end(code)
+    end_in_time(code)
     return code
 
 

@@ -68,12 +68,12 @@ class ChildProcess(Place):
                 self.outgoing[0] = first[sent:]
 
     def kill(self, why: str) -> None:
-        """Kill it; ``why`` is for the log, which is not to take it for a stranger's doing.
-
-        One that has hung up is dying already, nobody knows of what.
-        """
-        if not self.ended:
-            self.killed_because = why
+        """Kill it, and give it nothing more; ``why`` is for people, who are not to take it for a stranger's doing."""
+        # A second reason is why it has not ended for the first one.
+        self.killed_because = self.killed_because or why
+        self.accepting = False
+        # Another one takes its place at once: it may be a while until it is gone.
+        self.outdated = self.outdated or self.ready
         self.process.kill()
 
     def how_it_ended(self, death: Death) -> str:

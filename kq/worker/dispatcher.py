@@ -79,6 +79,13 @@ class Dispatcher:
         """Have a delivery wait, before or behind the others of its line."""
         if flight.delivery.deliveries >= self._isolate_from and not flight.settled:
             line = self._quarantine
+            if not self._quarantine and self._hands.in_hand > 1:
+                logger.warning(
+                    "%s %s: %d workers in a row have not lived to settle it; nothing is fetched until all else that "
+                    "runs here has ended, and then it runs with nothing beside it",
+                    flight.delivery.queue, flight.delivery.id, flight.delivery.deliveries,
+                    extra={"action": "quarantined", "queue": flight.delivery.queue, "message_id": flight.delivery.id},
+                )  # fmt: skip
         else:
             line = self._alone if flight.alone else self._backlog
         if front:
@@ -135,6 +142,8 @@ class Dispatcher:
 
     def dispatch(self) -> None:
         """Hand out what can run now."""
+        if self._taken:
+            self._taken = {place for place in self._taken if place.tags and place in self._pool.places}
         if self.isolating:
             self._empty_hands()
             if self._isolated is None:
@@ -180,8 +189,6 @@ class Dispatcher:
 
     def _dispatch_alone(self) -> Place | None:
         """Give every empty place one that must be alone, and return the place to be kept free for the next."""
-        if self._taken:
-            self._taken = {place for place in self._taken if place.tags and place in self._pool.places}
         if not self._alone:
             return None
         empty = [place for place in self._pool.places if place.room and not place.tags]

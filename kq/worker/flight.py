@@ -19,6 +19,7 @@ class Flight(msgspec.Struct, eq=False):
         tag: Its number here.
         delivery: What arrived.
         suspected: Crashes in which it may have been the guilty one: several ran when a process died.
+        aboard: Processes that have died before they started it, though it was given to them.
         settled: Whether it is settled already, while its handler still runs.
         consumer: Which of its queue's consumers it was given to last.
     """
@@ -26,6 +27,7 @@ class Flight(msgspec.Struct, eq=False):
     tag: int
     delivery: Delivery
     suspected: int = 0
+    aboard: int = 0
     settled: bool = False
     consumer: int = 0
 

@@ -34,6 +34,7 @@ class Hello(msgspec.Struct, tag="hello"):
         concurrency: Handlers at once.
         log_level: As in `logging`.
         log_format: ``text`` or ``json``.
+        fingerprint: What `App.fingerprint` says of the worker's app.
     """
 
     app: str
@@ -42,6 +43,7 @@ class Hello(msgspec.Struct, tag="hello"):
     concurrency: int
     log_level: str
     log_format: str
+    fingerprint: str = ""
 
 
 class Work(msgspec.Struct, tag="work"):
@@ -67,7 +69,13 @@ class Dump(msgspec.Struct, tag="dump"):
 
 
 class Ready(msgspec.Struct, tag="ready"):
-    """A child has loaded the app."""
+    """A child has loaded the app.
+
+    Attributes:
+        is_other: Whether its configuration, or its kq, is not the worker's.
+    """
+
+    is_other: bool = False
 
 
 class Exhausted(msgspec.Struct, tag="exhausted"):

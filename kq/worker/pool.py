@@ -44,6 +44,7 @@ class Died(msgspec.Struct, frozen=True):
     Attributes:
         place: Which.
         death: How its process ended.
+        how: The same, as a verb and what follows it; it says so where its own worker has killed it, and why.
         running: Tags of the jobs that had started.
         queued: Tags of those that had not.
         late: The tags of those that ran past their time limit, where it was killed for that.
@@ -51,6 +52,7 @@ class Died(msgspec.Struct, frozen=True):
 
     place: Place
     death: Death
+    how: str
     running: list[int]
     queued: list[int]
     late: frozenset[int] = frozenset()

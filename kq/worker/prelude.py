@@ -31,6 +31,12 @@ class Prelude:
         self._is_over = False
         self._is_outdated = False
         self._reload: Callable[[], None] | None = None
+        #: What is done about signals after this, where it is not what was done before.
+        self.after: dict[int, signal.Handlers] = {}
+
+    def close_ears(self) -> None:
+        """Have HUP and USR1 passed over from the end of this on: being ignored outlives a change of the program."""
+        self.after = dict.fromkeys(FOR_SUPERVISOR - {signal.SIGTERM, signal.SIGINT}, signal.SIG_IGN)
 
     def hand_over(self, reload: Callable[[], None]) -> None:
         """Have HUP done by ``reload`` from now on; at once, where there was one.
@@ -82,4 +88,4 @@ def prelude() -> Iterator[Prelude]:
         yield made
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, made.after.get(number, signal.SIG_DFL if handler is None else handler))

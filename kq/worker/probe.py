@@ -9,12 +9,14 @@ know of the worker that runs comes as JSON on stdin.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Final
 
 from kq.errors import Error
 from kq.target import open_app
 from kq.worker.option import WorkerOptions
+from kq.worker.process import ANSWER, flush
 from kq.worker.worker import Worker
 
 #: Options of a worker by which it may be unable to start.
@@ -36,9 +38,12 @@ def main(app_path: str) -> int:
     except Error as error:
         sys.stderr.write(error.message + "\n")
         return 78
-    sys.stdout.write(f"\n{app.fingerprint()}\n")
+    sys.stdout.write(f"\n{ANSWER}{app.fingerprint()}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    code = main(sys.argv[1])
+    flush()
+    # All is said: neither threads that the app has started are waited for, nor what it has to say at its end.
+    os._exit(code)

@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from kq.outcome import Death
 from kq.worker.slot import SlotTable
@@ -29,6 +29,9 @@ _SEND_BUFFER = 1 << 20
 FOR_SUPERVISOR = frozenset(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
+
+#: What a probe's answer begins with, among whatever the app prints.
+ANSWER: Final = "kq-fingerprint "
 
 #: A child's program: takes its end of the socket, its slots and its parent's number, and returns the exit code.
 Program = Callable[[socket.socket, SlotTable, int], int]

@@ -31,6 +31,10 @@ _START_TRIES = 5
 _START_PATIENCE = 120.0
 #: Seconds that a child with nothing left to do is given to end.
 _LINGER = 10.0
+#: Seconds that one is given that has hung up: whoever is dying is dead by then.
+_HUNG_UP = 0.5
+#: Seconds after which one that was killed, and is still there, is left behind where the worker ends.
+_KILLED = 2.0
 #: Seconds without a result after which a child's pace is forgotten, and its waiting jobs are offered to others.
 _SHARE_AFTER = 0.5
 #: Seconds after which the pace of one that has nothing to do is forgotten.
@@ -198,12 +202,18 @@ class ProcessPool:
                 child.doomed_at = monotonic() + min(patience, _OVERDUE)
         while self._children and monotonic() < until:
             events += self.poll(until - monotonic())
-        for child in list(self._children):
+        for child in self._children:
             child.process.kill()
+        until = monotonic() + _KILLED
+        while self._children and monotonic() < until:
+            events += self.poll(until - monotonic())
         for child in list(self._children):
-            death = child.process.reap(wait=True)
-            assert death is not None
-            self._bury(child, death, events)
+            # In a call of the system's, such as to a file server that is away, which ends when that does.
+            logger.error(
+                "child %d (pid %d) was killed and does not die; it is left behind",
+                child.number, child.process.pid, extra={"action": "child_left"},
+            )  # fmt: skip
+            self._forget(child)
         self._selector.close()
         self._waker.close()
         return events
@@ -250,7 +260,7 @@ class ProcessPool:
             child.watched = False
             child.accepting = False
             self._selector.unregister(child.socket)
-            child.doomed_at = monotonic() + (0.0 if child.tags else _LINGER)
+            child.doomed_at = monotonic() + (_HUNG_UP if child.tags else _LINGER)
 
     def _take(self, child: ChildProcess, message: Any, events: list[Event]) -> None:
         if isinstance(message, frame.Results):
@@ -271,6 +281,12 @@ class ProcessPool:
         elif isinstance(message, frame.Ready):
             child.ready = True
             child.doomed_at = None
+            if message.is_other:
+                logger.warning(
+                    "child %d (pid %d) has loaded another configuration, or another kq, than its worker goes by, whose "
+                    "time limits and queues are those of before: send the worker a HUP",
+                    child.number, child.process.pid, extra={"action": "child_differs"},
+                )  # fmt: skip
             self._failed_starts = 0
             self._has_worked = True
             for old in self._children:
@@ -320,17 +336,20 @@ class ProcessPool:
         running = [slot.tag for slot in child.slots.running() if slot.tag in child.tags]
         queued = sorted(child.tags.difference(running))
         expected = child.leaving and death.exit_code == 0
+        how = child.how_it_ended(death)
+        self._forget(child)
         if not child.ready and not child.leaving:
             self._count_failed_start(child.number, child.why_failed or f"the process {death}")
         elif not expected and not self._closing:
+            is_missed = not self._recalled and len(self._active()) < self._size
             logger.error(
-                "child %d (pid %d) %s while running %d and holding %d jobs; starting a new one",
-                child.number, child.process.pid, child.how_it_ended(death), len(running), len(queued),
+                "child %d (pid %d) %s while running %d and holding %d jobs%s",
+                child.number, child.process.pid, how, len(running), len(queued),
+                "; starting a new one" if is_missed else "",
                 extra={"action": "child_died"},
             )  # fmt: skip
-        self._forget(child)
         # Also where it held nothing: nobody is to count on it any more.
-        events.append(Died(child, death, running, queued, child.late))
+        events.append(Died(child, death, how, running, queued, child.late))
 
     def _forget(self, child: ChildProcess) -> None:
         if child.watched:
@@ -390,7 +409,8 @@ class ProcessPool:
             if child.doomed_at is not None and now >= child.doomed_at:
                 child.doomed_at = None if child.ready else now + _START_PATIENCE
                 child.why_failed = child.why_failed or f"it did not load the app within {_START_PATIENCE:g} s"
-                child.kill("it did not end in time" if child.ready else child.why_failed)
+                late = "it had hung up" if child.ended else "it did not end in time"
+                child.kill(late if child.ready else child.why_failed)
 
     def _stop_late_handlers(self) -> None:
         """Kill a child whose handler does not heed its time limit."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from threading import Thread
 from typing import Any, NoReturn
 
-from kq.worker.process import flush
+from kq.worker.process import ANSWER, flush
 from kq.worker.start import folder
 
 #: Seconds that loading the app may take.
@@ -73,8 +73,9 @@ class Trial(Thread):
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             self.mistake = f"it could not be tried: {error}"
         else:
-            if done.returncode == 0:
-                self.fingerprint = done.stdout.strip().rpartition("\n")[2]
+            answer = next((line for line in done.stdout.splitlines() if line.startswith(ANSWER)), None)
+            if done.returncode == 0 and answer is not None:
+                self.fingerprint = answer.removeprefix(ANSWER)
             else:
                 self.mistake = done.stderr.strip()[-4096:] or f"its trial ended with code {done.returncode}"
         finally:
@@ -83,13 +84,10 @@ class Trial(Thread):
 
 
 def start_anew() -> NoReturn:
-    """Replace this process by a fresh one with the same arguments and the same process id."""
-    import signal
+    """Replace this process by a fresh one with the same arguments and the same process id.
 
-    for name in ("SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            # Being ignored outlives the change; one of them in between would end the new one before it listens.
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    Signals that are not to end it before it listens are ignored by now: see `Prelude.close_ears`.
+    """
     flush()
     if (start := folder()) is not None:
         os.chdir(start)

@@ -17,7 +17,7 @@ from kq.backend import Delivery, QueueSpec, Settlement
 from kq.executor import timeout_outcome
 from kq.failure_log import logger
 from kq.intake import Intake
-from kq.outcome import RELEASE, Death, Failure, Outcome, given_up
+from kq.outcome import RELEASE, UNDECODABLE, Failure, Outcome, given_up, refused
 from kq.retry import RetryPolicy, after_crash
 from kq.router import Consumer
 from kq.worker.dispatcher import Dispatcher
@@ -42,6 +42,11 @@ _HOLD_BYTES = 64 * 2**20
 _GIVES_BACK: Final = 4
 #: What of ``max_deliveries`` a message may use up in company; from then on its worker holds nothing else.
 _IN_COMPANY = 0.5
+#: Processes that may die before they start a message, until it may be the message that they die of: to receive one
+#: takes memory, too. From then on it runs alone.
+_ABOARD = 3
+#: Bytes that a message may have beyond those of the largest body, for its headers, to be given to a process at all.
+_HEADERS: Final = 2**20
 
 
 class Supervisor:
@@ -52,6 +57,7 @@ class Supervisor:
         consumers: The consumers of each queue, by its id.
         specs: The queues, by id.
         max_deliveries: Deliveries in a row that nobody settles before a message is dead-lettered.
+        max_body: Bytes of the largest body; whatever is much larger is dead-lettered unseen.
         prefetch: Deliveries in hand at most.
     """
 
@@ -62,6 +68,7 @@ class Supervisor:
         consumers: Mapping[str, Sequence[Consumer]],
         specs: Mapping[str, QueueSpec],
         max_deliveries: int,
+        max_body: int,
         prefetch: int,
     ) -> None:
         self._pool = pool
@@ -70,6 +77,7 @@ class Supervisor:
         self._auto_ack = {queue for queue, competing in consumers.items() if competing[0].auto_ack}
         self._specs = specs
         self._max_deliveries = max_deliveries
+        self._max_body = max_body
         self._prefetch = prefetch
         self._flights: dict[int, Flight] = {}
         self._dispatcher = Dispatcher(pool, self._turns, self, isolate_from=max(1, int(max_deliveries * _IN_COMPANY)))
@@ -180,6 +188,18 @@ class Supervisor:
     def take_last(self, events: list[Event]) -> None:
         """Take the results that came while the pool was closing; nobody is charged for being closed."""
         self._handle([event for event in events if isinstance(event, Finished)])
+        cut_off = [
+            flight
+            for event in events if isinstance(event, Died)
+            for tag in event.running if (flight := self._flights.get(tag)) is not None and not flight.settled
+        ]  # fmt: skip
+        if cut_off:
+            logger.warning(
+                "%d handlers were cut off, for their time to end was over; their messages run again: %s",
+                len(cut_off),
+                ", ".join(f"{flight.delivery.queue} {flight.delivery.id}" for flight in cut_off),
+                extra={"action": "cut_off"},
+            )
 
     def release_all(self) -> None:
         """Give back everything that is still here, uncharged. Call it once nothing runs any more."""
@@ -284,11 +304,10 @@ class Supervisor:
         )  # fmt: skip
         return True
 
-    def _lament(self, death: Died) -> None:
+    def _lament(self, running: Sequence[Flight]) -> None:
         """Tell of messages that were settled before their handlers ended, which they will not now."""
-        for tag in death.running:
-            flight = self._flights.get(tag)
-            if flight is not None and flight.settled:
+        for flight in running:
+            if flight.settled:
                 logger.error(
                     "%s %s had been settled, which stands, when its process ended under its handler",
                     flight.delivery.queue, flight.delivery.id,
@@ -297,15 +316,21 @@ class Supervisor:
 
     def _examine(self, death: Died) -> None:
         """Find out whom to charge for a process that died, and give the others their chance again."""
-        self._lament(death)
         for tag in (*death.running, *death.queued):
             flight = self._flights.get(tag)
             if flight is not None:
                 self._dispatcher.ended(flight)
         running = [self._flights[tag] for tag in death.running if tag in self._flights]
-        for tag in reversed(death.queued):
-            if tag in self._flights:
-                self._wait_again(self._flights[tag])
+        queued = [self._flights[tag] for tag in death.queued if tag in self._flights]
+        if len(queued) == 1 and not running and queued[0].alone:
+            # It was given nothing else.
+            running, queued = queued, []
+        self._lament(running)
+        for flight in reversed(queued):
+            flight.aboard += 1
+            if flight.aboard >= _ABOARD and not flight.suspected:
+                flight.suspected = 1
+            self._wait_again(flight)
         if death.late:
             for flight in running:
                 if flight.settled:
@@ -323,7 +348,7 @@ class Supervisor:
             if flight.settled:
                 self.drop(flight)
         if len(suspects) == len(running) == 1:
-            self._charge_crash(suspects[0], death.death)
+            self._charge_crash(suspects[0], death)
             return
         for flight in suspects:
             # Each runs alone next; only the one that crashes again is charged, for both times.
@@ -343,12 +368,12 @@ class Supervisor:
         outcome = timeout_outcome(consumer, policy, attempts=delivery.attempts, crashes=delivery.crashes)
         self._settle(flight, outcome)
 
-    def _charge_crash(self, flight: Flight, death: Death) -> None:
+    def _charge_crash(self, flight: Flight, death: Died) -> None:
         _, policy = self._rules(flight)
         delivery = flight.delivery
         crashes = delivery.crashes + flight.suspected + 1
         attempts = delivery.attempts + flight.suspected + 1
-        failure = Failure(errors.INTERNAL, f"the process that ran the handler {death}", True, "", death)
+        failure = Failure(errors.INTERNAL, f"the process that ran the handler {death.how}", True, "", death.death)
         self._settle(flight, after_crash(failure, policy, attempts=attempts, crashes=crashes))
 
     def _consumer(self, flight: Flight) -> Consumer:
@@ -380,6 +405,13 @@ class Supervisor:
                 self._size += (len(delivery.raw) - self._size) / 64
                 if delivery.refused is not None:
                     self._settle(flight, delivery.refused)
+                    continue
+                if len(delivery.raw) > self._max_body + _HEADERS:
+                    # As the process would that it was given to, which might not live to say so.
+                    why = f"the message has {len(delivery.raw):,} bytes, the limit of a body is {self._max_body:,}"
+                    self._settle(
+                        flight, refused(UNDECODABLE, why, attempts=delivery.attempts, crashes=delivery.crashes)
+                    )  # fmt: skip
                     continue
                 end = self._end_of(delivery) if self._ends else None
                 if end is not None:

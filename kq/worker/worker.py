@@ -35,6 +35,7 @@ from kq.worker.announcement import announcement
 from kq.worker.flight import Tally
 from kq.worker.frame import Hello
 from kq.worker.option import WorkerOptions
+from kq.worker.order import Order
 from kq.worker.pool import Pool
 from kq.worker.process import Process
 from kq.worker.process_pool import ProcessPool
@@ -87,6 +88,7 @@ class Worker:
         forks: Processes that wait to become the first children. Those that are used are taken from the list, and
             those that do not fit the options are ended; any others are still the caller's.
         in_file: Which options are the configuration file's to say, if it does, now and at each reload.
+        can_restart: Whether whoever calls `run` sees to it that a worker with ``restart`` is started anew.
 
     Raises:
         Invalid: If there is nothing to consume, or the pool does not fit.
@@ -102,6 +104,7 @@ class Worker:
         quiet: bool = False,
         forks: list[Process] | None = None,
         in_file: Collection[str] = (),
+        can_restart: bool = False,
     ) -> None:
         self._app = app
         self._app_path = app_path
@@ -110,6 +113,7 @@ class Worker:
         self._quiet = quiet
         self._forks = [] if forks is None else forks
         self._in_file = frozenset(in_file)
+        self._can_restart = can_restart
         self._registry = app.registry
         self._consumers = self._choose()
         self._specs = {queue: self._registry.spec(queue) for queue in self._consumers}
@@ -120,7 +124,7 @@ class Worker:
         self._pool: Pool | None = None
         self._supervisor: Supervisor | None = None
         self._thread: Thread | None = None
-        self._stop = Event()
+        self._stop = Order()
         self._hurry = False
         self._replace = False
         self._trial: Trial | None = None
@@ -349,6 +353,7 @@ class Worker:
             concurrency=options.concurrency,
             log_level=options.log_level,
             log_format=options.log_format,
+            fingerprint=self._fingerprint,
         )
         return ProcessPool(
             self.processes,
@@ -377,6 +382,7 @@ class Worker:
             consumers=self._consumers,
             specs=self._specs,
             max_deliveries=self._registry.settings.max_deliveries,
+            max_body=self._registry.settings.max_body,
             prefetch=prefetch,
         )
         idleness = Idleness(self._idle) if self.options.burst or self._idle_until is not None else None
@@ -494,9 +500,18 @@ class Worker:
         elif trial.fingerprint == self._fingerprint and not self._threads:
             logger.info("replacing the children", extra={"action": "reload"})
             pool.replace()
+        elif not self._can_restart:
+            logger.error(
+                "nothing is reloaded: the app that %s names has another configuration than the one that runs here, for "
+                "which this program is to be started anew",
+                self._app_path, extra={"action": "reload_failed"},
+            )  # fmt: skip
         else:
             logger.info("finishing what runs, then starting anew", extra={"action": "reload"})
-            self.restart = not self._stop.is_set()
+            # In this order: whoever is told to stop in between does not start anew.
+            self.restart = True
+            if self._stop.is_set():
+                self.restart = False
             self._stop.set()
             # Else it would wait for something to do before it looks.
             self._wake()

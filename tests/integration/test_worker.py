@@ -481,6 +481,92 @@ def test_a_worker_that_still_loads_its_app_reloads_it(local_shop: Shop) -> None:
     assert shop.stop(worker) == 0
 
 
+@pytest.mark.parametrize("pool", ["processes", "threads"])
+def test_threads_that_an_app_does_not_end_hold_nothing_up(local_shop: Shop, pool: str) -> None:
+    """Neither the end of a worker nor that of its children; and what the app prints at its end is no answer."""
+    shop = local_shop
+    source = shop.folder / "shop.py"
+    source.write_text(
+        source.read_text() + "\nimport atexit, threading\n"
+        "threading.Thread(target=threading.Event().wait, name='stubborn').start()\natexit.register(print, 'bye')\n"
+    )  # fmt: skip
+    worker = shop.worker("-p", "1", "--pool", pool)
+    if pool == "processes":
+        old = shop.children(worker)
+        worker.send_signal(signal.SIGHUP)
+        wait_for(lambda: shop.children(worker) and not set(old) & set(shop.children(worker)), "new children")
+        assert "replacing the children" in shop.log()
+    shop.app.publish(shop.queue, {"n": 1})
+    shop.until("done", n=1)
+
+    assert shop.stop(worker) == 0
+    assert f"not waiting any longer for threads that go on (stubborn); ending process {worker.pid}" in shop.log()
+    assert "did not end in time" not in shop.log()
+
+
+def test_an_app_that_hears_signals_is_not_cut_off_by_them(local_shop: Shop) -> None:
+    """A service manager sends TERM to every process of a service; what runs is finished all the same."""
+    shop = local_shop
+    source = shop.folder / "shop.py"
+    source.write_text(
+        source.read_text() + "\nimport signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
+    )
+    worker = shop.worker("-p", "1")
+    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 1.0})
+    shop.until("started", n=1)
+
+    for pid in (*shop.children(worker), worker.pid):
+        os.kill(pid, signal.SIGTERM)
+
+    assert worker.wait(PATIENCE) == 0
+    assert len(shop.history("done", n=1)) == 1
+    assert shop.app.info(shop.queue).message_count == 0
+
+
+def test_a_child_that_loads_something_else_than_its_worker_is_told_of(local_shop: Shop) -> None:
+    """A worker goes by the limits of before until it hears HUP, whatever its children load when they are replaced."""
+    shop = local_shop
+    worker = shop.worker("-p", "1")
+    old = shop.children(worker)
+    wait_for(lambda: shop.children(worker), "a child")
+    source = shop.folder / "shop.py"
+    source.write_text(source.read_text().replace("timeout=0.5", "timeout=7.5"))
+    shop.app.publish(shop.queue, {"n": 1})
+    shop.until("done", n=1)
+    os.kill(old[0], signal.SIGKILL)
+    wait_for(lambda: "has loaded another configuration" in shop.log(), "the warning")
+    assert shop.stop(worker) == 0
+
+
+def test_a_worker_within_a_program_is_not_ended_by_a_reload(local_shop: Shop) -> None:
+    """Nobody there would start it anew: it says what it cannot do, and goes on."""
+    shop = local_shop
+    program = shop.folder / "program.py"
+    program.write_text(
+        "import shop\nfrom kq.worker.log import configure\nconfigure('info', 'text', loaded=True)\n"
+        "shop.app.worker(app_path='shop:app', processes=1).run()\n"
+    )
+    log = shop.log_of(0)
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, str(program)],
+            cwd=shop.folder,
+            env=shop.environment,
+            stdout=stderr,
+            stderr=stderr,
+            text=True,
+        )
+    shop.workers.append(process)
+    wait_for(lambda: "kq worker of shop" in shop.log(), "its start")
+    source = shop.folder / "shop.py"
+    source.write_text(source.read_text().replace("timeout=0.5", "timeout=7.5"))
+    process.send_signal(signal.SIGHUP)
+    wait_for(lambda: "nothing is reloaded: the app that shop:app names" in shop.log(), "the answer")
+    shop.app.publish(shop.queue, {"n": 1})
+    shop.until("done", n=1)
+    assert shop.stop(process) == 0
+
+
 def test_hup_with_broken_code_keeps_the_old(local_shop: Shop) -> None:
     """Children that cannot load the new code take nobody's place; the old ones work on."""
     shop = local_shop

@@ -267,3 +267,24 @@ def test_what_was_lost_while_it_waited_is_dropped() -> None:
 
     assert list(desk.hands.held) == [kept.tag]
     assert any(1 in places for places in desk.pool.running)
+
+
+def test_a_place_that_ran_one_alone_is_free_for_isolation() -> None:
+    """Also for what was acknowledged beforehand, which has to be done with first."""
+    desk = Desk(places=1)
+    alone = desk.put(1, deliveries=2)
+    desk.dispatcher.dispatch()
+    paid = desk.put(2, settled=True)
+    isolated = desk.put(3, deliveries=10)
+    desk.dispatcher.dispatch()
+    assert desk.pool.running == [{1}]
+
+    desk.end(alone)
+    desk.dispatcher.dispatch()
+    assert desk.pool.running == [{2}]
+    desk.end(paid)
+    desk.dispatcher.dispatch()
+    for answer in desk.hands.asked:
+        answer()
+    desk.dispatcher.dispatch()
+    assert desk.pool.running == [{isolated.tag}]

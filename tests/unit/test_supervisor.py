@@ -13,9 +13,9 @@ from kq.driver import Driver
 from kq.executor import Job
 from kq.fetcher import Fetcher
 from kq.intake import Intake
-from kq.outcome import Death
+from kq.outcome import DONE, Death
 from kq.router import Consumer
-from kq.worker.pool import Died, Place, Returned
+from kq.worker.pool import Died, Finished, Place, Returned
 from kq.worker.pool import Event as PoolEvent
 from kq.worker.supervisor import Supervisor
 from tests.unit.test_dispatcher import Places
@@ -50,7 +50,7 @@ def arrange(concurrency: int | None = None) -> tuple[Supervisor, Watched]:
     pool = Watched()
     consumer = Consumer("app:q", "handle", lambda payload: payload, concurrency=concurrency)
     supervisor = Supervisor(
-        pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=20, prefetch=100
+        pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=20, max_body=100, prefetch=100
     )
     supervisor.attach(Intake({}))
     return supervisor, pool
@@ -123,7 +123,12 @@ def at_work(pool: Watched, count: int, max_deliveries: int = 20) -> Iterator[tup
     with kq.App("supervisor", broker=url) as app:
         consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload)
         supervisor = Supervisor(
-            pool, consumers={"app:q": (consumer,)}, specs={"app:q": QUEUE}, max_deliveries=max_deliveries, prefetch=100
+            pool,
+            consumers={"app:q": (consumer,)},
+            specs={"app:q": QUEUE},
+            max_deliveries=max_deliveries,
+            max_body=2**20,
+            prefetch=100,
         )
 
         def arrive(deliveries: list[Delivery]) -> None:
@@ -143,6 +148,11 @@ def at_work(pool: Watched, count: int, max_deliveries: int = 20) -> Iterator[tup
         yield app, supervisor, fetcher
 
 
+def died(place: Place, *, running: Sequence[int] = (), queued: Sequence[int] = ()) -> Died:
+    """The death of a place's process."""
+    return Died(place, Death(exit_signal=9), "was killed", list(running), list(queued))
+
+
 def settled(fetcher: Fetcher) -> None:
     """Wait until the broker knows of all that is settled."""
     known = Event()
@@ -156,13 +166,61 @@ def test_without_children_only_suspects_are_kept() -> None:
     with at_work(pool, 3) as (app, supervisor, fetcher):
         (place,) = pool.places
         assert len(place.tags) == 2
-        pool.events = [Died(place, Death(exit_signal=9), list(place.tags), [])]
+        pool.events = [died(place, running=list(place.tags))]
         place.ready, pool.is_stuck = False, True
         supervisor.turn(0.0)
         settled(fetcher)
         info = app.info("app:q")
         assert fetcher.stop(20)
     assert (info.in_flight, info.ready) == (2, 1)
+
+
+def test_what_kills_whoever_receives_it_is_found() -> None:
+    """A message may take its process with it before a handler starts: then nothing runs, or only others do."""
+    pool = Watched(1, window=3)
+    with at_work(pool, 3) as (app, supervisor, fetcher):
+        (place,) = pool.places
+        culprit, *others = sorted(place.tags)
+        for _ in range(3):
+            # Those that run are done with each time, and nobody else is blamed.
+            pool.events = [died(place, queued=[culprit])]
+            place.tags.clear()
+            supervisor.turn(0.0)
+            assert culprit in place.tags
+        pool.events = [died(place, queued=[culprit])]
+        place.tags.clear()
+        supervisor.turn(0.0)
+        assert supervisor.tally.crashes == 1
+        assert supervisor.tally.retried == 1
+        assert supervisor.in_hand == len(others)
+        fetcher.hold(0)
+        settled(fetcher)
+        assert app.info("app:q").in_flight == 2
+        assert fetcher.stop(20)
+
+
+def test_what_is_far_too_large_is_given_to_nobody() -> None:
+    """A process might not live to refuse it."""
+    pool = Watched(1)
+    with at_work(pool, 1) as (_, supervisor, fetcher):
+        large = Delivery("app:q", "large", bytes(2**21 + 1), 0, 0, 0, None)
+        supervisor.arrived([large])
+        supervisor.turn(0.0)
+        assert supervisor.tally.reasons == {"undecodable": 1}
+        assert supervisor.in_hand == 1
+        assert fetcher.stop(20)
+
+
+def test_who_is_cut_off_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """At the end of its time, where nobody is charged; those that had been settled are not to run again."""
+    pool = Watched(1)
+    with at_work(pool, 2) as (_, supervisor, fetcher):
+        (place,) = pool.places
+        first, second = sorted(place.tags)
+        supervisor.take_last([Finished(place, [(second, DONE)], early=True), died(place, running=[first, second])])
+        assert fetcher.stop(20)
+    (record,) = [record for record in caplog.records if getattr(record, "action", "") == "cut_off"]
+    assert record.getMessage().startswith("1 handlers were cut off")
 
 
 def test_what_waits_for_handlers_that_have_become_slow_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
