@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kq import config_file, limit
 from kq.backend import QueueInfo, QueueSpec
-from kq.config import hide_password, resolve
+from kq.config import hide_password, resolve, warn_of_unknown
 from kq.dead_letter import DeadLetters
 from kq.declaration import Declarations
 from kq.driver import Driver
@@ -22,13 +22,16 @@ from kq.errors import Conflict, Invalid
 from kq.executor import Executor, HandleMiddleware
 from kq.guard import Guard
 from kq.limit import count
+from kq.message import Message
+from kq.message import current as current_message
 from kq.producer import Producer, PublishMiddleware
 from kq.registry import Registry
 from kq.retry import Backoff
 from kq.router import Consumer
 from kq.said import caller
 from kq.scheme import find_backend
-from kq.security import Actor, Policy, current_actor, set_strict
+from kq.security import Actor, Policy, current_actor
+from kq.security.context import leave_strict, make_strict
 from kq.security.policy import group_names
 from kq.shield import shielded
 from kq.signing import Signing
@@ -143,11 +146,12 @@ class App:
             )
         self.declarations = Declarations(document, self.registry, caller().module)
         if settings.strict_mode:
-            # Never off again: an app that is not strict must not loosen what another one, or the program, has set.
-            set_strict(True)
+            # Until it is closed; an app that is not strict loosens nothing that another one, or the program, has set.
+            make_strict(self)
         self._on_handle = list(limit.functions("on_handle", on_handle))
         self.registry.on_publish = limit.functions("on_publish", on_publish)
         self._producer = Producer(self)
+        warn_of_unknown(document.variables)
         _remember(self)
 
     @classmethod
@@ -357,6 +361,14 @@ class App:
         """Publish messages without blocking the event loop; see `kq.Producer.publish_many`."""
         return await self._producer.apublish_many(queue_id, payloads, headers, delay=delay, at=at, expires=expires)
 
+    def message(self) -> Message:
+        """Return the message being handled.
+
+        Raises:
+            Invalid: If no delivery is in context.
+        """
+        return current_message()
+
     # Looking after queues.
 
     def info(self, queue_id: str) -> QueueInfo:
@@ -485,6 +497,7 @@ class App:
         """
         self._producer.close()
         self.registry.close()
+        leave_strict(self)
 
     def __enter__(self) -> App:
         return self

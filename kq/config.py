@@ -8,6 +8,7 @@ own: ``KQ_BROKER_URL_FILE`` names it.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Container, Mapping
@@ -45,6 +46,13 @@ COMMAND_VARIABLES: Final = frozenset(
         "QUEUES", "RESOURCE", "SCHEMA", "STRICT", "YES",
     )
 )  # fmt: skip
+
+
+logger = logging.getLogger("kq.config")
+
+#: What `warn_of_unknown` has said, and whether it is to say nothing.
+_logged: set[str] = set()
+_shows_unknown = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +175,20 @@ def unknown_variables(environment: Mapping[str, str] | None = None, *, named: Co
             hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
             warnings.append(f"the environment variable {name} is not one that kq reads{hint}")
     return warnings
+
+
+def warn_of_unknown(named: Container[str]) -> None:
+    """Log each of `unknown_variables` once, unless whoever runs this process shows them: see `unknown_is_shown`."""
+    for warning in [] if _shows_unknown else unknown_variables(named=named):
+        if warning not in _logged:
+            _logged.add(warning)
+            logger.warning("%s", warning, extra={"action": "warning"})
+
+
+def unknown_is_shown() -> None:
+    """Say that this process, a command's or a worker's, shows variables that nothing reads by itself, or its parent."""
+    global _shows_unknown
+    _shows_unknown = True
 
 
 def scheme(url: str) -> str:

@@ -78,12 +78,16 @@ class Message:
         Args:
             reserved: With kq's own, whose names start with ``x_``: ``x_attempts`` (this one included) and ``x_crashes``
                 are what is on the message's account; where that is kept in its headers, as on RabbitMQ, whoever
-                publishes can forge it.
+                publishes can forge it. ``x_kq`` is there on what kq has published.
         """
         headers = self._live().headers
         if not reserved:
             return {key: value for key, value in headers.items() if not key.startswith("x_")}
-        return {**headers, "x_attempts": self._attempt, "x_crashes": self._crashes}
+        shown = {**headers, "x_attempts": self._attempt, "x_crashes": self._crashes}
+        if "x_kq" in shown and type(shown["x_kq"]) is not int:
+            # A stranger's: the version of the wire format is a number.
+            del shown["x_kq"]
+        return shown
 
     def ack(self) -> None:
         """Settle the message as done, now, whatever the handler does afterwards.

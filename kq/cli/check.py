@@ -202,13 +202,14 @@ def _why_not(app: App, app_path: str, options: Mapping[str, Any]) -> list[str]:
     from kq.worker.worker import Worker
 
     try:
-        Worker(app, app_path=app_path, options=WorkerOptions(**options), quiet=True)
+        worker = Worker(app, app_path=app_path, options=WorkerOptions(**options), quiet=True)
     except Error as error:
         return [f"worker: it would not start: {error.message}"]
     guard = app.registry.guard
     with guard.serving():
         reasons = {queue: guard.against_consuming(queue) for queue in options["queues"]}
-    return [f"worker: it may not consume {queue}: {reason}" for queue, reason in reasons.items() if reason]
+    denials = [f"it may not consume {queue}: {reason}" for queue, reason in reasons.items() if reason]
+    return [f"worker: {warning}" for warning in (*worker.warnings, *denials)]
 
 
 def _show(value: Any) -> str:

@@ -235,7 +235,9 @@ def load(app_path: str | None, broker: str | None) -> App:
         ConfigurationError: If it does not load, or its settings are wrong.
     """
     from kq.app import App
+    from kq.config import unknown_is_shown
 
+    unknown_is_shown()
     try:
         if app_path is None:
             app = App.from_file()

@@ -140,7 +140,7 @@ def read(path: str, problems: Problems) -> Node | None:
         if os.path.isfile(path):
             problems.add(path, "is empty; expected fields such as entries or settings")
         return None
-    return _node(path, root, problems)
+    return _node(path, root, problems, is_root=True)
 
 
 def look_up(scalar: Scalar, environment: MappingOf[str, str], problems: Problems, label: str) -> Text:
@@ -195,23 +195,36 @@ def _refuse(path: str, event: Any, what: str) -> NoReturn:
     raise Invalid(f"{path}:{event.start_mark.line + 1}: {what}")
 
 
-def _node(path: str, node: Any, problems: Problems) -> Node:
+def _node(path: str, node: Any, problems: Problems, label: str = "", *, is_root: bool = False) -> Node:
+    """Return a node of a tree.
+
+    Args:
+        path: The file.
+        node: As YAML's own tree has it.
+        problems: Where to note what is wrong.
+        label: What problems begin with: the entry that it is in.
+        is_root: Whether it is the whole file.
+    """
     import yaml
 
     place = Place(path, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
-        return Sequence(place, tuple(_node(path, item, problems) for item in node.value))
+        return Sequence(place, tuple(_node(path, item, problems, label) for item in node.value))
     if not isinstance(node, yaml.MappingNode):
         return Scalar(place, node.value, node.style is None)
     items: dict[str, tuple[Place, Node]] = {}
     for key, value in node.value:
         key_place = Place(path, key.start_mark.line + 1)
         if not isinstance(key, yaml.ScalarNode):
-            problems.add(key_place, "expected a name as key, got a list or mapping")
+            problems.add(key_place, f"{label}expected a name as key, got a list or mapping")
         elif key.value == "<<" and key.style is None:
-            problems.add(key_place, "merge keys are not allowed; write the fields out")
+            problems.add(key_place, f"{label}merge keys are not allowed; write the fields out")
         elif key.value in items:
-            problems.add(key_place, f"{key.value!r} is given twice, first in line {items[key.value][0].line}")
+            problems.add(key_place, f"{label}{key.value!r} is given twice, first in line {items[key.value][0].line}")
+        elif is_root and key.value == "entries" and isinstance(value, yaml.SequenceNode):
+            place_of_all = Place(path, value.start_mark.line + 1)
+            entries = [_node(path, item, problems, f"entry {n}: ") for n, item in enumerate(value.value, 1)]
+            items[key.value] = (key_place, Sequence(place_of_all, tuple(entries)))
         else:
-            items[key.value] = (key_place, _node(path, value, problems))
+            items[key.value] = (key_place, _node(path, value, problems, label))
     return Mapping(place, items)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
+from weakref import WeakSet
 
 from kq.errors import Invalid
 from kq.security.actor import Actor
@@ -16,8 +17,9 @@ _actor: ContextVar[Actor | None] = ContextVar("kq_security_actor", default=None)
 _scope: ContextVar[Scope | None] = ContextVar("kq_security_scope", default=None)
 _strict: ContextVar[bool | None] = ContextVar("kq_security_strict", default=None)
 
-#: What holds in this process where no context says otherwise.
+#: What holds in this process where no context says otherwise; and the apps that make it strict while they are open.
 _default_strict = False
+_strict_apps = WeakSet[object]()
 
 _MISSING: Final[Mapping[tuple[str, bool], Decision]] = {
     ("actor", True): Decision("deny", None, "there is no actor, which strict mode denies"),
@@ -72,13 +74,29 @@ def current_scope() -> Scope | None:
 def current_strict() -> bool:
     """Return whether a missing actor or scope denies: as the context says, else the process."""
     strict = _strict.get()
-    return _default_strict if strict is None else strict
+    return _default_strict or bool(_strict_apps) if strict is None else strict
 
 
 def set_strict(strict: bool) -> None:
-    """Set whether a missing actor or scope denies in this process, where no context says otherwise."""
+    """Set whether a missing actor or scope denies in this process, where no context says otherwise.
+
+    Args:
+        strict: Whether it does; false also takes back what apps have made of it.
+    """
     global _default_strict
     _default_strict = bool(strict)
+    if not strict:
+        _strict_apps.clear()
+
+
+def make_strict(app: object) -> None:
+    """Have a missing actor or scope deny in this process until `leave_strict`, or the end of ``app``."""
+    _strict_apps.add(app)
+
+
+def leave_strict(app: object) -> None:
+    """Take back what `make_strict` has done for ``app``; others, and the program, may have done it as well."""
+    _strict_apps.discard(app)
 
 
 def decide(

@@ -17,6 +17,7 @@ import sys
 from threading import Event, Lock
 from typing import Any, NoReturn
 
+from kq.config import unknown_is_shown
 from kq.config_file import FOUND
 from kq.outcome import DONE
 from kq.shield import shielded
@@ -123,6 +124,7 @@ class Child:
 
     def _load(self, hello: frame.Hello) -> bool:
         configure(hello.log_level, hello.log_format, loaded=False)
+        unknown_is_shown()
         try:
             app = open_app(hello.app, hello.overrides)
             # What handlers start, perhaps in another folder, has a file of its own.

@@ -13,6 +13,7 @@ import os
 import sys
 from typing import Final
 
+from kq.config import unknown_is_shown
 from kq.errors import Error
 from kq.target import open_app
 from kq.worker.option import WorkerOptions
@@ -26,6 +27,7 @@ _ASKED: Final = ("queues", "connect_timeout", "pool")
 def main(app_path: str) -> int:
     """Print the fingerprint of the app as it is now; the exit code says whether it loads."""
     running = json.load(sys.stdin)
+    unknown_is_shown()
     try:
         app = open_app(app_path, running["overrides"])
         app.declarations.check_drivers()

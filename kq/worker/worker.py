@@ -119,6 +119,8 @@ class Worker:
         self._specs = {queue: self._registry.spec(queue) for queue in self._consumers}
         #: Those whose queues are consumed, by name.
         self._drivers = {spec.driver: self._registry.driver(spec.driver) for spec in self._specs.values()}
+        #: What is other than its options say.
+        self.warnings: list[str] = []
         self._threads = self._pool_kind() == "threads"
         self.processes = 1 if self._threads else (self.options.processes or os.cpu_count() or 1)
         self._pool: Pool | None = None
@@ -285,8 +287,12 @@ class Worker:
 
     def _pool_kind(self) -> str:
         urls = (self._registry.settings.broker, *(driver.url for driver in self._drivers.values()))
-        memory = any(config.scheme(url) == "memory" for url in urls)
+        in_memory = [config.scheme(url) == "memory" for url in urls]
+        memory = any(in_memory)
         kind = self.options.pool
+        if kind == "processes" and all(in_memory):
+            self.warnings.append("pool: memory:// lives in one process; handlers run in threads of it")
+            kind = None
         if kind == "processes" and memory:
             raise Invalid("pool: memory:// lives in one process; use --pool threads, or another broker")
         if kind == "processes" and self._app_path is None:
@@ -332,7 +338,8 @@ class Worker:
         text = announcement(self._registry.name, self._drivers.values(), pool, consumers)
         logger.info("%s", text, extra={"action": "start"})
         registry = self._registry
-        for warning in [*config.unknown_variables(named=registry.variables), *registry.risks, *warnings]:
+        found = [*config.unknown_variables(named=registry.variables), *registry.risks, *self.warnings, *warnings]
+        for warning in found:
             logger.warning("%s", warning, extra={"action": "warning"})
 
     def _make_pool(self) -> Pool:

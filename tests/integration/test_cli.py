@@ -271,7 +271,6 @@ def test_a_file_names_the_broker(local_shop: Shop) -> None:
         (["worker", "raises:app"], 78, "ZeroDivisionError"),
         (["worker", "shop.py"], 78, "package.module:attribute"),
         (["worker", "shop:app", "-b", "redis://127.0.0.1:1", "--connect-timeout", "0.5"], 69, "cannot be reached"),
-        (["worker", "shop:app", "-b", "memory://", "--pool", "processes"], 78, "one process"),
         (["worker", "shop:app", "-Q", "shop:nobody"], 78, "nothing to consume"),
         (["worker"], 2, "name the app"),
     ],

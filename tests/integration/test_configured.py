@@ -313,13 +313,22 @@ def test_check_says_why_a_worker_would_not_start(local: Project) -> None:
     assert "worker: it may not consume shop:q: " in local.run("check", "--offline").stderr
     local.write("kq.yaml", file.format("worker: {pool: processes}"))
     found = local.run("check", "--offline", "-b", "memory://")
-    assert "it would not start: pool: memory://" in found.stderr
+    assert "worker: pool: memory:// lives in one process; handlers run in threads of it" in found.stderr
     assert found.returncode == 0
+    done = local.run("worker", "--burst", "--connect-timeout", "5", KQ_POOL="processes", KQ_BROKER_URL="memory://")
+    assert "pool: memory:// lives in one process; handlers run in threads of it" in done.stderr
+    assert (done.returncode, "threads in this process" in done.stderr) == (0, True)
     found = local.run("check", "--offline", "--strict", "-b", "memory://")
     assert found.stderr.endswith("kq: 1 warning, and --strict lets none pass\n")
     assert found.returncode == 78
     found = local.run("check", "--offline", "--strict")
     assert (found.stderr, found.returncode) == ("", 0)
+    near = "  - {name: near, kind: queue.driver.memory, url: 'memory://near'}\n"
+    queue = "  - {name: other, kind: queue.queue, driver: near}\n"
+    consumer = "  - {id: x, kind: queue.consumer, queue: other, method: f}\n"
+    entries = near + local.main() + queue + consumer
+    local.write("kq.yaml", "namespace: shop\nworker: {pool: processes}\nentries:\n" + entries)
+    assert "worker: it would not start: pool: memory://" in local.run("check", "--offline").stderr
 
 
 def test_a_reload_tries_what_the_file_says_of_the_worker_now(local: Project) -> None:

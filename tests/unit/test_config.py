@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kq
 from kq import config, config_file, errors
 from kq.cli import main
 from kq.config import Settings, hide_password, resolve, scheme, unknown_variables, variable_of
@@ -196,6 +197,22 @@ def test_settings_cannot_be_changed() -> None:
     """Settings are a value."""
     with pytest.raises(FrozenInstanceError):
         Settings().lease = 5.0  # type: ignore[misc]
+
+
+def test_an_app_warns_of_unknown_variables_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever starts no command would not hear of them otherwise."""
+    monkeypatch.setenv("KQ_LEESE", "3")
+    for name in ("one", "two"):
+        kq.App(name, broker="memory://unknown").close()
+    assert [record.getMessage() for record in caplog.records if record.name == "kq.config"] == [
+        "the environment variable KQ_LEESE is not one that kq reads; did you mean KQ_LEASE?"
+    ]
+    monkeypatch.setattr(config, "_shows_unknown", True)
+    monkeypatch.setenv("KQ_LEESE2", "3")
+    kq.App("three", broker="memory://unknown").close()
+    assert "LEESE2" not in caplog.text
 
 
 def test_unknown_variables_are_warned_of() -> None:

@@ -252,7 +252,7 @@ def test_every_mistake_is_named_with_its_line(write: Write) -> None:
         ("a: !!python/object/apply:os.system [echo]\n", "tags are not allowed"),
         ("a: !!str b\n", "tags are not allowed"),
         ("entries: []\nentries: []\n", "given twice"),
-        ("entries: [{kind: queue.driver.memory, kind: queue.driver.redis}]\n", "given twice"),
+        ("entries: [{kind: queue.driver.memory, kind: queue.driver.redis}]\n", "entry 1: 'kind' is given twice"),
         ("<<: {a: 1}\n", "merge keys are not allowed"),
         ("? [a]\n: b\n", "expected a name as key"),
         ("[" * 2000 + "]" * 2000, "nested deeper than 32"),

@@ -53,6 +53,22 @@ def test_a_lax_app_does_not_loosen_a_strict_process() -> None:
         strict.publish("a:b", 1)
 
 
+def test_a_strict_app_makes_its_process_strict_until_it_is_closed() -> None:
+    """What is made of a URL after that is as strict as its environment; another strict app still counts."""
+    with kq.App("other", broker="memory://", strict_mode=True):
+        kq.App("strict", broker="memory://", strict_mode=True).close()
+        with kq.Producer("memory://") as producer, pytest.raises(PermissionDenied, match="strict mode"):
+            producer.publish("a:b", 1)
+        assert not can("x", "y")
+    assert can("x", "y")
+    with kq.Producer("memory://") as producer:
+        producer.publish("a:b", 1)
+    set_strict(True)
+    with kq.App("strict", broker="memory://", strict_mode=True):
+        pass
+    assert not can("x", "y")
+
+
 @pytest.mark.parametrize("by_environment", [True, False])
 def test_strict_mode_binds_producers_and_pullers_without_an_app(
     monkeypatch: pytest.MonkeyPatch, by_environment: bool

@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 
+import kq
 from kq import errors, queue
 from kq.envelope import Envelope
 from kq.message import Message, Settled, current, enter
 
-HEADERS = {"priority": "high", "correlation_id": "r-17", "x_kq": 1, "x_attempts": 99, "x_crashes": 98}
+HEADERS: dict[str, Any] = {"priority": "high", "correlation_id": "r-17", "x_kq": 1, "x_attempts": 99, "x_crashes": 98}
 Settlements = list[tuple[Settled, float | None]]
 
 
-def make(settled: bool = False) -> tuple[Message, Settlements]:
+def make(settled: bool = False, headers: dict[str, Any] = HEADERS) -> tuple[Message, Settlements]:
     """A message, and the list that its settlements go to."""
     seen: Settlements = []
-    envelope = Envelope("m-1", dict(HEADERS), {}, b"1")
+    envelope = Envelope("m-1", dict(headers), {}, b"1")
     message = Message(
         envelope,
         queue="app:a",
@@ -39,6 +40,26 @@ def test_what_a_handler_sees() -> None:
     assert message.header("priority") == "high"
     assert message.header("missing") is None
     assert message.headers() == {"priority": "high", "correlation_id": "r-17"}
+
+
+def test_an_app_has_the_message_as_well() -> None:
+    """Where there are several, its own methods are what to use."""
+    seen = []
+    with kq.App("app", broker="memory://has-the-message") as app:
+        app.consumer("app:a")(lambda payload: seen.append(app.message() is queue.message()))
+        app.publish("app:a", 1)
+        assert app.drain() == 1
+        with pytest.raises(errors.Invalid, match="no delivery in context"):
+            app.message()
+    assert seen == [True]
+
+
+def test_a_version_is_a_number() -> None:
+    """What a stranger has written in its place is not shown as one."""
+    for given, shown in ((1, 1), ("evil", None), (True, None), (None, None)):
+        headers: dict[str, Any] = {} if given is None else {"x_kq": given}
+        message, _ = make(headers=headers)
+        assert message.headers(reserved=True).get("x_kq") == shown
 
 
 def test_reserved_headers_on_request() -> None:
