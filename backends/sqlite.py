@@ -149,20 +149,15 @@ class SQLiteStore(Near):
 
     def delete(self, queue: str, *, if_empty: bool = False, if_unused: bool = False) -> bool:
         """See `Store.delete`."""
-
-        def is_wanted(db: sqlite3.Connection) -> bool:
-            if if_empty and db.execute("SELECT 1 FROM message WHERE queue = ? LIMIT 1", (queue,)).fetchone():
-                return True
-            return bool(if_unused and consumers_of(db, queue))
-
-        with self._reading() as db:
-            if is_wanted(db):
-                return False
-        self._drop(queue, "")
+        if not (if_empty or if_unused):
+            # Else all of it is one step.
+            self._drop(queue, "")
+            self._forget_completed(queue)
         with self._transaction() as db:
-            if is_wanted(db):
+            if if_empty and db.execute("SELECT 1 FROM message WHERE queue = ? LIMIT 1", (queue,)).fetchone():
                 return False
-            # What has come meanwhile.
+            if if_unused and consumers_of(db, queue):
+                return False
             db.execute("DELETE FROM message WHERE queue = ?", (queue,))
             db.execute("DELETE FROM completed WHERE queue = ?", (queue,))
             db.execute("DELETE FROM queue WHERE name = ?", (queue,))
@@ -201,12 +196,14 @@ class SQLiteStore(Near):
         with self._transaction() as db:
             now, since_start, awake = time_of_day(), _since_start(), _awake()
             # Not all that there may be: others wait, and a journal for all of it may have no room.
-            over = "place IN (SELECT place FROM message WHERE queue = ? AND state = ? AND moment <= ? LIMIT ?)"
+            over = "SELECT place FROM message WHERE queue = ? AND moment <= ? AND state ="
             db.execute(
-                f"UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 WHERE {over}",
-                (queue, LEASED, awake, PART),
+                "UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 "
+                f"WHERE place IN ({over} {LEASED} LIMIT ?)",
+                (queue, awake, PART),
             )
-            db.execute(f"UPDATE message SET state = 0 WHERE {over}", (queue, DELAYED, since_start, PART))
+            db.execute(f"UPDATE message SET state = 0 WHERE place IN ({over} {DELAYED} LIMIT ?)",
+                       (queue, since_start, PART))  # fmt: skip
             rows, size = [], 0
             for row in db.execute(
                 f"SELECT place, id, {RAW}, attempts, crashes, deliveries, expires FROM message "
@@ -379,6 +376,17 @@ class SQLiteStore(Near):
             with self._transaction() as db:
                 db.execute("DELETE FROM message WHERE queue = ? AND id = ?", mark)
         return removed
+
+    def _forget_completed(self, queue: str) -> None:
+        """Forget what has been completed in a queue, in parts."""
+        gone = _DROPPED
+        while gone == _DROPPED:
+            with self._transaction() as db:
+                gone = db.execute(
+                    "DELETE FROM completed WHERE queue = ?1 "
+                    "AND id IN (SELECT id FROM completed WHERE queue = ?1 LIMIT ?2)",
+                    (queue, _DROPPED),
+                ).rowcount
 
     def read_topology(self) -> tuple[str, int]:
         """See `Store.read_topology`."""

@@ -6,10 +6,13 @@ the same start, and whoever opens the file there is not to end what others hold.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
+from contextlib import suppress
 from typing import Final, NamedTuple
 
+from kq import clock
 from kq.backends.machine import BOOT_ID, TIME_OF_DAY, started_at
 from kq.backends.machine import now as _since_start
 from kq.backends.sqlite_rows import PART, time_of_day
@@ -38,8 +41,16 @@ def follow(db: sqlite3.Connection, path: str) -> None:
     Raises:
         BrokerAway: If this process cannot tell of which start it is, and others could.
     """
+    # The clock of a machine that has just started may be one that nobody has set yet, and as it was at its last start.
+    is_set = clock.now() + _SAME >= _written_at(path)
+
+    def is_same(start: _Start) -> bool:
+        if start.id == BOOT_ID:
+            return True
+        return is_set and TIME_OF_DAY not in (start.id, BOOT_ID) and _is_near(start)
+
     was = _known(db)
-    if _is_same(was) and _is_near(was):
+    if is_same(was) and _is_near(was):
         return
     if BOOT_ID == TIME_OF_DAY and sys.platform == "linux" and was.id not in ("", TIME_OF_DAY):
         raise BrokerAway(
@@ -49,13 +60,13 @@ def follow(db: sqlite3.Connection, path: str) -> None:
             details={"reason": "refused"},
             retryable=False,
         )
-    if not _is_same(was):
+    if not is_same(was):
         # In parts, each of which has room in a journal; whoever else comes meanwhile does the same, and it is the same.
         place: int | None = 0
-        while place is not None and not _is_same(_known(db)):
+        while place is not None and not is_same(_known(db)):
             place = _reckon(db, place)
     db.execute("BEGIN IMMEDIATE")
-    if not _is_same(_known(db)):
+    if not is_same(_known(db)):
         db.execute("UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 WHERE state = 2")
         db.execute("DELETE FROM consumer")
     db.execute("UPDATE boot SET id = ?", (f"{BOOT_ID} {started_at()}",))
@@ -67,18 +78,20 @@ def _known(db: sqlite3.Connection) -> _Start:
     text = db.execute("SELECT id FROM boot").fetchone()[0]
     id, _, moment = text.rpartition(" ")
     # Files had no moment once.
-    return _Start(id, int(moment)) if moment.isdecimal() else _Start(text, None)
+    return _Start(id, int(moment)) if moment.removeprefix("-").isdecimal() else _Start(text, None)
 
 
 def _is_near(start: _Start) -> bool:
     return start.moment is not None and abs(start.moment - started_at()) <= _SAME
 
 
-def _is_same(start: _Start) -> bool:
-    """Tell whether this process counts from a start as well."""
-    if start.id == BOOT_ID:
-        return True
-    return TIME_OF_DAY not in (start.id, BOOT_ID) and _is_near(start)
+def _written_at(path: str) -> float:
+    """Return when a file was written to last, by the time of day as it was then."""
+    times = [0.0]
+    for name in (path, f"{path}-wal"):
+        with suppress(OSError):
+            times.append(os.stat(name).st_mtime)
+    return max(times)
 
 
 def _reckon(db: sqlite3.Connection, place: int) -> int | None:

@@ -159,7 +159,7 @@ def _payloads(lines: BinaryIO) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             payload = json.loads(text)
             if codec.is_empty(payload):
                 raise _BadLine(f"line {number} is empty data ({text.strip()})")

@@ -67,6 +67,11 @@ class ChildProcess(Place):
             else:
                 self.outgoing[0] = first[sent:]
 
+    @property
+    def is_killed(self) -> bool:
+        """Whether its worker has killed it; it may be a while until it is gone."""
+        return bool(self.killed_because)
+
     def kill(self, why: str) -> None:
         """Kill it, and give it nothing more; ``why`` is for people, who are not to take it for a stranger's doing."""
         # A second reason is why it has not ended for the first one.

@@ -10,6 +10,8 @@ from kq.backend import Delivery
 
 #: Unsettled deliveries in a row after which a message runs alone in its process.
 _ALONE_AFTER = 2
+#: Processes that have died before they started it, likewise: to receive a message takes memory, too.
+_ABOARD = 3
 
 
 class Flight(msgspec.Struct, eq=False):
@@ -19,7 +21,7 @@ class Flight(msgspec.Struct, eq=False):
         tag: Its number here.
         delivery: What arrived.
         suspected: Crashes in which it may have been the guilty one: several ran when a process died.
-        aboard: Processes that have died before they started it, though it was given to them.
+        aboard: Processes that have died by themselves before they started it, though it was given to them.
         settled: Whether it is settled already, while its handler still runs.
         consumer: Which of its queue's consumers it was given to last.
     """
@@ -35,7 +37,17 @@ class Flight(msgspec.Struct, eq=False):
     def alone(self) -> bool:
         """Whether it runs with nothing beside it: it may take its process with it."""
         delivery = self.delivery
-        return bool(self.suspected or delivery.crashes or delivery.deliveries >= _ALONE_AFTER)
+        return self.may_be_guilty or delivery.deliveries >= _ALONE_AFTER
+
+    @property
+    def may_be_guilty(self) -> bool:
+        """Whether processes have died of it, as far as this worker knows."""
+        return bool(self.suspected or self.delivery.crashes or self.aboard >= _ABOARD)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it is given to nobody any more, though it has been acknowledged and can be charged with nothing."""
+        return self.settled and self.aboard >= 2 * _ABOARD
 
     @property
     def lost(self) -> bool:

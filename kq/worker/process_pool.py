@@ -91,7 +91,7 @@ class ProcessPool:
 
     def start(self) -> None:
         """See `Pool.start`."""
-        while len(self._active()) < self._size and monotonic() >= self._start_at:
+        while self._is_short() and monotonic() >= self._start_at:
             try:
                 self._add()
             except OSError as error:
@@ -131,12 +131,7 @@ class ProcessPool:
             death = child.process.reap()
             if death is not None:
                 self._bury(child, death, events)
-        if (
-            not self._closing
-            and not self._recalled
-            and len(self._active()) < self._size
-            and monotonic() >= self._start_at
-        ):
+        if not self._closing and not self._recalled and self._is_short() and monotonic() >= self._start_at:
             self.start()
         return events
 
@@ -220,6 +215,10 @@ class ProcessPool:
 
     def _active(self) -> list[ChildProcess]:
         return [child for child in self._children if not child.leaving and not child.outdated]
+
+    def _is_short(self) -> bool:
+        """Tell whether there are too few children; those that are killed and do not die are not replaced for ever."""
+        return len(self._active()) < self._size and sum(child.is_killed for child in self._children) <= self._size
 
     def _add(self) -> None:
         self._numbers += 1
@@ -341,7 +340,7 @@ class ProcessPool:
         if not child.ready and not child.leaving:
             self._count_failed_start(child.number, child.why_failed or f"the process {death}")
         elif not expected and not self._closing:
-            is_missed = not self._recalled and len(self._active()) < self._size
+            is_missed = not self._recalled and self._is_short()
             logger.error(
                 "child %d (pid %d) %s while running %d and holding %d jobs%s",
                 child.number, child.process.pid, how, len(running), len(queued),
@@ -439,7 +438,7 @@ class ProcessPool:
                 timeout = min(timeout, max(0.0, child.doomed_at - now))
             elif child.leaving:
                 timeout = min(timeout, _LINGER / 4)
-        if not self._closing and not self._recalled and len(self._active()) < self._size:
+        if not self._closing and not self._recalled and self._is_short():
             timeout = min(timeout, max(0.0, self._start_at - now))
         if self._hoarders() or any(child.tags and child.window > child.window_min for child in self._children):
             timeout = min(timeout, _SHARE_AFTER)

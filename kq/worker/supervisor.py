@@ -42,9 +42,6 @@ _HOLD_BYTES = 64 * 2**20
 _GIVES_BACK: Final = 4
 #: What of ``max_deliveries`` a message may use up in company; from then on its worker holds nothing else.
 _IN_COMPANY = 0.5
-#: Processes that may die before they start a message, until it may be the message that they die of: to receive one
-#: takes memory, too. From then on it runs alone.
-_ABOARD = 3
 #: Bytes that a message may have beyond those of the largest body, for its headers, to be given to a process at all.
 _HEADERS: Final = 2**20
 
@@ -309,7 +306,7 @@ class Supervisor:
         for flight in running:
             if flight.settled:
                 logger.error(
-                    "%s %s had been settled, which stands, when its process ended under its handler",
+                    "%s %s had been settled, which stands, when the process ended that had it",
                     flight.delivery.queue, flight.delivery.id,
                     extra={"action": "failed_late", "queue": flight.delivery.queue, "message_id": flight.delivery.id},
                 )  # fmt: skip
@@ -322,15 +319,19 @@ class Supervisor:
                 self._dispatcher.ended(flight)
         running = [self._flights[tag] for tag in death.running if tag in self._flights]
         queued = [self._flights[tag] for tag in death.queued if tag in self._flights]
-        if len(queued) == 1 and not running and queued[0].alone:
+        has_begun = bool(running)
+        if not has_begun and len(queued) == 1 and queued[0].may_be_guilty and not queued[0].settled:
             # It was given nothing else.
             running, queued = queued, []
         self._lament(running)
         for flight in reversed(queued):
-            flight.aboard += 1
-            if flight.aboard >= _ABOARD and not flight.suspected:
-                flight.suspected = 1
-            self._wait_again(flight)
+            # Whom its worker has killed did not die of what it had not begun.
+            flight.aboard += not death.late
+            if flight.is_hopeless:
+                self._lament([flight])
+                self.drop(flight)
+            else:
+                self._wait_again(flight)
         if death.late:
             for flight in running:
                 if flight.settled:
@@ -348,7 +349,7 @@ class Supervisor:
             if flight.settled:
                 self.drop(flight)
         if len(suspects) == len(running) == 1:
-            self._charge_crash(suspects[0], death)
+            self._charge_crash(suspects[0], death, has_begun=has_begun)
             return
         for flight in suspects:
             # Each runs alone next; only the one that crashes again is charged, for both times.
@@ -368,12 +369,13 @@ class Supervisor:
         outcome = timeout_outcome(consumer, policy, attempts=delivery.attempts, crashes=delivery.crashes)
         self._settle(flight, outcome)
 
-    def _charge_crash(self, flight: Flight, death: Died) -> None:
+    def _charge_crash(self, flight: Flight, death: Died, *, has_begun: bool) -> None:
         _, policy = self._rules(flight)
         delivery = flight.delivery
         crashes = delivery.crashes + flight.suspected + 1
         attempts = delivery.attempts + flight.suspected + 1
-        failure = Failure(errors.INTERNAL, f"the process that ran the handler {death.how}", True, "", death.death)
+        what = "ran the handler" if has_begun else "was given the message, and had not begun with it,"
+        failure = Failure(errors.INTERNAL, f"the process that {what} {death.how}", True, "", death.death)
         self._settle(flight, after_crash(failure, policy, attempts=attempts, crashes=crashes))
 
     def _consumer(self, flight: Flight) -> Consumer:

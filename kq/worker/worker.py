@@ -508,10 +508,11 @@ class Worker:
             logger.info("replacing the children", extra={"action": "reload"})
             pool.replace()
         elif not self._can_restart:
+            why = "handlers run in threads of this program"
+            if trial.fingerprint != self._fingerprint:
+                why = f"the app that {self._app_path} names has another configuration than the one that runs here"
             logger.error(
-                "nothing is reloaded: the app that %s names has another configuration than the one that runs here, for "
-                "which this program is to be started anew",
-                self._app_path, extra={"action": "reload_failed"},
+                "nothing is reloaded: %s; start it anew for that", why, extra={"action": "reload_failed"}
             )  # fmt: skip
         else:
             logger.info("finishing what runs, then starting anew", extra={"action": "reload"})

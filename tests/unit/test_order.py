@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import signal
+import sys
 from time import monotonic
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -27,6 +30,28 @@ def test_an_order_ends_the_wait_for_it() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_an_order_may_be_given_in_the_middle_of_giving_it() -> None:
+    """By a signal's handler, which strikes at any line: what has a lock that is not its thread's own stands still."""
+    order = Order()
+    struck = 0
+
+    def strike(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal struck
+        if event == "line" and frame.f_code.co_name == "set":
+            struck += 1
+            order.set()
+        return strike
+
+    before = sys.gettrace()
+    sys.settrace(strike)
+    try:
+        order.set()
+    finally:
+        sys.settrace(before)
+    assert struck >= 2
+    assert order.is_set()
 
 
 def test_an_order_that_is_taken_back_is_waited_for() -> None:

@@ -187,6 +187,7 @@ def test_what_kills_whoever_receives_it_is_found() -> None:
             place.tags.clear()
             supervisor.turn(0.0)
             assert culprit in place.tags
+        assert supervisor.tally.crashes == 0
         pool.events = [died(place, queued=[culprit])]
         place.tags.clear()
         supervisor.turn(0.0)
@@ -196,6 +197,43 @@ def test_what_kills_whoever_receives_it_is_found() -> None:
         fetcher.hold(0)
         settled(fetcher)
         assert app.info("app:q").in_flight == 2
+        assert fetcher.stop(20)
+
+
+def test_whoever_waited_behind_the_guilty_is_not_charged_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Having been given to processes that others have ended, a message runs alone, and has its own crashes."""
+    pool = Watched(1, window=5)
+    with at_work(pool, 5) as (_, supervisor, fetcher):
+        (place,) = pool.places
+        for _ in range(3):
+            first, *others = sorted(place.tags)
+            pool.events = [died(place, running=[first], queued=others)]
+            place.tags.clear()
+            supervisor.turn(0.0)
+        assert supervisor.tally.retried == 3
+        (innocent,) = place.tags
+        pool.events = [died(place, running=[innocent])]
+        place.tags.clear()
+        supervisor.turn(0.0)
+        assert fetcher.stop(20)
+    retries = [vars(record)["attempts"] for record in caplog.records if vars(record).get("action") == "retry"]
+    assert retries == [1, 1, 1, 1]
+
+
+def test_what_was_acknowledged_and_kills_whoever_receives_it_is_given_up() -> None:
+    """Nothing can be charged to it, and it would go on for ever."""
+    pool = Watched(1)
+    with at_work(pool, 1) as (_, supervisor, fetcher):
+        (place,) = pool.places
+        (tag,) = place.tags
+        supervisor._flights[tag].settled = True
+        for _ in range(6):
+            assert place.tags == {tag}
+            pool.events = [died(place, queued=[tag])]
+            place.tags.clear()
+            supervisor.turn(0.0)
+        assert not place.tags
+        assert supervisor.in_hand == 0
         assert fetcher.stop(20)
 
 
