@@ -92,3 +92,50 @@ def test_what_waits_in_a_child_is_watched_over() -> None:
     assert not pool.needs_watching
     child.tags.add(8)
     assert pool.needs_watching
+
+
+class Undying:
+    """A process that is in a call of the system's which does not end."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        self.pid, self.concurrency, self.pid_fd = 0, 1, None
+        self.socket = ours
+        self.slots = SimpleNamespace(running=list)
+        self.is_closed = False
+
+    def kill(self) -> None: ...
+
+    def reap(self, *, wait: bool = False) -> None:
+        assert not wait, "it would be waited for without end"
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_child_that_cannot_die_holds_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is given nothing more, another one takes its place, and it is left behind where the worker ends."""
+    monkeypatch.setattr("kq.worker.process_pool._KILLED", 0.1)
+    pairs = [socket.socketpair() for _ in range(3)]
+    processes: list[Any] = [Undying(ours) for ours, _ in pairs]
+    for process in processes:
+        process.socket.setblocking(False)
+    hello = frame.Hello("app", {}, [], 1, "INFO", "text")
+    pool = ProcessPool(1, hello, None, forks=processes[:])
+    try:
+        for count in (1, 2, 2):
+            with pool.lock:
+                pool.start()
+                assert len(pool.places) == count
+                for child in pool._children:
+                    child.ready = True
+                    child.kill("it was late")
+                    assert not child.room
+        assert pool.close(0.0) == []
+        assert [process.is_closed for process in processes] == [False, True, True]
+        assert sum("does not die; it is left behind" in record.getMessage() for record in caplog.records) == 2
+    finally:
+        for pair in pairs:
+            for end in pair:
+                end.close()
