@@ -26,16 +26,18 @@ class Sent:
 
     Attributes:
         timeout: See `kq.backend.Unconfirmed`.
+        way: Likewise.
     """
 
     __slots__ = (
-        "_answers", "_commands", "_errors", "_got", "_is_free", "_line", "_lines", "_numbers", "timeout",
+        "_answers", "_commands", "_errors", "_got", "_is_free", "_line", "_lines", "_numbers", "timeout", "way",
     )  # fmt: skip
 
     def __init__(
         self, line: Connection, commands: bytes, numbers: Sequence[int], lines: Lines, errors: RedisErrors
     ) -> None:
         self._line = line
+        self.way: object = line
         self._lines = lines
         self._errors = errors
         self.timeout = lines.timeout

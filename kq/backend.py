@@ -212,9 +212,11 @@ class Unconfirmed(Protocol):
 
     Attributes:
         timeout: Seconds within which they are to be confirmed.
+        way: What they go over, such as a connection; the same for those after them that go over the same.
     """
 
     timeout: float
+    way: object
 
     def fileno(self) -> int:
         """Return what becomes readable once there is an answer, and writable once there is room for more."""

@@ -59,6 +59,8 @@ class LoopCommit:
         self._pause: TimerHandle | None = None
         #: Set once nothing is on its way.
         self._watchers: list[Event] = []
+        #: One that has ended just now, whose way is kept for those who are told, until the loop's next round is over.
+        self._kept: _Group | None = None
 
     def hand_in(self, request: Request) -> None:
         """Publish what a task has: at once, or behind what is on its way."""
@@ -103,6 +105,11 @@ class LoopCommit:
                 left = max(0.0, min([until, *(group.until for group in groups)]) - monotonic())
                 # Another thread may have its loop go on at any time.
                 _look(groups, left if all(group.loop is here for group in groups) else min(left, _LOOK_AGAIN))
+        kept = self._kept
+        if kept is not None and (kept.loop is here or not kept.loop.is_running()):
+            # A loop that is closed watches over nothing any more.
+            with suppress(RuntimeError):
+                self._let_go()
 
     def _go_on(self) -> None:
         self._gathers_until = 0.0
@@ -156,13 +163,25 @@ class LoopCommit:
         send = self._sender()
         if send is None or not self._commit.is_ready(batch):
             return False
+        ear: _Ear | None = None
         try:
+            if self._kept is not None:
+                # What is sent now takes the way that has just become free, which the loop watches already.
+                kept, self._kept = self._kept, None
+                ear = kept.ear
+                kept.unconfirmed.close()
             unconfirmed = send(batch)
             if unconfirmed is None:
                 return False
             for request in requests:
                 request.is_taken = True
-            group = _Group(requests, unconfirmed, self._guard, self._end)
+            if ear is not None and unconfirmed.way is not ear.way:
+                # Another thread was quicker, or that one is no good any more. First of all: the new one may have its
+                # number.
+                ear.close()
+                ear = None
+            mine, ear = ear or _Ear(requests[0].loop, unconfirmed, self._guard), None
+            group = _Group(requests, unconfirmed, mine, self._guard, self._end)
         except NotImplementedError:
             # Such a loop does not tell of descriptors. It never will.
             self._sender = no_sender
@@ -170,6 +189,9 @@ class LoopCommit:
         except Exception:
             # Whatever it is, whoever publishes it otherwise finds out, or does not meet it.
             return False
+        finally:
+            if ear is not None:
+                ear.close()
         self._groups.add(group)
         self._sent_at = group.sent_at
         return True
@@ -186,16 +208,29 @@ class LoopCommit:
                 self._tell(group, stored)
         finally:
             self._groups.discard(group)
+            is_kept = self._kept is None and stored is not None and all(stored) and group.loop.is_running()
+            if is_kept:
+                self._kept = group
+            else:
+                group.release()
             if not self._groups:
                 while self._watchers:
                     self._watchers.pop().set()
                 if self._pause is not None:
                     self._pause.cancel()
                     self._pause = None
-        if self._waiting or len(group.requests) > 1:
-            # Behind them, so that what they publish next goes together.
-            group.loop.call_soon(self._guard, self._go_on)
-            self._gathers_until = monotonic() + _GATHERS
+            if self._waiting or len(group.requests) > 1:
+                # Behind them, so that what they publish next goes together.
+                group.loop.call_soon(self._guard, self._go_on)
+                self._gathers_until = monotonic() + _GATHERS
+            if is_kept:
+                group.loop.call_soon(self._guard, self._let_go)
+
+    def _let_go(self) -> None:
+        """Give up a way that nobody has taken in the round that it was kept for."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.release()
 
     def _tell(self, group: _Group, stored: Stored) -> None:
         took = monotonic() - group.sent_at
@@ -215,24 +250,56 @@ class LoopCommit:
             start = end
 
 
-class _Group:
-    """Requests that go together, until they have been answered.
+class _Ear:
+    """What a loop calls when there is an answer; for one group after another, for it costs as much as to send one.
 
     Raises:
         NotImplementedError: If the loop cannot say when there is an answer.
     """
 
+    __slots__ = ("_loop", "fd", "group", "way")
+
+    def __init__(
+        self, loop: AbstractEventLoop, unconfirmed: Unconfirmed, guard: Callable[[Callable[[], None]], None]
+    ) -> None:  # fmt: skip
+        self._loop = loop
+        self.way = unconfirmed.way
+        self.fd = unconfirmed.fileno()
+        self.group: _Group | None = None
+        try:
+            loop.add_reader(self.fd, guard, self._hear)
+        except NotImplementedError:
+            unconfirmed.close()
+            raise
+        except BaseException:
+            loop.remove_reader(self.fd)
+            unconfirmed.close()
+            raise
+
+    def close(self) -> None:
+        self._loop.remove_reader(self.fd)
+
+    def _hear(self) -> None:
+        # Whoever has ended may have given its connection to somebody else by now.
+        if self.group is not None:
+            self.group.read()
+
+
+class _Group:
+    """Requests that go together, until they have been answered, and the way that they went is released."""
+
     __slots__ = (
-        "_ended", "_fd", "_guard", "_is_over", "_timer", "is_late", "is_writing", "loop", "requests", "sent_at",
+        "_ended", "_guard", "_is_over", "_timer", "ear", "is_late", "is_writing", "loop", "requests", "sent_at",
         "unconfirmed", "until",
     )  # fmt: skip
 
     def __init__(
-        self, requests: list[Request], unconfirmed: Unconfirmed, guard: Callable[[Callable[[], None]], None],
-        ended: Callable[[_Group, Stored | None], None],
+        self, requests: list[Request], unconfirmed: Unconfirmed, ear: _Ear,
+        guard: Callable[[Callable[[], None]], None], ended: Callable[[_Group, Stored | None], None],
     ) -> None:  # fmt: skip
         self.requests = requests
         self.unconfirmed = unconfirmed
+        self.ear = ear
         self.loop = requests[0].loop
         self.is_writing = False
         self.sent_at = monotonic()
@@ -244,44 +311,47 @@ class _Group:
         self._guard = guard
         self._ended = ended
         self._is_over = False
-        self._fd = unconfirmed.fileno()
+        ear.group = self
         try:
-            self.loop.add_reader(self._fd, guard, self._read)
             # As early as may be: the broker works while the rest is done here.
             self._write()
             self._timer = self.loop.call_later(self.until - self.sent_at, guard, self._give_up)
-        except NotImplementedError:
-            unconfirmed.close()
-            raise
         except BaseException:
-            self.loop.remove_reader(self._fd)
+            ear.group = None
             if self.is_writing:
-                self.loop.remove_writer(self._fd)
-            unconfirmed.close()
+                self.loop.remove_writer(ear.fd)
+            self.release()
             raise
 
     def fileno(self) -> int:
-        return self._fd
+        return self.ear.fd
+
+    def release(self) -> None:
+        """Give up the way that it went."""
+        try:
+            self.ear.close()
+        finally:
+            self.unconfirmed.close()
 
     def proceed(self) -> None:
         """Do what the loop would do if it ran, as far as that can be done."""
         if self.is_writing:
             self._write()
-        self._read()
+        self.read()
         if self.until <= monotonic():
             self._give_up()
 
     def _write(self) -> None:
         is_writing = not self.unconfirmed.write()
         if is_writing and not self.is_writing:
-            self.loop.add_writer(self._fd, self._guard, self._write)
+            self.loop.add_writer(self.ear.fd, self._guard, self._write)
         elif self.is_writing and not is_writing:
-            self.loop.remove_writer(self._fd)
+            self.loop.remove_writer(self.ear.fd)
         self.is_writing = is_writing
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Read what has been answered."""
         if self._is_over:
-            # Its connection may be somebody else's by now.
             return
         stored = self.unconfirmed.confirm()
         if stored is not None:
@@ -290,7 +360,7 @@ class _Group:
     def _give_up(self) -> None:
         try:
             # A loop that has been held up may come to this first.
-            self._read()
+            self.read()
         finally:
             self._end(None)
 
@@ -299,12 +369,11 @@ class _Group:
         if self._is_over:
             return
         self._is_over = True
+        self.ear.group = None
         try:
             self._timer.cancel()
-            self.loop.remove_reader(self._fd)
             if self.is_writing:
-                self.loop.remove_writer(self._fd)
-            self.unconfirmed.close()
+                self.loop.remove_writer(self.ear.fd)
         finally:
             self._ended(self, stored)
 

@@ -36,6 +36,7 @@ class Sent:
 
     def __init__(self, ids: list[str]) -> None:
         self.ids = ids
+        self.way: object = self
         self.is_begun = False
         self.ours, self.theirs = socket.socketpair()
         self.ours.setblocking(False)
@@ -130,6 +131,10 @@ class Broker:
         while len(self.sent) < number:
             self._has_more.clear()
             await self._has_more.wait()
+
+    def answer(self, number: int) -> None:
+        """Have a group stored."""
+        self.sent[number].answer()
 
     @property
     def groups(self) -> list[list[str]]:
@@ -739,3 +744,166 @@ def test_who_was_to_go_on_and_did_not_holds_nobody_up(broker: Broker, monkeypatc
     asyncio.run(main())
     assert broker.groups == [["first"], ["a", "b", "next"]]
     assert not broker.has_threads()
+
+
+class Line:
+    """A connection over which one group goes after another, as with a broker's."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.setblocking(False)
+        self.is_busy = False
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+
+class Over(Sent):
+    """A group that goes over a connection that stays."""
+
+    def __init__(self, ids: list[str], line: Line) -> None:
+        super().__init__(ids)
+        self.ours.close()
+        self.theirs.close()
+        self.ours, self.theirs, self.way = line.ours, line.theirs, line
+        self._line = line
+        assert not line.is_busy
+        line.is_busy = True
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._line.is_busy = False
+
+
+class Watching(asyncio.SelectorEventLoop):
+    """A loop that counts how often it is told of descriptors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added: list[int] = []
+        self.removed: list[int] = []
+
+    def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:  # type: ignore[override]
+        self.added.append(fd)
+        super().add_reader(fd, callback, *args)
+
+    def remove_reader(self, fd: Any) -> bool:
+        self.removed.append(fd)
+        return super().remove_reader(fd)
+
+
+@pytest.fixture
+def lines(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Line]]:
+    """Connections, of which the last that is free is taken."""
+    made = [Line(), Line()]
+
+    def send(batch: Sequence[Publication]) -> Unconfirmed | None:
+        free = [line for line in made if not line.is_busy]
+        if not free:
+            return None
+        broker.sent.append(Over([publication.envelope.id for publication in batch], free[-1]))
+        return broker.sent[-1]
+
+    monkeypatch.setattr(broker, "send", send)
+    yield made
+    for line in made:
+        line.close()
+
+
+def test_a_task_that_goes_on_publishing_is_watched_for_once(broker: Broker, lines: list[Line]) -> None:
+    """The loop goes on watching the connection that is used next; when it is used no more, nobody has it."""
+    loop = Watching()
+
+    async def publish(count: int) -> None:
+        for n in range(count):
+            task = asyncio.ensure_future(broker.tasks.publish(batch(f"{n}"), 30.0))
+            await turn()
+            broker.sent[-1].answer()
+            assert await task == [None]
+
+    async def in_a_row(count: int) -> None:
+        before = len(broker.sent)
+        for n in range(count):
+            loop.call_soon(broker.answer, before + n)
+            assert await broker.tasks.publish(batch(f"{n}"), 30.0) == [None]
+
+    async def main() -> None:
+        await in_a_row(5)
+        await turn()
+        assert (len(loop.added), len(loop.removed)) == (1, 1)
+        assert not any(line.is_busy for line in lines)
+        # Who does something else in between gives it up.
+        await publish(2)
+        await turn()
+        assert (len(loop.added), len(loop.removed)) == (3, 3)
+        assert not any(line.is_busy for line in lines)
+
+    try:
+        loop.run_until_complete(main())
+        assert not broker.has_threads()
+    finally:
+        loop.close()
+
+
+def test_a_connection_that_somebody_else_has_taken_is_watched_no_more(broker: Broker, lines: list[Line]) -> None:
+    """Between the end of one group and the next one a thread may publish over it."""
+    loop = Watching()
+    real = broker.send
+
+    def taken(batch: Sequence[Publication]) -> Unconfirmed | None:
+        lines[-1].is_busy = True
+        return real(batch)
+
+    async def main() -> None:
+        loop.call_soon(broker.answer, 0)
+        assert await broker.tasks.publish(batch("a"), 30.0) == [None]
+        broker.send = taken  # type: ignore[method-assign]
+        loop.call_soon(broker.answer, 1)
+        assert await broker.tasks.publish(batch("b"), 30.0) == [None]
+        await turn()
+        assert loop.added == [lines[1].ours.fileno(), lines[0].ours.fileno()]
+        assert loop.removed == loop.added
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("end", ["stopped", "closed"])
+def test_a_loop_that_ends_keeps_no_connection(broker: Broker, lines: list[Line], end: str) -> None:
+    """Also in the round in which a message has been confirmed: whoever closes sees to it."""
+    loop = Watching()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(broker.tasks.publish(batch("a"), 30.0))
+        await turn()
+        broker.sent[0].answer()
+        done = asyncio.Event()
+        task.add_done_callback(lambda _: done.set())
+        await done.wait()
+
+    commit = broker.tasks
+    task = loop.create_task(main())
+    broker_group: list[Any] = []
+
+    def stop_when_kept() -> None:
+        (one,) = [found for reference in commit._loop_commits.valuerefs() if (found := reference()) is not None]
+        if one._kept is not None:
+            broker_group.append(one)
+            loop.stop()
+        elif not task.done():
+            loop.call_soon(stop_when_kept)
+
+    loop.call_soon(lambda: loop.call_soon(stop_when_kept))
+    loop.run_forever()
+    assert lines[-1].is_busy == (broker_group[0]._kept is not None)
+    if end == "closed":
+        task.cancel()
+        loop.close()
+    commit.close(20)
+    assert not lines[-1].is_busy
+    if end == "stopped":
+        loop.run_until_complete(asyncio.wait([task]))
+        loop.close()
