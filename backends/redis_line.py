@@ -60,12 +60,11 @@ class Lines:
             # Whoever waits for a connection sees to that.
             self._idle.append(line)
             return None
-        line.socket.settimeout(0)
+        _wait(line, 0)
         return line
 
     def put_back(self, line: Connection) -> None:
-        """Take a connection back on which nothing is under way."""
-        line.socket.settimeout(self.timeout)
+        """Take a connection back on which nothing is under way; whoever uses it next says whether it is to block."""
         self._put_away(line)
 
     def transact(self, condition: bytes, commands: Sequence[bytes], number: int) -> tuple[Any, list[Any]]:
@@ -125,6 +124,7 @@ class Lines:
         if line is not None:
             # Not with `suppress`, which takes as long as all else here.
             try:
+                _wait(line, self.timeout)
                 return line, self._exchange(line, commands, number)
             except Broken:
                 pass
@@ -171,6 +171,12 @@ class Lines:
             line.close()
             raise as_met(error, f"no answer within {connected.gettimeout():.2g} s") from None
         return answers
+
+
+def _wait(line: Connection, seconds: float) -> None:
+    """Have calls wait so long at most: as most do already, and to say so is a call of the system's."""
+    if line.socket.gettimeout() != seconds:
+        line.socket.settimeout(seconds)
 
 
 def _pop(lines: list[Connection]) -> Connection | None:
