@@ -276,7 +276,7 @@ class RabbitBackend:
         try:
             answer = self._administer(lambda link: _passively(link, queue.id))
         except NotFound:
-            raise NotFound(f"queue {queue.id} does not exist") from None
+            raise NotFound(f"queue {queue.id} does not exist; check its id and the broker's URL") from None
         dead = None
         if queue.dead_letter is not None:
             try:

@@ -213,7 +213,7 @@ class StoredBackend:
         """See `Backend.info`."""
         store = self._store()
         if store.arguments(queue.id) is None:
-            raise NotFound(f"queue {queue.id} does not exist")
+            raise NotFound(f"queue {queue.id} does not exist; check its id and the broker's URL")
         counts = store.counts(queue.id)
         dead = None
         if queue.dead_letter is not None:

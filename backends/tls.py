@@ -20,6 +20,8 @@ from kq.errors import Invalid
 _MAX_SIZE: Final = 2**20
 #: OpenSSL's number for a certificate that bears another name (X509_V_ERR_HOSTNAME_MISMATCH, and of an address).
 _OTHER_NAME: Final = (62, 64)
+#: What OpenSSL says of an answer that is no TLS.
+_NO_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
 
 
 def context(tls: Tls) -> ssl.SSLContext:
@@ -132,4 +134,6 @@ def explain(error: ssl.SSLError) -> str:
             else "name who signed it in tls.ca (tls_ca in the URL) if it is to be trusted"
         )
         return f"TLS certificate verification failed: {error.verify_message.rstrip('.')}; {hint}"
-    return f"no TLS connection: {(error.reason or str(error)).replace('_', ' ').lower()}"
+    why = (error.reason or str(error)).replace("_", " ").lower()
+    hint = "; does the server speak TLS on this port?" if error.reason in _NO_TLS else ""
+    return f"no TLS connection: {why}{hint}"

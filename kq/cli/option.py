@@ -7,8 +7,11 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import enumerate as enumerate_threads
+from threading import main_thread
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
@@ -121,7 +124,8 @@ def common(command: _F) -> _F:
     ) -> Any:
         try:
             click.get_current_context().obj = _acting_as(actor, groups, actor_meta)
-            return command(*args, **kwargs)
+            with _ending():
+                return command(*args, **kwargs)
         except errors.Error as error:
             if debug:
                 traceback.print_exc()
@@ -144,6 +148,29 @@ def common(command: _F) -> _F:
             fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", FAILED)
 
     return run  # type: ignore[return-value]
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Run a command; threads that its app has started, and never ends, do not hold it up after that."""
+    try:
+        yield
+    except errors.Error as error:
+        _end_in_time(exit_code(error))
+        raise
+    except BaseException as error:
+        # As click, or the interpreter, ends with it.
+        code = getattr(error, "code", getattr(error, "exit_code", FAILED))
+        _end_in_time(code if isinstance(code, int) else FAILED)
+        raise
+    _end_in_time(0)
+
+
+def _end_in_time(code: int) -> None:
+    if any(not thread.daemon and thread is not main_thread() for thread in enumerate_threads()):
+        from kq.worker.ending import end_in_time
+
+        end_in_time(code)
 
 
 def stop_writing() -> None:

@@ -134,7 +134,7 @@ def _publish_lines(app: App, queue: str, lines: BinaryIO, headers: dict[str, Any
             send()
         except Error as later:
             fail(f"{later.message}; {_so_far(published, later)}", exit_code(later))
-        fail(f"{error}; {published:,} messages were published, nothing after that line", USAGE)
+        fail(f"{error}; {_were(published)} published, nothing after that line", USAGE)
     except Invalid as error:
         first = number - len(batch) + 1
         fail(f"lines {first} to {number}: {error.message}; {_so_far(published, error)}", USAGE)
@@ -143,7 +143,7 @@ def _publish_lines(app: App, queue: str, lines: BinaryIO, headers: dict[str, Any
     except BrokenPipeError:
         # What the reader of the ids wanted is not what this was to do.
         stop_writing()
-        fail(f"nobody reads the ids any more; {published:,} messages were published, nothing after that", FAILED)
+        fail(f"nobody reads the ids any more; {_were(published)} published, nothing after that", FAILED)
     click.echo(pace(None), err=True)
 
 
@@ -174,7 +174,11 @@ def _payloads(lines: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def _so_far(published: int, error: Error) -> str:
     total = published + len(error.details.get("published", ()))
-    return f"{total:,} messages were published before that"
+    return f"{_were(total)} published before that"
+
+
+def _were(count: int) -> str:
+    return "1 message was" if count == 1 else f"{count:,} messages were"
 
 
 def _count_lines(lines: BinaryIO) -> int | None:

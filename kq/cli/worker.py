@@ -59,7 +59,6 @@ def worker(
     signal gives it back at once. HUP reloads code and configuration; USR1 logs what runs where.
     """
     from kq import config_file
-    from kq.worker.ending import ending
     from kq.worker.log import configure
     from kq.worker.option import WorkerOptions
     from kq.worker.pool import StartFailed
@@ -84,38 +83,36 @@ def worker(
     # Before the app's module can do so, and once more when it is known what its file says.
     configure(given["log_level"], given["log_format"], loaded=False)
     running: Worker | None = None
-    with ending():
-        try:
-            with prelude() as signals, prefork(_forks(broker, given), given["concurrency"]) as forks:
-                found = load(path, broker)
-                try:
-                    unsaid, said = _unsaid(given), found.document.worker.values
-                    options = WorkerOptions(**{**given, **{name: said[name] for name in unsaid.intersection(said)}})
-                    found.declarations.load_handlers()
-                    configure(options.log_level, options.log_format, loaded=True)
-                    made = Worker(
-                        found, app_path=path or "", options=options, forks=forks, in_file=unsaid, can_restart=True
-                    )
-                    signals.hand_over(made.reload)
-                    running = made
-                    running.run()
-                    if running.restart:
-                        signals.close_ears()
-                except Invalid as error:
-                    raise ConfigurationError(error.message) from error
-                except StartFailed as error:
-                    fail(f"no child could start: {error}", CONFIGURATION)
-                except Error as error:
-                    if exit_code(error) == 1:
-                        raise
-                    end(error)
-                finally:
-                    found.close()
-        except Stopped:
-            # Or once more, when there is nothing left but to say goodbye.
-            if running is None:
-                logging.getLogger("kq.worker").info("stopped before it had begun", extra={"action": "stopped"})
-            return
+    try:
+        with prelude() as signals, prefork(_forks(broker, given), given["concurrency"]) as forks:
+            found = load(path, broker)
+            try:
+                unsaid, said = _unsaid(given), found.document.worker.values
+                options = WorkerOptions(**{**given, **{name: said[name] for name in unsaid.intersection(said)}})
+                found.declarations.load_handlers()
+                configure(options.log_level, options.log_format, loaded=True)
+                made = Worker(
+                    found, app_path=path or "", options=options, forks=forks, in_file=unsaid, can_restart=True
+                )
+                signals.hand_over(made.reload)
+                running = made
+                running.run()
+                signals.close_ears(restart=running.restart)
+            except Invalid as error:
+                raise ConfigurationError(error.message) from error
+            except StartFailed as error:
+                fail(f"no child could start: {error}", CONFIGURATION)
+            except Error as error:
+                if exit_code(error) == 1:
+                    raise
+                end(error)
+            finally:
+                found.close()
+    except Stopped:
+        # Or once more, when there is nothing left but to say goodbye.
+        if running is None:
+            logging.getLogger("kq.worker").info("stopped before it had begun", extra={"action": "stopped"})
+        return
     if running is not None and running.restart:
         start_anew()
 

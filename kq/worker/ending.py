@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Final
 
 from kq.worker.process import flush
@@ -15,24 +14,6 @@ logger = logging.getLogger("kq.worker")
 
 #: Seconds that an interpreter that ends waits for threads, and for what is to be called at its end.
 PATIENCE: Final = 5.0
-
-
-@contextmanager
-def ending() -> Iterator[None]:
-    """Do the last thing of a process: what it ends with is kept, also where it has to be ended by force."""
-    code = 1
-    try:
-        yield
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        raise
-    except Exception as error:
-        # As click ends with it.
-        code = getattr(error, "exit_code", 1)
-        raise
-    finally:
-        end_in_time(code)
 
 
 def end_in_time(code: int) -> None:

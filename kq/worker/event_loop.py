@@ -9,7 +9,8 @@ import traceback
 from collections import deque
 from threading import Thread
 from time import monotonic
-from typing import Protocol
+from types import FrameType
+from typing import Any, Protocol
 
 from kq.executor import Executor, Job, Run
 from kq.outcome import Outcome
@@ -61,6 +62,8 @@ class EventLoop(Thread):
         self._waiting: deque[Job] = deque()
         #: What each task runs, and in which slot.
         self._tasks: dict[asyncio.Task[None], tuple[Job, int]] = {}
+        #: What runs the handlers, by their jobs' tags.
+        self._calls: dict[int, asyncio.Task[Outcome]] = {}
         self._loop = asyncio.new_event_loop()
         self._stopping = False
 
@@ -120,7 +123,8 @@ class EventLoop(Thread):
         """Return what runs, with stacks."""
         parts = []
         for task, (job, _) in list(self._tasks.items()):
-            stack = "".join(line for frame in task.get_stack() for line in traceback.format_stack(frame, 1))
+            # The handler has a task of its own, which is cancelled when its time is over.
+            stack = "".join(traceback.format_list(_stack(self._calls.get(job.tag, task))))
             parts.append(f"the event loop runs {job.id} of {job.queue}\n{stack}")
         return parts
 
@@ -160,7 +164,7 @@ class EventLoop(Thread):
             if isinstance(prepared, Outcome):
                 outcome = prepared
             else:
-                outcome = await self._run(prepared)
+                outcome = await self._run(prepared, job.tag)
                 out_of_memory = prepared.out_of_memory
                 outcome = self._executor.conclude(prepared, outcome)
         except Exception as error:
@@ -183,8 +187,8 @@ class EventLoop(Thread):
         self._runner.end_fork(outcome)
         return outcome
 
-    async def _run(self, run: Run) -> Outcome:
-        task = self._loop.create_task(self._call(run))
+    async def _run(self, run: Run, tag: int) -> Outcome:
+        task = self._calls[tag] = self._loop.create_task(self._call(run))
         late = False
 
         def expire() -> None:
@@ -204,5 +208,22 @@ class EventLoop(Thread):
                 return task.result()
             return self._executor.canceled(run)
         finally:
+            del self._calls[tag]
             if timer is not None:
                 timer.cancel()
+
+
+def _stack(task: asyncio.Task[Any]) -> traceback.StackSummary:
+    """Return where a task is, from its own frame to that of what it waits for; a task itself knows only the first."""
+    frames: list[FrameType] = []
+    waits_for: Any = task.get_coro()
+    while waits_for is not None:
+        # Of a coroutine, a generator that is one, or an asynchronous generator.
+        kind = next((kind for kind in ("cr", "gi", "ag") if hasattr(waits_for, f"{kind}_frame")), None)
+        if kind is None:
+            break
+        frame = getattr(waits_for, f"{kind}_frame")
+        if frame is not None:
+            frames.append(frame)
+        waits_for = getattr(waits_for, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
+    return traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames)

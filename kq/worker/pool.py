@@ -6,7 +6,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Protocol
@@ -137,8 +137,12 @@ class Pool(Protocol):
         """Replace every place by one that has loaded the code anew; each goes when its successor is ready."""
         ...
 
-    def dump(self) -> None:
-        """Log what runs where, with stacks."""
+    def dump(self, name_of: Callable[[int], str]) -> None:
+        """Log what runs where, with stacks.
+
+        Args:
+            name_of: Returns what people call a job, by its tag.
+        """
         ...
 
     def close(self, patience: float) -> list[Event]:

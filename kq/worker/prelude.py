@@ -34,9 +34,14 @@ class Prelude:
         #: What is done about signals after this, where it is not what was done before.
         self.after: dict[int, signal.Handlers] = {}
 
-    def close_ears(self) -> None:
-        """Have HUP and USR1 passed over from the end of this on: being ignored outlives a change of the program."""
-        self.after = dict.fromkeys(FOR_SUPERVISOR - {signal.SIGTERM, signal.SIGINT}, signal.SIG_IGN)
+    def close_ears(self, *, restart: bool) -> None:
+        """Have signals passed over from the end of this on, for there is nothing left to be done.
+
+        Args:
+            restart: Whether the program is to be changed, which being ignored outlives: TERM and INT then end it.
+        """
+        still = {signal.SIGTERM, signal.SIGINT} if restart else set()
+        self.after = dict.fromkeys(FOR_SUPERVISOR - still, signal.SIG_IGN)
 
     def hand_over(self, reload: Callable[[], None]) -> None:
         """Have HUP done by ``reload`` from now on; at once, where there was one.

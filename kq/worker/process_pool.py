@@ -167,14 +167,14 @@ class ProcessPool:
         self._failed_starts = 0
         self.start()
 
-    def dump(self) -> None:
+    def dump(self, name_of: Callable[[int], str]) -> None:
         """See `Pool.dump`."""
         for child in self._children:
             running = ", ".join(
-                f"{slot.tag} for {monotonic() - slot.started_at:.1f} s" for slot in child.slots.running()
+                f"{name_of(slot.tag)} for {monotonic() - slot.started_at:.1f} s" for slot in child.slots.running()
             )
             logger.warning(
-                "child %d (pid %d) holds %d jobs; running: %s",
+                "child %d (pid %d) holds %d messages; running: %s",
                 child.number, child.process.pid, len(child.tags), running or "none",
                 extra={"action": "dump"},
             )  # fmt: skip

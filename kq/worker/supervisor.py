@@ -145,6 +145,11 @@ class Supervisor:
         flight = self._flights.get(tag)
         return None if flight is None else self._consumer(flight).timeout
 
+    def name_of(self, tag: int) -> str:
+        """Return what people call a job: its message's id and queue."""
+        flight = self._flights.get(tag)
+        return f"job {tag}" if flight is None else f"{flight.delivery.id} of {flight.delivery.queue}"
+
     @property
     def in_hand(self) -> int:
         """How many deliveries are with this worker, waiting or running."""
@@ -192,7 +197,7 @@ class Supervisor:
         ]  # fmt: skip
         if cut_off:
             logger.warning(
-                "%d handlers were cut off, for their time to end was over; their messages run again: %s",
+                "cut off at the end: %d; these messages run again: %s",
                 len(cut_off),
                 ", ".join(f"{flight.delivery.queue} {flight.delivery.id}" for flight in cut_off),
                 extra={"action": "cut_off"},

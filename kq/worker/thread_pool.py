@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from threading import Lock
 from time import monotonic
@@ -118,7 +118,7 @@ class ThreadPool:
             extra={"action": "reload"},
         )
 
-    def dump(self) -> None:
+    def dump(self, name_of: Callable[[int], str]) -> None:
         """See `Pool.dump`."""
         logger.warning("%s", self._runner.dump(), extra={"action": "dump"})
 

@@ -494,7 +494,7 @@ class Worker:
             self._reload(pool, trial)
         if self._dump:
             self._dump = False
-            pool.dump()
+            pool.dump(str if self._supervisor is None else self._supervisor.name_of)
 
     def _reload(self, pool: Pool, trial: Trial) -> None:
         """Do what HUP asks for, now that it is known whether and how it can be done."""

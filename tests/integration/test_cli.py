@@ -96,7 +96,7 @@ def test_a_bad_line_is_named_once(local_shop: Shop) -> None:
     done = local_shop.run("publish", local_shop.queue, "--jsonl", str(lines))
 
     assert done.returncode == 2
-    assert "kq: line 2 is not JSON: Expecting ',' delimiter, at column 8; 1 messages were published" in done.stderr
+    assert "kq: line 2 is not JSON: Expecting ',' delimiter, at column 8; 1 message was published" in done.stderr
     assert local_shop.app.info(local_shop.queue).ready == 1
 
 
@@ -409,3 +409,17 @@ def test_help_is_quick_and_complete(local_shop: Shop) -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("attribute", "code"), [("app", 0), ("nope", 78)])
+def test_threads_of_an_app_hold_no_command_up(local_shop: Shop, attribute: str, code: int) -> None:
+    """What it says is said, and it ends as it would have, a few seconds later."""
+    source = local_shop.folder / "shop.py"
+    source.write_text(
+        source.read_text()
+        + "\nimport threading\nthreading.Thread(target=threading.Event().wait, name='stubborn').start()\n"
+    )
+    done = local_shop.run("publish", local_shop.queue, "1", "-A", f"shop:{attribute}")
+    assert done.returncode == code
+    assert "not waiting any longer for threads that go on (stubborn)" in done.stderr
+    assert len(done.stdout.split()) == (code == 0)

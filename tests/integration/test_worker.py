@@ -309,13 +309,30 @@ def test_usr1_tells_what_runs(local_shop: Shop) -> None:
     """USR1 logs what runs where, with stacks."""
     shop = local_shop
     worker = shop.worker("-p", "1")
-    shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 600})
+    id = shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 600})
     shop.until("started")
 
     worker.send_signal(signal.SIGUSR1)
 
     wait_for(lambda: "time.sleep(payload" in shop.log(), "the stack")
-    assert shop.queue in shop.log()
+    assert f"holds 1 messages; running: {id} of {shop.queue} for " in shop.log()
+
+
+def test_usr1_tells_where_a_coroutine_is(local_shop: Shop) -> None:
+    """Down to what it waits for, not only where its task began."""
+    shop = local_shop
+    source = shop.folder / "shop.py"
+    inner = "async def inner():\n    await asyncio.sleep(600)\n"
+    outer = (
+        "@app.consumer(QUEUE + '-slow')\nasync def outer(payload):\n    note('started', payload)\n    await inner()\n"
+    )
+    source.write_text(f"{source.read_text()}\n\n{inner}\n\n{outer}")
+    worker = shop.worker("-p", "1", "--grace", "0")
+    shop.app.publish(shop.queue + "-slow", {"n": 1})
+    shop.until("started")
+    worker.send_signal(signal.SIGUSR1)
+    wait_for(lambda: "await asyncio.sleep(600)" in shop.log(), "the stack")
+    assert "await inner()" in shop.log()
 
 
 def test_only_chosen_queues_are_consumed(local_shop: Shop) -> None:

@@ -65,16 +65,17 @@ def test_an_order_that_is_taken_back_is_waited_for() -> None:
     assert monotonic() - began >= 0.05
 
 
-@pytest.mark.parametrize("close", [False, True])
-def test_a_worker_that_starts_anew_hears_nothing_in_between(close: bool) -> None:
-    """A HUP before the new program listens would end it."""
-    before = signal.getsignal(signal.SIGHUP)
+@pytest.mark.parametrize("restart", [None, False, True])
+def test_a_worker_that_is_done_hears_nothing_more(restart: bool | None) -> None:
+    """A HUP would end the program that comes next before it listens, a second TERM or INT the one that has stopped."""
+    numbers = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         with prelude() as signals:
-            if close:
-                signals.close_ears()
-        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if close else before)
-        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, None)
+            if restart is not None:
+                signals.close_ears(restart=restart)
+        ignored = [number for number in numbers if signal.getsignal(number) == signal.SIG_IGN]
+        assert ignored == list(numbers[: {None: 0, False: 4, True: 2}[restart]])
     finally:
-        for number in (signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -258,7 +258,7 @@ def test_who_is_cut_off_is_named(caplog: pytest.LogCaptureFixture) -> None:
         supervisor.take_last([Finished(place, [(second, DONE)], early=True), died(place, running=[first, second])])
         assert fetcher.stop(20)
     (record,) = [record for record in caplog.records if getattr(record, "action", "") == "cut_off"]
-    assert record.getMessage().startswith("1 handlers were cut off")
+    assert record.getMessage().startswith("cut off at the end: 1; ")
 
 
 def test_what_waits_for_handlers_that_have_become_slow_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
