@@ -107,9 +107,7 @@ class LoopCommit:
                 _look(groups, left if all(group.loop is here for group in groups) else min(left, _LOOK_AGAIN))
         kept = self._kept
         if kept is not None and (kept.loop is here or not kept.loop.is_running()):
-            # A loop that is closed watches over nothing any more.
-            with suppress(RuntimeError):
-                self._let_go()
+            self._let_go()
 
     def _go_on(self) -> None:
         self._gathers_until = 0.0
@@ -277,7 +275,9 @@ class _Ear:
             raise
 
     def close(self) -> None:
-        self._loop.remove_reader(self.fd)
+        # A loop that is closed watches nothing any more.
+        with suppress(RuntimeError):
+            self._loop.remove_reader(self.fd)
 
     def _hear(self) -> None:
         # Whoever has ended may have given its connection to somebody else by now.
@@ -328,10 +328,8 @@ class _Group:
 
     def release(self) -> None:
         """Give up the way that it went."""
-        try:
-            self.ear.close()
-        finally:
-            self.unconfirmed.close()
+        self.ear.close()
+        self.unconfirmed.close()
 
     def proceed(self) -> None:
         """Do what the loop would do if it ran, as far as that can be done."""
