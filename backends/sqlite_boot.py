@@ -63,8 +63,10 @@ def follow(db: sqlite3.Connection, path: str) -> None:
     if not is_same(was):
         # In parts, each of which has room in a journal; whoever else comes meanwhile does the same, and it is the same.
         place: int | None = 0
+        # Where the clock is not set yet, what is delayed would wait for years by it.
+        time = max(time_of_day(), int(_written_at(path) * 1000))
         while place is not None and not is_same(_known(db)):
-            place = _reckon(db, place)
+            place = _reckon(db, place, time)
     db.execute("BEGIN IMMEDIATE")
     if not is_same(_known(db)):
         db.execute("UPDATE message SET state = 0, token = 0, deliveries = deliveries + 1 WHERE state = 2")
@@ -94,7 +96,7 @@ def _written_at(path: str) -> float:
     return max(times)
 
 
-def _reckon(db: sqlite3.Connection, place: int) -> int | None:
+def _reckon(db: sqlite3.Connection, place: int, time: int) -> int | None:
     """Have some of what is delayed wait by this start's clock, from a place on; return the next, None at the end."""
     db.execute("BEGIN IMMEDIATE")
     rows = db.execute("SELECT place FROM message WHERE state = 1 AND place > ? ORDER BY place LIMIT ?", (place, PART))
@@ -102,7 +104,7 @@ def _reckon(db: sqlite3.Connection, place: int) -> int | None:
     if places:
         db.execute(
             "UPDATE message SET moment = max(0, due - ?) + ? WHERE state = 1 AND place > ? AND place <= ?",
-            (time_of_day(), _since_start(), place, places[-1]),
+            (time, _since_start(), place, places[-1]),
         )
     db.execute("COMMIT")
     return places[-1] if places else None

@@ -31,7 +31,6 @@ from kq.router import Consumer
 from kq.said import caller
 from kq.scheme import find_backend
 from kq.security import Actor, Policy, current_actor
-from kq.security.context import leave_strict, make_strict
 from kq.security.policy import group_names
 from kq.shield import shielded
 from kq.signing import Signing
@@ -145,9 +144,8 @@ class App:
                 replace(driver, name=driver_name) if isinstance(driver, Driver) else Driver(driver, driver_name)
             )
         self.declarations = Declarations(document, self.registry, caller().module)
-        if settings.strict_mode:
-            # Until it is closed; an app that is not strict loosens nothing that another one, or the program, has set.
-            make_strict(self)
+        # An app that is not strict loosens nothing that another one, or the program, has set.
+        self.registry.be_strict()
         self._on_handle = list(limit.functions("on_handle", on_handle))
         self.registry.on_publish = limit.functions("on_publish", on_publish)
         self._producer = Producer(self)
@@ -497,7 +495,6 @@ class App:
         """
         self._producer.close()
         self.registry.close()
-        leave_strict(self)
 
     def __enter__(self) -> App:
         return self

@@ -50,8 +50,8 @@ COMMAND_VARIABLES: Final = frozenset(
 
 logger = logging.getLogger("kq.config")
 
-#: What `warn_of_unknown` has said, and whether it is to say nothing.
-_logged: set[str] = set()
+#: What `untold_variables` has returned, and whether `warn_of_unknown` is to say nothing.
+_told: set[str] = set()
 _shows_unknown = False
 
 
@@ -173,16 +173,21 @@ def unknown_variables(environment: Mapping[str, str] | None = None, *, named: Co
             # Without what all of them begin with, which would make any two alike.
             near = difflib.get_close_matches(name[len(PREFIX) :], [other[len(PREFIX) :] for other in known], 1)
             hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
-            warnings.append(f"the environment variable {name} is not one that kq reads{hint}")
+            warnings.append(f"the environment variable {name} is not one that kq, or the app's file, reads{hint}")
+    return warnings
+
+
+def untold_variables(named: Container[str]) -> list[str]:
+    """Return those of `unknown_variables` that it has not returned before, in this process: each is told once."""
+    warnings = [warning for warning in unknown_variables(named=named) if warning not in _told]
+    _told.update(warnings)
     return warnings
 
 
 def warn_of_unknown(named: Container[str]) -> None:
-    """Log each of `unknown_variables` once, unless whoever runs this process shows them: see `unknown_is_shown`."""
-    for warning in [] if _shows_unknown else unknown_variables(named=named):
-        if warning not in _logged:
-            _logged.add(warning)
-            logger.warning("%s", warning, extra={"action": "warning"})
+    """Log `untold_variables`, unless whoever runs this process shows them: see `unknown_is_shown`."""
+    for warning in [] if _shows_unknown else untold_variables(named):
+        logger.warning("%s", warning, extra={"action": "warning"})
 
 
 def unknown_is_shown() -> None:

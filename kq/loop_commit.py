@@ -14,7 +14,7 @@ from contextlib import suppress
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from threading import Event
 from time import monotonic
-from typing import Final
+from typing import Final, TypeVar
 
 from kq.async_request import Request
 from kq.backend import SEND_BYTES, SEND_MOST, Publication, Unconfirmed
@@ -24,6 +24,8 @@ from kq.group_commit import GroupCommit, late, length
 _GATHERS: Final = 0.05
 #: Seconds after which it is looked again whether another thread's loop still runs.
 _LOOK_AGAIN: Final = 0.05
+
+_T = TypeVar("_T")
 
 Stored = Sequence[bool]
 Send = Callable[[Sequence[Publication]], Unconfirmed | None]
@@ -60,7 +62,8 @@ class LoopCommit:
         #: Set once nothing is on its way.
         self._watchers: list[Event] = []
         #: One that has ended just now, whose way is kept for those who are told, until the loop's next round is over.
-        self._kept: _Group | None = None
+        #: Whoever takes it out has it: that may be another thread, where this loop stands still.
+        self._kept: deque[_Group] = deque()
 
     def hand_in(self, request: Request) -> None:
         """Publish what a task has: at once, or behind what is on its way."""
@@ -76,7 +79,7 @@ class LoopCommit:
     def take_back(self) -> list[Request]:
         """Return the requests that nobody has begun with: they are the caller's now. Thread-safe."""
         requests = list[Request]()
-        while (request := self._next()) is not None:
+        while (request := _pop(self._waiting)) is not None:
             requests.append(request)
         return requests
 
@@ -105,8 +108,7 @@ class LoopCommit:
                 left = max(0.0, min([until, *(group.until for group in groups)]) - monotonic())
                 # Another thread may have its loop go on at any time.
                 _look(groups, left if all(group.loop is here for group in groups) else min(left, _LOOK_AGAIN))
-        kept = self._kept
-        if kept is not None and (kept.loop is here or not kept.loop.is_running()):
+        if any(kept.loop is here or not kept.loop.is_running() for kept in list(self._kept)):
             self._let_go()
 
     def _go_on(self) -> None:
@@ -131,7 +133,7 @@ class LoopCommit:
         requests = list[Request]()
         number = size = 0
         queues = set[str]()
-        while (request := self._next()) is not None:
+        while (request := _pop(self._waiting)) is not None:
             # Else nobody waits for it any more, or the loop has been held up and says so when it goes on.
             if not request.is_over and monotonic() < request.deadline:
                 number += len(request.batch)
@@ -146,12 +148,6 @@ class LoopCommit:
             requests.sort(key=lambda request: request.batch[0].queue.id)
         return requests
 
-    def _next(self) -> Request | None:
-        try:
-            return self._waiting.popleft()
-        except IndexError:
-            return None
-
     def _leave(self, requests: list[Request]) -> bool:
         """Send a group; False where that cannot be, and nothing has been sent."""
         if len(requests) == 1:
@@ -163,9 +159,9 @@ class LoopCommit:
             return False
         ear: _Ear | None = None
         try:
-            if self._kept is not None:
+            kept = _pop(self._kept)
+            if kept is not None:
                 # What is sent now takes the way that has just become free, which the loop watches already.
-                kept, self._kept = self._kept, None
                 ear = kept.ear
                 kept.unconfirmed.close()
             unconfirmed = send(batch)
@@ -206,9 +202,9 @@ class LoopCommit:
                 self._tell(group, stored)
         finally:
             self._groups.discard(group)
-            is_kept = self._kept is None and stored is not None and all(stored) and group.loop.is_running()
+            is_kept = not self._kept and stored is not None and all(stored) and group.loop.is_running()
             if is_kept:
-                self._kept = group
+                self._kept.append(group)
             else:
                 group.release()
             if not self._groups:
@@ -226,7 +222,7 @@ class LoopCommit:
 
     def _let_go(self) -> None:
         """Give up a way that nobody has taken in the round that it was kept for."""
-        kept, self._kept = self._kept, None
+        kept = _pop(self._kept)
         if kept is not None:
             kept.release()
 
@@ -384,6 +380,14 @@ def _look(groups: Sequence[_Group], timeout: float) -> None:
             with suppress(OSError, KeyError, ValueError):
                 selector.register(group, EVENT_READ | (EVENT_WRITE if group.is_writing else 0))
         selector.select(timeout)
+
+
+def _pop(queue: deque[_T]) -> _T | None:
+    """Return the first of a queue, if there is one: other threads may take it as well."""
+    try:
+        return queue.popleft()
+    except IndexError:
+        return None
 
 
 def no_sender() -> None:

@@ -27,6 +27,7 @@ from kq.queue_spec import default_spec, difference
 from kq.router import Router
 from kq.scheme import find_backend, open_backend
 from kq.security import Actor
+from kq.security.context import leave_strict, make_strict
 from kq.shield import shielded
 from kq.signing import Signing
 
@@ -70,6 +71,8 @@ class Registry:
         self._assumed: dict[str, QueueSpec] = {}
         self._lock = RLock()
         self._backends: dict[str, Backend] = {}
+        #: Whether `close` has taken back what strict mode is for the process, until the next use.
+        self._has_left = False
         #: By driver, the queues that its shared backend has declared.
         self._confirmed: defaultdict[str, set[str]] = defaultdict(set)
         self._on_reset: list[weakref.WeakMethod[Callable[[], None]]] = []
@@ -302,6 +305,8 @@ class Registry:
         with self._lock:
             found = self._backends.get(driver)
             if found is None:
+                if self._has_left:
+                    self.be_strict()
                 found = self._backends[driver] = self.open(driver)
                 self._confirmed[driver].clear()
             return found
@@ -365,10 +370,18 @@ class Registry:
             if callback is not None:
                 callback()
 
+    def be_strict(self) -> None:
+        """In strict mode, make the process strict until `close`, or as long as anybody has this."""
+        self._has_left = False
+        if self.settings.strict_mode:
+            make_strict(self)
+
     def close(self) -> None:
-        """Close the backends; the next use opens new ones. Idempotent."""
+        """Close the backends, and make the process no longer strict; the next use does the opposite. Idempotent."""
         with self._lock:
             backends, self._backends = self._backends, {}
+            self._has_left = True
+            leave_strict(self)
             self._reset()
         with ExitStack() as stack:
             # Each is closed, whatever becomes of the others.

@@ -42,7 +42,12 @@ class Flight(msgspec.Struct, eq=False):
     @property
     def may_be_guilty(self) -> bool:
         """Whether processes have died of it, as far as this worker knows."""
-        return bool(self.suspected or self.delivery.crashes or self.aboard >= _ABOARD)
+        return bool(self.suspected or self.delivery.crashes or self.is_near_deaths)
+
+    @property
+    def is_near_deaths(self) -> bool:
+        """Whether so many processes have died before they started it that this may be why."""
+        return self.aboard >= _ABOARD
 
     @property
     def is_hopeless(self) -> bool:

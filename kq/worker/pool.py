@@ -118,7 +118,10 @@ class Pool(Protocol):
 
     @property
     def is_stuck(self) -> bool:
-        """Whether there is no place that is ready, and several tries in a row to have one have failed."""
+        """Whether no place takes anything, and none will soon.
+
+        Several tries in a row to have one have failed, or too many that were killed do not die.
+        """
         ...
 
     def wake(self) -> None:

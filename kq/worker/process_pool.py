@@ -88,6 +88,8 @@ class ProcessPool:
         self._closing = False
         self._recalled = False
         self._has_worked = False
+        #: Whether it has been said that those that were killed keep others from being started.
+        self._has_complained = False
 
     def start(self) -> None:
         """See `Pool.start`."""
@@ -133,6 +135,7 @@ class ProcessPool:
                 self._bury(child, death, events)
         if not self._closing and not self._recalled and self._is_short() and monotonic() >= self._start_at:
             self.start()
+        self._complain()
         return events
 
     @property
@@ -218,7 +221,25 @@ class ProcessPool:
 
     def _is_short(self) -> bool:
         """Tell whether there are too few children; those that are killed and do not die are not replaced for ever."""
-        return len(self._active()) < self._size and sum(child.is_killed for child in self._children) <= self._size
+        return len(self._active()) < self._size and not self._is_full_of_killed
+
+    @property
+    def _is_full_of_killed(self) -> bool:
+        """Whether so many that were killed are still there that no other one is started beside them."""
+        return sum(child.is_killed for child in self._children) > self._size
+
+    def _complain(self) -> None:
+        """Say once that there is nobody to run anything, because those that were killed do not die."""
+        is_blocked = self._is_full_of_killed and self.is_stuck and not self._closing
+        if is_blocked and not self._has_complained:
+            logger.error(
+                "%d children were killed and do not die; none is started beside them, and this worker does nothing "
+                "until they are gone; pids: %s",
+                sum(child.is_killed for child in self._children),
+                ", ".join(str(child.process.pid) for child in self._children if child.is_killed),
+                extra={"action": "children_stay"},
+            )
+        self._has_complained = is_blocked
 
     def _add(self) -> None:
         self._numbers += 1
@@ -362,9 +383,10 @@ class ProcessPool:
     @property
     def is_stuck(self) -> bool:
         """See `Pool.is_stuck`."""
-        if self._failed_starts < _START_TRIES * self._size:
+        if not self._is_full_of_killed and self._failed_starts < _START_TRIES * self._size:
             return False
-        return not any(place.ready for place in self.places)
+        # One that is on its way out takes nothing.
+        return not any(place.ready and place.accepting for place in self.places)
 
     def _count_failed_start(self, number: int, why: str) -> None:
         self._failed_starts += 1

@@ -501,7 +501,7 @@ class Supervisor:
         assert self._intake is not None
         self._intake.hold(0)
         for flight in self._dispatcher.take_all():
-            if flight.settled or flight.suspected:
+            if flight.settled or flight.suspected or flight.is_near_deaths:
                 # Or what may have taken the last process with it: it runs alone next, or nobody would ever be charged.
                 self._dispatcher.put(flight, front=False)
             else:

@@ -338,7 +338,7 @@ class Worker:
         text = announcement(self._registry.name, self._drivers.values(), pool, consumers)
         logger.info("%s", text, extra={"action": "start"})
         registry = self._registry
-        found = [*config.unknown_variables(named=registry.variables), *registry.risks, *self.warnings, *warnings]
+        found = [*config.untold_variables(registry.variables), *registry.risks, *self.warnings, *warnings]
         for warning in found:
             logger.warning("%s", warning, extra={"action": "warning"})
 

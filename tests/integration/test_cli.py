@@ -360,7 +360,7 @@ def test_unknown_variables_are_warned_of(local_shop: Shop) -> None:
     for command in (["check"], ["publish", local_shop.queue, "1"], ["info"]):
         done = local_shop.run(*command, KQ_LEAS="3")
 
-        assert done.stderr.count("KQ_LEAS is not one that kq reads; did you mean KQ_LEASE?") == 1
+        assert done.stderr.count("KQ_LEAS is not one that kq, or the app's file, reads; did you mean KQ_LEASE?") == 1
 
 
 def test_a_slip_in_a_queues_name_is_warned_of(local_shop: Shop) -> None:

@@ -207,8 +207,10 @@ def test_an_app_warns_of_unknown_variables_once(
     for name in ("one", "two"):
         kq.App(name, broker="memory://unknown").close()
     assert [record.getMessage() for record in caplog.records if record.name == "kq.config"] == [
-        "the environment variable KQ_LEESE is not one that kq reads; did you mean KQ_LEASE?"
+        "the environment variable KQ_LEESE is not one that kq, or the app's file, reads; did you mean KQ_LEASE?"
     ]
+    # Nor of a worker within the same program.
+    assert config.untold_variables(()) == []
     monkeypatch.setattr(config, "_shows_unknown", True)
     monkeypatch.setenv("KQ_LEESE2", "3")
     kq.App("three", broker="memory://unknown").close()
@@ -219,8 +221,8 @@ def test_unknown_variables_are_warned_of() -> None:
     """Each unknown ``KQ_`` variable gets a line with the nearest known name; others are not ours."""
     found = unknown_variables({"KQ_LEESE": "3", "KQ_ZZZZZZ": "", "HOME": "/", "KQ_LEASE": "3", "KQ_PROCESSES": "2"})
     assert found == [
-        "the environment variable KQ_LEESE is not one that kq reads; did you mean KQ_LEASE?",
-        "the environment variable KQ_ZZZZZZ is not one that kq reads",
+        "the environment variable KQ_LEESE is not one that kq, or the app's file, reads; did you mean KQ_LEASE?",
+        "the environment variable KQ_ZZZZZZ is not one that kq, or the app's file, reads",
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 import kq
@@ -67,6 +69,28 @@ def test_a_strict_app_makes_its_process_strict_until_it_is_closed() -> None:
     with kq.App("strict", broker="memory://", strict_mode=True):
         pass
     assert not can("x", "y")
+
+
+def test_a_process_is_strict_as_long_as_anything_of_its_strict_app_is_used() -> None:
+    """Whoever keeps a producer need not keep the app; and one that was closed may be used again."""
+    may = [Policy("any", actions=["*"], resources=["*"])]
+    app = kq.App("strict", broker="memory://", strict_mode=True, policies=may, actor="service:web")
+    producer = kq.Producer(app)
+    # The latest one is kept.
+    app = kq.App("lax", broker="memory://")
+    gc.collect()
+    assert not can("x", "y")
+    producer.close()
+    del producer
+    gc.collect()
+    assert can("x", "y")
+    with kq.App("strict", broker="memory://", strict_mode=True, policies=may) as app:
+        app.close()
+        assert can("x", "y")
+        with app.acting(Actor("service:web")):
+            app.publish("a:b", 1)
+        assert not can("x", "y")
+    assert can("x", "y")
 
 
 @pytest.mark.parametrize("by_environment", [True, False])

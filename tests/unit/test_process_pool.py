@@ -124,14 +124,19 @@ def test_a_child_that_cannot_die_holds_nothing_up(
     hello = frame.Hello("app", {}, [], 1, "INFO", "text")
     pool = ProcessPool(1, hello, None, forks=processes[:])
     try:
-        for count in (1, 2, 2):
+        for count, is_stuck in ((1, False), (2, False), (2, True)):
             with pool.lock:
                 pool.start()
-                assert len(pool.places) == count
+                assert (len(pool.places), pool.is_stuck) == (count, is_stuck)
                 for child in pool._children:
                     child.ready = True
                     child.kill("it was late")
                     assert not child.room
+        # Nobody is left who could take anything, and nobody is coming, which is said once.
+        with pool.lock:
+            for _ in range(2):
+                pool.poll(0.0)
+        assert sum("none is started beside them" in record.getMessage() for record in caplog.records) == 1
         assert pool.close(0.0) == []
         assert [process.is_closed for process in processes] == [False, True, True]
         assert sum("does not die; it is left behind" in record.getMessage() for record in caplog.records) == 2

@@ -284,6 +284,7 @@ def test_a_clock_that_nobody_has_set_yet_tells_no_start(path: str, monkeypatch: 
         store.declare("app:q", {})
         store.put("app:q", [Entry("held", b"raw", 4)], None)
         assert len(store.take("app:q", 10, 30_000).leases) == 1
+        store.put("app:q", [Entry("later", b"raw", 4, 3_600_000)], None)
     monkeypatch.setattr(clock, "_OFFSET", -2e9)
     assert machine.started_at() < 0
     boot(path, f"another {machine.started_at()}")
@@ -291,6 +292,10 @@ def test_a_clock_that_nobody_has_set_yet_tells_no_start(path: str, monkeypatch: 
         assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["held"]
     with closing(SQLiteStore(path, 10.0)) as store:
         assert store.counts("app:q").leased == 1
+    with closing(sqlite3.connect(path)) as db:
+        # What is delayed waits no longer than it would have.
+        (moment,) = db.execute("SELECT moment FROM message WHERE state = 1").fetchone()
+    assert 3_500_000 < moment - machine.now() <= 3_600_000
 
 
 def test_a_clock_that_is_set_starts_nothing(path: str) -> None:

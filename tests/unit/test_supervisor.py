@@ -175,6 +175,22 @@ def test_without_children_only_suspects_are_kept() -> None:
     assert (info.in_flight, info.ready) == (2, 1)
 
 
+def test_without_children_what_was_there_whenever_one_died_is_kept() -> None:
+    """Likewise, where no handler had begun: what is counted of it would be lost."""
+    pool = Watched(1, window=2)
+    with at_work(pool, 1) as (app, supervisor, fetcher):
+        (place,) = pool.places
+        (culprit,) = place.tags
+        for is_last in (False, False, True):
+            pool.events = [died(place, queued=[culprit])]
+            place.ready, pool.is_stuck = not is_last, is_last
+            place.tags.clear()
+            supervisor.turn(0.0)
+        settled(fetcher)
+        assert (supervisor.in_hand, app.info("app:q").in_flight) == (1, 1)
+        assert fetcher.stop(20)
+
+
 def test_what_kills_whoever_receives_it_is_found() -> None:
     """A message may take its process with it before a handler starts: then nothing runs, or only others do."""
     pool = Watched(1, window=3)
