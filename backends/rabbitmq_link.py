@@ -23,7 +23,7 @@ from kq.backends.rabbitmq_acknowledgement import acknowledgements, rejections
 from kq.backends.rabbitmq_delivery import Deliveries, Receive
 from kq.backends.rabbitmq_socket import PlainClient
 from kq.backends.rabbitmq_tls import TlsClient
-from kq.config import hide_password
+from kq.config import URL_HINT, hide_password
 from kq.errors import Invalid
 from kq.waker import Lookout
 
@@ -89,7 +89,7 @@ class Link:
             # Not chained, not even hidden: the original names pieces of the URL, and one may be the password.
             raise Invalid(
                 f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}; "
-                "in a password @ is written %40, / %2F, # %23 and % %25"
+                f"{URL_HINT}"
             )
         # Tried again a little later, or elsewhere; not where a single broker has let us wait already.
         again_within = None if self._client.alt else connect_timeout / 2

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
-from kq.config import hide_password
+from kq.config import URL_HINT, hide_password
 from kq.errors import Invalid
 
 _PORT: Final = 6379
@@ -67,5 +67,5 @@ def address_of(url: str) -> Address:
     # parameter named: a password that has an unquoted question mark looks like one.
     raise Invalid(
         "broker: expected redis://[user:password@]host[:port][/db], behind a question mark nothing but "
-        f"{', '.join(_PARAMETERS)} and what begins with tls_, got {hide_password(url)!r}"
+        f"{', '.join(_PARAMETERS)} and what begins with tls_, got {hide_password(url)!r}; {URL_HINT}"
     )

@@ -48,6 +48,9 @@ COMMAND_VARIABLES: Final = frozenset(
 )  # fmt: skip
 
 
+#: What people most often get wrong in a broker's URL.
+URL_HINT: Final = "a port is a number up to 65535; in a password @ is written %40, / %2F, # %23 and % %25"
+
 logger = logging.getLogger("kq.config")
 
 #: What `untold_variables` has returned, and whether `warn_of_unknown` is to say nothing.
