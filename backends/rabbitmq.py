@@ -173,7 +173,9 @@ class RabbitBackend:
                     if pause:
                         lane.link.drain(pause)
                     lane.link.drain_all()
-                    self._make_buckets(lane, [batch[index].delay for index in left], refused)
+                    if not lane.link.blocked:
+                        # Else nothing is sent, and nothing that is asked is answered.
+                        self._make_buckets(lane, [batch[index].delay for index in left], refused, deadline)
                     for index in left:
                         results[index] = refused.get(_bucket_of(batch[index]))
                     left = [index for index in left if results[index] is None]
@@ -229,12 +231,12 @@ class RabbitBackend:
             self._waited_for.clear()
         self._waited_for |= names
 
-    def _make_buckets(self, lane: Lane, delays: Sequence[float], refused: dict[int, Error]) -> None:
+    def _make_buckets(self, lane: Lane, delays: Sequence[float], refused: dict[int, Error], deadline: float) -> None:
         """Have the queues of all buckets that these delays need; where one cannot be had, ``refused`` says why."""
         for milliseconds in {bucket_for(delay) for delay in delays if delay > 0} - lane.buckets - refused.keys():
             name = bucket_name(milliseconds)
             try:
-                with lane.link.brief_channel() as channel:
+                with lane.link.within(deadline - monotonic()), lane.link.brief_channel() as channel:
                     channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
                     channel.queue_declare(
                         name, durable=True, auto_delete=False, arguments=bucket_arguments(milliseconds)
@@ -392,7 +394,7 @@ class RabbitBackend:
         )
 
     def _administer(self, call: Callable[[Link], _T]) -> _T:
-        """Run a call on a link; once more on a new one if one that had been idle turned out dead."""
+        """Run a call on a link; once more on a new one if one that had been idle turned out dead, or blocked."""
         lane = self._lanes.idle()
         if lane is not None:
             try:
@@ -407,6 +409,10 @@ class RabbitBackend:
     def _call(self, lane: Lane, call: Callable[[Link], _T]) -> _T:
         try:
             with self._errors:
+                lane.link.drain_all()
+                if lane.link.blocked:
+                    # Of what has published the broker reads nothing; of a connection that has not it does.
+                    raise away(f"RabbitMQ reads nothing now ({lane.link.blocked})", "unavailable")
                 answer = call(lane.link)
         except BaseException as error:
             # Interrupted, perhaps in the middle of a frame, unless it is one of ours.

@@ -35,6 +35,8 @@ _CLOSE_TIMEOUT: Final = 2.0
 
 #: Seconds that the opening of a connection is given even where its caller has less: 0 would mean forever.
 LEAST_PATIENCE: Final = 0.1
+#: Likewise of a call.
+_LEAST: Final = 0.001
 
 
 class Link:
@@ -88,8 +90,7 @@ class Link:
         if self._client is None:
             # Not chained, not even hidden: the original names pieces of the URL, and one may be the password.
             raise Invalid(
-                f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}; "
-                f"{URL_HINT}"
+                f"broker: expected amqp://[user:password@]host[:port][/vhost], got {hide_password(url)!r}; {URL_HINT}"
             )
         # Tried again a little later, or elsewhere; not where a single broker has let us wait already.
         again_within = None if self._client.alt else connect_timeout / 2
@@ -152,6 +153,12 @@ class Link:
             channel.close()
             raise
         channel.close()
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Have each call that waits for an answer wait so long at most; raises `TimeoutError` where there is none."""
+        with self.connection.transport.having_timeout(min(self._timeout, max(_LEAST, seconds))):
+            yield
 
     def write(self, frames: bytes, timeout: float) -> None:
         """Send frames that are made already.

@@ -118,6 +118,9 @@ class _UnderWay(local):
 _enrolling = RLock()
 _enrolled: Final[dict[Stage, _Members]] = {stage: WeakValueDictionary() for stage in Stage}
 _under_way = _UnderWay()
+#: The process that has what is enrolled; and, by process, what is held by whoever sees to it in a child first.
+_pid = os.getpid()
+_noticing: Final[dict[int, Lock]] = {}
 
 
 def enrol(what: Forks, stage: Stage) -> None:
@@ -160,7 +163,7 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    global _enrolling
+    global _enrolling, _pid
     _enrolling = RLock()
     for fork in _under_way.forks:
         # Theirs are the locks that are made anew here.
@@ -168,7 +171,21 @@ def _after_in_child() -> None:
     for stage in Stage:
         for what in _members(stage):
             what.after_fork_in_child()
-    _under_way.forks.pop().unshield()
+    _pid = os.getpid()
+    if _under_way.forks:
+        # Else nobody was told before: some application servers run this hook alone.
+        _under_way.forks.pop().unshield()
+
+
+def notice() -> None:
+    """Begin anew in a process that was forked without hooks, as some application servers do it. Thread-safe.
+
+    Two processes on one connection would take each other's confirmations for their own.
+    """
+    if os.getpid() != _pid:
+        with _noticing.setdefault(os.getpid(), Lock()):
+            if os.getpid() != _pid:
+                _after_in_child()
 
 
 if hasattr(os, "register_at_fork"):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Condition, RLock, Thread
 from time import monotonic
+from typing import Final
 
 from kq.backend import Publication
 from kq.errors import Error, Internal
@@ -41,6 +42,8 @@ _SMALL = 50
 
 #: How much of its time a caller must have left to commit in its own thread: what a single call may take at most.
 _ENOUGH = 0.9
+#: What is wrong with a queue alone.
+_OF_A_QUEUE: Final = frozenset({"full", "unroutable"})
 
 
 def length(seconds: float, size: int) -> float:
@@ -202,7 +205,8 @@ class GroupCommit:
                     return True
                 until = min(until, ahead_at)
             if ticket.deadline <= now:
-                if not ticket.is_taken:
+                if ticket in self._waiting:
+                    # Also where somebody was interrupted who was about to take it: nobody would ever be alone again.
                     self._waiting.remove(ticket)
                     # Somebody else is the first now.
                     self._turn.notify_all()
@@ -225,10 +229,10 @@ class GroupCommit:
                 proven = True
                 self.learn(monotonic() - began, len(results))
             else:
-                proven = not any(error is not None and error.retryable for error in results)
+                proven = not any(map(_is_disorder, results))
         except Error as error:
             results = [error] * len(batch)
-            proven = not error.retryable
+            proven = not _is_disorder(error)
         finally:
             if mine:
                 with self._lock:
@@ -274,7 +278,8 @@ class GroupCommit:
 
     def _let_go(self, group: list[_Ticket], mine: _Ticket) -> None:
         """Leave nobody waiting behind a caller that was interrupted, and nothing of its own for others to publish."""
-        failed = Internal("publishing was interrupted", details={"reason": "unavailable"})
+        text = "publishing was interrupted; the message may arrive all the same"
+        failed = Internal(text, details={"reason": "unavailable"})
         with self._lock:
             for ticket in (mine, *group):
                 if ticket in self._waiting:
@@ -292,7 +297,7 @@ class GroupCommit:
         """
         self._under_way.add(id(group))
         group.append(mine)
-        self._waiting.remove(mine)
+        self._leave_out(mine)
         size = len(mine.batch)
         for ticket in list(self._waiting):
             if ticket.is_taken:
@@ -303,10 +308,15 @@ class GroupCommit:
                 ticket.is_taken = False
                 break
             group.append(ticket)
-            self._waiting.remove(ticket)
+            self._leave_out(ticket)
         if self._waiting:
             # Somebody else is the first of them now.
             self._turn.notify_all()
+
+    def _leave_out(self, ticket: _Ticket) -> None:
+        # Its time may have been over while somebody's signal handler had the lock let go.
+        with suppress(ValueError):
+            self._waiting.remove(ticket)
 
     def _lead(self, group: list[_Ticket], deadline: float) -> None:
         batch = [publication for ticket in group for publication in ticket.batch]
@@ -318,7 +328,7 @@ class GroupCommit:
         if not any(results):
             self.learn(monotonic() - began, len(results))
         with self._lock:
-            self._proven = not any(result is not None and result.retryable for result in results)
+            self._proven = not any(map(_is_disorder, results))
             self._deal(group, results)
             self._under_way.discard(id(group))
             self._turn.notify_all()
@@ -341,6 +351,11 @@ class GroupCommit:
             end = start + len(ticket.batch)
             ticket.results = results[start:end]
             start = end
+
+
+def _is_disorder(error: Error | None) -> bool:
+    """Tell whether an answer says that a broker is not as it should be, for everybody; None says that all is well."""
+    return error is not None and error.retryable and error.details.get("reason") not in _OF_A_QUEUE
 
 
 def _late(ticket: _Ticket) -> list[Error | None]:

@@ -11,12 +11,12 @@ from threading import Lock, RLock, get_ident
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any, Final
 
-from kq import clock, codec, header, limit
+from kq import clock, codec, forking, header, limit
 from kq.backend import Backend, Publication, QueueSpec, Unconfirmed
 from kq.driver import MAIN
 from kq.envelope import WIRE_VERSION, Envelope
 from kq.errors import Error, Internal, Invalid, NotFound
-from kq.group_commit import GroupCommit
+from kq.group_commit import GroupCommit, late
 from kq.registry import HasRegistry, registry_of
 from kq.signature import HEADER
 
@@ -198,6 +198,7 @@ class Producer:
         self.close()
 
     def _send(self, draft: Draft) -> list[str]:
+        forking.notice()
         if not self._middleware:
             return self._publish(draft)
         call: Callable[[Draft], list[str]] = self._publish
@@ -336,6 +337,7 @@ class Producer:
         return [refused[p.queue.id] if p.queue.id in refused else next(answers) for p in batch]
 
     async def _send_async(self, draft: Draft) -> list[str]:
+        forking.notice()
         if self._middleware or len(draft.payloads) > _FEW:
             return await self._send_in_thread(draft)
         publications = self._prepare(draft)
@@ -345,14 +347,15 @@ class Producer:
         return _confirmed(publications, await commit.publish(publications, self._registry.settings.publish_timeout))
 
     async def _send_in_thread(self, draft: Draft) -> list[str]:
-        from asyncio import wrap_future
+        from asyncio import CancelledError, wait, wrap_future
         from concurrent.futures import ThreadPoolExecutor
 
         # What is no queue id is refused in the thread, where all is checked.
         driver = self._registry.spec(draft.queue_id).driver if isinstance(draft.queue_id, str) else MAIN
         context = contextvars.copy_context()
         # Waiting for one of the threads counts as well.
-        draft = replace(draft, deadline=monotonic() + self._registry.settings.publish_timeout)
+        deadline = monotonic() + self._registry.settings.publish_timeout
+        draft = replace(draft, deadline=deadline)
         me = get_ident()
         self._submitting.add(me)
         # A pool keeps what it has said that it has no thread for: whoever has this first says what becomes of it.
@@ -377,7 +380,17 @@ class Producer:
             _shut_down(left_open, (), 0.0)
         self._submitted.add(future)
         future.add_done_callback(self._submitted.discard)
-        return await wrap_future(future)
+        waiting = wrap_future(future)
+        try:
+            await wait([waiting], timeout=deadline - monotonic())
+        except CancelledError:
+            waiting.cancel()
+            raise
+        if not waiting.done() and claim.acquire(blocking=False):
+            # Those that have all the threads may wait for something that never comes, in middleware.
+            waiting.cancel()
+            raise late(is_taken=False)
+        return await waiting
 
 
 def _shut_down(pools: Iterable[ThreadPoolExecutor], submitted: Collection[Future[list[str]]], patience: float) -> None:

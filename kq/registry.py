@@ -302,6 +302,7 @@ class Registry:
         Raises:
             Invalid: If the driver is unknown, or its URL has an unknown scheme or is ill-formed.
         """
+        forking.notice()
         with self._lock:
             found = self._backends.get(driver)
             if found is None:

@@ -710,6 +710,24 @@ def test_no_false_confirmation_when_the_connection_breaks(bench: Bench, after: i
 
 
 @ON_RABBITMQ
+def test_a_broker_that_blocks_a_connection_is_asked_nothing_over_it(bench: Bench) -> None:
+    """It reads nothing there: who delays a message is told so at once, who looks at a queue does so elsewhere."""
+    backend = bench.backend
+    assert isinstance(backend, RabbitBackend)
+    bench.publish(bench.message())
+    (lane,) = backend._lanes._idle
+    lane.link.blocked = "low on memory"
+
+    (error,) = backend.publish([bench.message(delay=3600.0)], 10.0)
+    assert error is not None
+    assert error.details["reason"] == "blocked"
+    assert not lane.buckets
+
+    assert backend.info(bench.queue).ready == 1
+    assert lane not in backend._lanes._idle
+
+
+@ON_RABBITMQ
 def test_nothing_is_confirmed_that_was_not_sent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that breaks when all that was sent is confirmed says nothing of the rest of the batch."""
     backend = bench.backend

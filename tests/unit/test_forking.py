@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -183,6 +184,45 @@ def test_whoever_opens_something_may_ask_for_a_logger_while_a_fork_waits() -> No
     )
 
     assert done.stdout == "True\n", done.stderr
+
+
+#: Application servers written in C may run none of Python's hooks, or the last one alone.
+_FORKS_WITHOUT_HOOKS = """
+import ctypes, os, sys
+import kq
+
+path, last_alone = sys.argv[1], sys.argv[2] == "last"
+libc = ctypes.PyDLL(None)
+with kq.App("forked", broker=f"sqlite:///{path}") as app:
+    app.publish("app:q", 1)
+    ours = app.registry.opened("")
+    lock = app.registry._lock
+    child = libc.fork()
+    if child == 0:
+        try:
+            if last_alone:
+                libc.PyOS_AfterFork_Child()
+            app.publish("app:q", 2)
+            theirs = app.registry.opened("")
+            print(theirs is not ours and app.registry._lock is not lock, flush=True)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    app.publish("app:q", 3)
+    print(app.registry.opened("") is ours, app.info("app:q").ready)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library is found otherwise there")
+@pytest.mark.parametrize("hooks", ["none", "last"])
+def test_a_fork_without_hooks_is_noticed(tmp_path: Path, hooks: str) -> None:
+    """Two processes on one connection would take each other's confirmations for their own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKS_WITHOUT_HOOKS, str(tmp_path / "kq.db"), hooks],
+        capture_output=True, text=True, timeout=_DONE, check=False,
+    )  # fmt: skip
+
+    assert (done.stdout, done.stderr) == ("True\nTrue 3\n", "")
 
 
 def test_a_signals_handler_may_fork_while_a_fork_waits() -> None:

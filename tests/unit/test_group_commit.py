@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Lock, Semaphore, Thread, current_thread
+from threading import Condition, Event, Lock, Semaphore, Thread, current_thread
 from typing import cast
 
 import pytest
@@ -181,6 +181,56 @@ def test_an_interrupted_follower_leaves_nothing_behind(monkeypatch: pytest.Monke
         assert slow.result(20) == [None]
     assert group.publish(batch("last"), 5.0) == [None]
     assert [ids for ids, _ in sent] == [["first"], ["slow"], ["last"]]
+
+
+def test_who_gives_up_is_waited_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a leader was interrupted who was just about to take it: whoever comes then is alone."""
+    began, go_on, waits = Event(), Event(), Event()
+
+    def commit(publications: Sequence[Publication], timeout: float) -> Results:
+        if publications[0].envelope.id == "slow":
+            began.set()
+            assert go_on.wait(20)
+        return [None] * len(publications)
+
+    group = GroupCommit(commit)
+    assert group.publish(batch("first"), 5.0) == [None]
+
+    def take(timeout: float) -> bool:
+        # As a leader has left it that was interrupted after this.
+        (ticket,) = group._waiting
+        ticket.is_taken = True
+        waits.set()
+        return Condition.wait(group._turn, timeout)
+
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(group.publish, batch("slow"), 20.0)
+        assert began.wait(20)
+        with monkeypatch.context() as patched:
+            patched.setattr(group._turn, "wait", take)
+            late = pool.submit(group.publish, batch("late"), 0.01)
+            assert waits.wait(20)
+            (error,) = late.result(20)
+        assert error is not None
+        assert error.details["reason"] == "timeout"
+        assert not group._waiting
+        go_on.set()
+        assert slow.result(20) == [None]
+
+
+@pytest.mark.parametrize(("reason", "is_in_order"), [("full", True), ("unroutable", True), ("unavailable", False)])
+def test_a_queue_that_refuses_says_nothing_of_the_broker(reason: str, is_in_order: bool) -> None:
+    """Others need no thread of their own to publish to it."""
+
+    def commit(publications: Sequence[Publication], timeout: float) -> Results:
+        if publications[0].envelope.id == "refused":
+            return [errors.Internal("no", details={"reason": reason})]
+        return [None] * len(publications)
+
+    group = GroupCommit(commit)
+    assert group.publish(batch("first"), 5.0) == [None]
+    group.publish(batch("refused"), 5.0)
+    assert group._proven == is_in_order
 
 
 def test_who_is_interrupted_when_all_is_done_leaves_the_way_free(monkeypatch: pytest.MonkeyPatch) -> None:

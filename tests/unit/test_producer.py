@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from threading import Thread
+from threading import Event, Thread
 from time import monotonic, time
 from typing import Any, cast
 from uuid import RFC_4122, UUID
@@ -171,6 +171,29 @@ def test_what_there_is_no_thread_for_is_not_published_later(monkeypatch: pytest.
         assert caught.value.details["reason"] == "unavailable"
         asyncio.run(publish())
         assert app.info("app:q").ready == 101
+
+
+def test_a_task_waits_for_a_thread_no_longer_than_for_a_broker() -> None:
+    """All of them may be in middleware that never ends; nothing of it is sent later."""
+    go_on = Event()
+    begun: list[Draft] = []
+
+    def hang(draft: Draft, call_next: Callable[[Draft], list[str]]) -> list[str]:
+        begun.append(draft)
+        assert go_on.wait(20)
+        return call_next(draft)
+
+    async def publish() -> list[Any]:
+        hanging = [asyncio.ensure_future(app.apublish("a:b", n)) for n in range(16)]
+        late = await asyncio.gather(app.apublish("a:b", 16), return_exceptions=True)
+        go_on.set()
+        return [*late, *await asyncio.gather(*hanging, return_exceptions=True)]
+
+    with kq.App("test", broker="memory://test-producer-hanging", on_publish=[hang], publish_timeout=0.2) as app:
+        late, *_ = asyncio.run(publish())
+    assert isinstance(late, errors.Internal)
+    assert (late.details["reason"], "it was not sent" in late.message) == ("timeout", True)
+    assert len(begun) == 16
 
 
 @pytest.mark.parametrize("result", [None, "id", []])

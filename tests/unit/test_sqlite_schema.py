@@ -5,6 +5,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from threading import Barrier, Thread
 from types import SimpleNamespace
@@ -232,6 +233,22 @@ def test_a_machine_that_sleeps_ends_no_lease(path: str, monkeypatch: pytest.Monk
         assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["later"]
         counts = store.counts("app:q")
         assert (counts.ready, counts.delayed, counts.leased, counts.consumers) == (0, 0, 2, 1)
+
+
+def test_who_writes_for_long_ends_no_lease(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can renew one meanwhile."""
+    with closing(SQLiteStore(path, 10.0)) as store:
+        store.declare("app:q", {})
+        store.put("app:q", [Entry("held", b"raw", 4)], None)
+        assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["held"]
+        with monkeypatch.context() as patched:
+            patched.setattr(sqlite, "monotonic", count(0.0, 60.0).__next__)
+            store.put("app:q", [Entry("many", b"raw", 4)], None)
+        awake = machine.awake
+        monkeypatch.setattr(sqlite, "_awake", lambda: awake() + 60_000)
+
+        assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["many"]
+        assert store.counts("app:q").leased == 2
 
 
 def boot(path: str, *new: str) -> str:
