@@ -77,8 +77,8 @@ _LOOK: Final = 0.5
 _DEAF_FOR: Final = 30.0
 #: Rows that one transaction drops of a queue that is purged or deleted.
 _DROPPED: Final = 5_000
-#: Seconds after which a transaction has taken long.
-_LONG: Final = 0.25
+#: Seconds after which a transaction has taken long. Where one follows the other that did, those of the dead do not end.
+_LONG: Final = 1.0
 
 
 class SQLiteStore(Near):
@@ -630,12 +630,12 @@ def _roll_back(db: sqlite3.Connection) -> None:
 
 
 def _make_up_for(db: sqlite3.Connection, seconds: float) -> None:
-    """Have leases end later by a transaction that took long: nobody could renew them. As much again is for its end."""
+    """Have leases end later by as much as a transaction took that took long: nobody could renew them meanwhile."""
     if seconds >= _LONG:
         db.execute(
             "UPDATE message SET moment = moment + ? "
             "WHERE place IN (SELECT place FROM message INDEXED BY message_leased WHERE state = 2)",
-            (int(2000 * seconds),),
+            (int(1000 * seconds),),
         )
 
 
