@@ -416,7 +416,7 @@ class RabbitBackend:
                 answer = call(lane.link)
         except BaseException as error:
             # Interrupted, perhaps in the middle of a frame, unless it is one of ours.
-            lane.drop(wait=isinstance(error, Error))
+            lane.drop(wait=isinstance(error, Error) and not lane.link.blocked)
             raise
         self._lanes.put_back(lane)
         return answer

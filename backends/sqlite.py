@@ -472,7 +472,13 @@ class SQLiteStore(Near):
         self._lock.release()
 
     def after_fork_in_child(self) -> None:
-        """The same; and a connection that was not to be had is the parent's: closing it would end its locks."""
+        """The same; and a connection in the middle of something is the parent's, for good.
+
+        One that is still there, for nobody has asked before the fork, is closed: what SQLite keeps in memory of it
+        would have a new one do without the system's locks, which this process has none of.
+        """
+        if self._lock.acquire(blocking=False) and not self._is_busy:
+            self._disconnect()
         self._lock = RLock()
         self._is_busy = False
         if self._connection is not None:
@@ -637,6 +643,7 @@ def _make_up_for(db: sqlite3.Connection, seconds: float) -> None:
             "WHERE place IN (SELECT place FROM message INDEXED BY message_leased WHERE state = 2)",
             (int(1000 * seconds),),
         )
+        db.execute("UPDATE consumer SET until = until + ?", (int(1000 * seconds),))
 
 
 class _Dropped:

@@ -120,7 +120,7 @@ _enrolled: Final[dict[Stage, _Members]] = {stage: WeakValueDictionary() for stag
 _under_way = _UnderWay()
 #: The process that has what is enrolled; and, by process, what is held by whoever sees to it in a child first.
 _pid = os.getpid()
-_noticing: Final[dict[int, Lock]] = {}
+_noticing: Final[dict[int, RLock]] = {}
 
 
 def enrol(what: Forks, stage: Stage) -> None:
@@ -183,7 +183,7 @@ def notice() -> None:
     Two processes on one connection would take each other's confirmations for their own.
     """
     if os.getpid() != _pid:
-        with _noticing.setdefault(os.getpid(), Lock()):
+        with _noticing.setdefault(os.getpid(), RLock()):
             if os.getpid() != _pid:
                 _after_in_child()
 

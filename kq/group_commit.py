@@ -302,13 +302,18 @@ class GroupCommit:
         for ticket in list(self._waiting):
             if ticket.is_taken:
                 continue
-            ticket.is_taken = True
-            size += len(ticket.batch)
-            if size > MAX_GROUP:
-                ticket.is_taken = False
-                break
-            group.append(ticket)
-            self._leave_out(ticket)
+            try:
+                ticket.is_taken = True
+                size += len(ticket.batch)
+                if size > MAX_GROUP:
+                    ticket.is_taken = False
+                    break
+                group.append(ticket)
+                self._leave_out(ticket)
+            except BaseException:
+                # Interrupted. What is not in the group is nobody's.
+                ticket.is_taken = ticket in group
+                raise
         if self._waiting:
             # Somebody else is the first of them now.
             self._turn.notify_all()

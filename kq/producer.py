@@ -177,6 +177,7 @@ class Producer:
 
         What is being published on behalf of tasks is waited for, ``publish_timeout`` seconds at most.
         """
+        forking.notice()
         until = monotonic() + self._registry.settings.publish_timeout
         with self._threads_lock:
             commits, self._async_commits = self._async_commits, {}
@@ -384,7 +385,9 @@ class Producer:
         try:
             await wait([waiting], timeout=deadline - monotonic())
         except CancelledError:
-            waiting.cancel()
+            if not waiting.cancel() and not waiting.cancelled():
+                # It has failed just now, which nobody is told.
+                waiting.exception()
             raise
         if not waiting.done() and claim.acquire(blocking=False):
             # Those that have all the threads may wait for something that never comes, in middleware.

@@ -71,8 +71,8 @@ class Registry:
         self._assumed: dict[str, QueueSpec] = {}
         self._lock = RLock()
         self._backends: dict[str, Backend] = {}
-        #: Whether `close` has taken back what strict mode is for the process, until the next use.
-        self._has_left = False
+        #: Whether it is to make the process strict, and `close` has taken that back, until the next use.
+        self._makes_strict = self._has_left = False
         #: By driver, the queues that its shared backend has declared.
         self._confirmed: defaultdict[str, set[str]] = defaultdict(set)
         self._on_reset: list[weakref.WeakMethod[Callable[[], None]]] = []
@@ -306,8 +306,6 @@ class Registry:
         with self._lock:
             found = self._backends.get(driver)
             if found is None:
-                if self._has_left:
-                    self.be_strict()
                 found = self._backends[driver] = self.open(driver)
                 self._confirmed[driver].clear()
             return found
@@ -318,6 +316,9 @@ class Registry:
 
     def open(self, driver: str = MAIN) -> Backend:
         """Return a backend of the caller's own, which the caller closes; raises as `backend`."""
+        forking.notice()
+        if self._makes_strict and self._has_left:
+            self.be_strict()
         with self.importing():
             return open_backend(self.settings, self.name, self.driver(driver), self._folder)
 
@@ -373,12 +374,13 @@ class Registry:
 
     def be_strict(self) -> None:
         """In strict mode, make the process strict until `close`, or as long as anybody has this."""
-        self._has_left = False
-        if self.settings.strict_mode:
+        self._makes_strict, self._has_left = self.settings.strict_mode, False
+        if self._makes_strict:
             make_strict(self)
 
     def close(self) -> None:
         """Close the backends, and make the process no longer strict; the next use does the opposite. Idempotent."""
+        forking.notice()
         with self._lock:
             backends, self._backends = self._backends, {}
             self._has_left = True

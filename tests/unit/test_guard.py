@@ -87,6 +87,11 @@ def test_a_process_is_strict_as_long_as_anything_of_its_strict_app_is_used() -> 
     with kq.App("strict", broker="memory://", strict_mode=True, policies=may) as app:
         app.close()
         assert can("x", "y")
+        # As a worker or a consumer has one.
+        app.registry.open().close()
+        assert not can("x", "y")
+        app.close()
+        assert can("x", "y")
         with app.acting(Actor("service:web")):
             app.publish("a:b", 1)
         assert not can("x", "y")

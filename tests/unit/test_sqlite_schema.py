@@ -241,6 +241,7 @@ def test_who_writes_for_long_ends_no_lease(path: str, monkeypatch: pytest.Monkey
         store.declare("app:q", {})
         store.put("app:q", [Entry("held", b"raw", 4)], None)
         assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["held"]
+        store.renew("app:q", [], 30_000, "consumer")
         with monkeypatch.context() as patched:
             patched.setattr(sqlite, "monotonic", count(0.0, 60.0).__next__)
             store.put("app:q", [Entry("many", b"raw", 4)], None)
@@ -248,7 +249,8 @@ def test_who_writes_for_long_ends_no_lease(path: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(sqlite, "_awake", lambda: awake() + 60_000)
 
         assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["many"]
-        assert store.counts("app:q").leased == 2
+        counts = store.counts("app:q")
+        assert (counts.leased, counts.consumers) == (2, 1)
 
 
 def boot(path: str, *new: str) -> str:
