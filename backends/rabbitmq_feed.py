@@ -339,7 +339,8 @@ class RabbitFeed:
         self._epoch += 1
         self._recollection.broke(monotonic())
         known = {delivery.receipt.tag for delivery in self._done_before}
-        for tag, delivery in self._outstanding.items():
+        # Those that came first run, and are to be remembered if not all can be.
+        for tag, delivery in reversed(self._outstanding.items()):
             delivery.lost = True
             if not self._closed:
                 self._recollection.went_back(delivery.queue, delivery.id)

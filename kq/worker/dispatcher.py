@@ -61,8 +61,9 @@ class Dispatcher:
         self._backlog: deque[Flight] = deque()
         self._alone: deque[Flight] = deque()
         self._quarantine: deque[Flight] = deque()
-        #: Places that run one that is alone.
+        #: Places that run one that is alone; and the one that is kept free for the next.
         self._taken: set[Place] = set()
+        self._reserved: Place | None = None
         self._isolated: Flight | None = None
         #: Counted up whenever hands were not empty; for which count it was asked, and said, that the broker knows.
         self._clearance = 1
@@ -149,7 +150,12 @@ class Dispatcher:
             if self._isolated is None:
                 self._isolate(self._quarantine[0])
             return
-        self._dispatch_backlog(self._dispatch_alone())
+        self._reserved = self._dispatch_alone()
+        self._dispatch_backlog()
+
+    def takes_company(self, place: Place) -> bool:
+        """Tell whether a place may be given more, beside what it runs."""
+        return place.ready and place.accepting and place is not self._reserved and place not in self._taken
 
     def start_anyway(self) -> None:
         """Hand out what was acknowledged beforehand: it runs here or never."""
@@ -163,11 +169,11 @@ class Dispatcher:
 
     # Company.
 
-    def _dispatch_backlog(self, reserved: Place | None) -> None:
+    def _dispatch_backlog(self) -> None:
         self.held_back = 0
         if not self._backlog:
             return
-        places = [p for p in self._pool.places if p is not reserved and p not in self._taken and p.room]
+        places = [place for place in self._pool.places if place.room and self.takes_company(place)]
         shares: dict[Place, list[tuple[Flight, int]]] = {place: [] for place in places}
         passed: list[Flight] = []
         while self._backlog and places:
@@ -247,7 +253,8 @@ class Dispatcher:
             else:
                 self._hands.release(flight)
         if self._isolated is None:
-            self._dispatch_backlog(None)
+            self._reserved = None
+            self._dispatch_backlog()
 
     def _isolate(self, flight: Flight) -> None:
         """Run a message once all else that was in hand is done, and the broker knows it."""

@@ -34,8 +34,9 @@ _AHEAD = 2.0
 #: Deliveries that are handed out in the thread that brought them. More of them find this worker busy anyway, and their
 #: fetcher is better off with fetching.
 _AT_ONCE = 8
-#: Ends of lost deliveries that are remembered.
+#: Ends of lost deliveries that are remembered, and seconds within which they come back: so long a broker may be away.
 _ENDS = 1000
+_BACK_WITHIN: Final = 3600.0
 #: Bytes of messages that a worker holds at most, beyond what its handlers run.
 _HOLD_BYTES = 64 * 2**20
 #: Of ``max_deliveries`` at least, where a worker gives back what waits for slow handlers.
@@ -82,7 +83,7 @@ class Supervisor:
         self._adrift: dict[tuple[str, str], Flight] = {}
         self._has_lost = False
         #: How runs of such deliveries ended that nobody could be told of.
-        self._ends: OrderedDict[tuple[str, str], tuple[tuple[int, int, int], Outcome]] = OrderedDict()
+        self._ends: OrderedDict[tuple[str, str], tuple[tuple[int, int, int], Outcome, float]] = OrderedDict()
         self._next_tag = 1
         self._arrivals: deque[list[Delivery]] = deque()
         #: Bytes of what is in hand, and of a message on average.
@@ -273,14 +274,19 @@ class Supervisor:
 
     def _remember_end(self, delivery: Delivery, outcome: Outcome) -> None:
         """Remember how a run ended that can settle nothing: its message may be on its way back to us."""
-        self._ends[delivery.queue, delivery.id] = (_marks(delivery), outcome)
+        self._ends[delivery.queue, delivery.id] = (_marks(delivery), outcome, monotonic())
         while len(self._ends) > _ENDS:
             self._ends.popitem(last=False)
 
+    def forget_ends(self) -> None:
+        """Have whatever comes back from now on run anew."""
+        self._ends.clear()
+
     def _end_of(self, delivery: Delivery) -> Outcome | None:
         """Return how a delivery has ended that was lost while it ran here, and came back after that."""
-        was, outcome = self._ends.pop((delivery.queue, delivery.id), (None, None))
-        return outcome if was == _marks(delivery) else None
+        was, outcome, at = self._ends.pop((delivery.queue, delivery.id), (None, None, 0.0))
+        # Later it is another life: somebody has replayed it, or published it again, to have it run.
+        return outcome if was == _marks(delivery) and monotonic() - at <= _BACK_WITHIN else None
 
     def _takes_the_place(self, delivery: Delivery) -> bool:
         """Tell whether a delivery is one that was lost while it runs here, and have that run settle it.
@@ -449,9 +455,10 @@ class Supervisor:
         if self._dispatcher.isolating:
             self._intake.hold(0)
             return
-        # What runs in a place that takes no more is in hand as well, and nobody else's room.
+        # What runs in a place that takes no more, or none beside one that is alone, is in hand as well, and nobody
+        # else's room.
         wanted = sum(
-            place.window if place.ready and place.accepting else len(place.tags) for place in self._pool.places
+            place.window if self._dispatcher.takes_company(place) else len(place.tags) for place in self._pool.places
         )
         # Nor is what waits for its own consumers, which run as many as they may.
         wanted += self._dispatcher.held_back

@@ -476,7 +476,7 @@ class Worker:
             self._replace, self._trial = False, None
         if self._replace and self._app_path is None:
             self._replace = False
-            pool.replace()
+            self._replace_children(pool)
         elif self._replace and self._app_path is not None and self._trial is None:
             self._replace = False
             queues = self.options.queues
@@ -496,6 +496,12 @@ class Worker:
             self._dump = False
             pool.dump(str if self._supervisor is None else self._supervisor.name_of)
 
+    def _replace_children(self, pool: Pool) -> None:
+        if self._supervisor is not None:
+            # What other code has said of a message does not hold any more.
+            self._supervisor.forget_ends()
+        pool.replace()
+
     def _reload(self, pool: Pool, trial: Trial) -> None:
         """Do what HUP asks for, now that it is known whether and how it can be done."""
         if trial.mistake:
@@ -506,7 +512,7 @@ class Worker:
             )  # fmt: skip
         elif trial.fingerprint == self._fingerprint and not self._threads:
             logger.info("replacing the children", extra={"action": "reload"})
-            pool.replace()
+            self._replace_children(pool)
         elif not self._can_restart:
             why = "handlers run in threads of this program"
             if trial.fingerprint != self._fingerprint:

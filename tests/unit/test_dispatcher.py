@@ -288,3 +288,22 @@ def test_a_place_that_ran_one_alone_is_free_for_isolation() -> None:
         answer()
     desk.dispatcher.dispatch()
     assert desk.pool.running == [{isolated.tag}]
+
+
+def test_who_is_alone_takes_no_company_nor_does_what_waits_for_it() -> None:
+    """Nothing is to be fetched for the room beside it: others could run that."""
+    desk = Desk(places=1)
+    (place,) = desk.pool.places
+    running = desk.put(1)
+    desk.dispatcher.dispatch()
+    assert desk.dispatcher.takes_company(place)
+    alone = desk.put(2, crashes=1)
+    desk.dispatcher.dispatch()
+    assert not desk.dispatcher.takes_company(place)
+    desk.end(running)
+    desk.dispatcher.dispatch()
+    assert place.tags == {2}
+    assert not desk.dispatcher.takes_company(place)
+    desk.end(alone)
+    desk.dispatcher.dispatch()
+    assert desk.dispatcher.takes_company(place)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from threading import Event, Semaphore
 from uuid import uuid4
 
@@ -188,6 +189,30 @@ def test_without_children_what_was_there_whenever_one_died_is_kept() -> None:
             supervisor.turn(0.0)
         settled(fetcher)
         assert (supervisor.in_hand, app.info("app:q").in_flight) == (1, 1)
+        assert fetcher.stop(20)
+
+
+@pytest.mark.parametrize("by", ["nothing", "time", "reload"])
+def test_what_ended_while_it_was_lost_is_done_with_when_it_comes_back(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for other code, or so much later that it is another life of it: then it runs."""
+    pool = Watched(1, window=2)
+    with at_work(pool, 1) as (_, supervisor, fetcher):
+        (place,) = pool.places
+        (tag,) = place.tags
+        delivery = supervisor._flights[tag].delivery
+        again = copy(delivery)
+        delivery.lost = True
+        pool.events = [Finished(place, [(tag, DONE)])]
+        place.tags.clear()
+        supervisor.turn(0.0)
+        assert supervisor.in_hand == 0
+        if by == "reload":
+            supervisor.forget_ends()
+        elif by == "time":
+            monkeypatch.setattr("kq.worker.supervisor._BACK_WITHIN", -1.0)
+        supervisor.arrived([again])
+        supervisor.turn(0.0)
+        assert bool(place.tags) == (by != "nothing")
         assert fetcher.stop(20)
 
 
