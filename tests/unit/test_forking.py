@@ -212,6 +212,8 @@ with kq.App("forked", broker=f"sqlite:///{path}") as app:
             app.publish("app:q", 3)
         finally:
             os._exit(0)
+    # Nothing is left to wait for where the child has died.
+    os.close(tell)
     os.read(done, 1)
     app.publish("app:q", 4)
     print(app.registry.opened("") is ours)
@@ -224,7 +226,14 @@ with kq.App("other", broker=f"sqlite:///{path}") as app:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library is found otherwise there")
-@pytest.mark.parametrize("hooks", ["none", "last"])
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        "none",
+        # From 3.13 on Python itself ends a process in which this hook runs and the first one did not.
+        pytest.param("last", marks=pytest.mark.skipif(sys.version_info >= (3, 13), reason="Python ends there")),
+    ],
+)
 def test_a_fork_without_hooks_is_noticed(tmp_path: Path, hooks: str) -> None:
     """Two processes on one connection would take each other's confirmations for their own."""
     done = subprocess.run(
