@@ -1,23 +1,22 @@
 """``amqp://`` and ``amqps://``: RabbitMQ 3.10 or newer, over Kombu's pyamqp transport.
 
 Two kinds of links: those that publish and administer, one for each call at once, and one for each feed.
-`rabbitmq_topology` says what is declared, `rabbitmq_publisher` how a publish is confirmed, `rabbitmq_feed` how
-messages are consumed.
+`rabbitmq_topology` says what is declared, `rabbitmq_sender` how messages are published, `rabbitmq_publisher` how that
+is confirmed, `rabbitmq_feed` how messages are consumed.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from heapq import nsmallest
-from math import inf
 from time import monotonic
 from typing import Any, Final, TypeVar
 
 from amqp import spec
-from amqp.exceptions import AccessRefused, PreconditionFailed
+from amqp.exceptions import PreconditionFailed
 
 from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role
 from kq.backends import rabbitmq_acl, rabbitmq_aside, tls_parameters
@@ -27,14 +26,10 @@ from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.rabbitmq_lane import Lane, Lanes
 from kq.backends.rabbitmq_link import Link
-from kq.backends.rabbitmq_publisher import Outgoing
+from kq.backends.rabbitmq_sender import Courier, Sender
 from kq.backends.rabbitmq_tls import secured
 from kq.backends.rabbitmq_topology import (
-    DELAY_LEFT,
-    LOOKS,
-    bucket_arguments,
-    bucket_for,
-    bucket_name,
+    DELIVERY_LIMIT,
     dead_letter_arguments,
     explain_rejection,
     queue_arguments,
@@ -61,11 +56,6 @@ _WORKER_TIMEOUT: Final = 10.0
 _LEAST_TIMEOUT: Final = 2.0
 #: Looks at a queue without anything coming of it, a `_PAUSE` each, after which somebody else must have it for itself.
 _IN_VAIN: Final = 50
-#: Seconds before messages that were refused are sent again, each time: a queue that another process has just declared
-#: is told of before it takes messages.
-_PAUSES: Final = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
-#: Queues that have been waited for so and are remembered, at most.
-_REMEMBERED: Final = 1000
 
 
 class RabbitBackend:
@@ -91,8 +81,7 @@ class RabbitBackend:
         self._secured = None if tls is None else secured(encryption.context(tls), tls.server_name, self._url)
         self._options = options
         self._lanes = Lanes(self._connect)
-        #: Queues that refused messages for as long as `_PAUSES`, or as there was time.
-        self._waited_for: set[str] = set()
+        self._sender = Sender(self._url, self._lanes, self._errors)
 
     def __repr__(self) -> str:
         return f"<RabbitBackend {hide_password(self._url)}>"
@@ -108,12 +97,13 @@ class RabbitBackend:
             if queue.dead_letter is not None:
                 self._declare_dead_letters(link, queue.dead_letter)
             try:
-                with link.brief_channel() as channel:
-                    channel.queue_declare(queue.id, durable=True, auto_delete=False, arguments=arguments)
+                _declare(link, queue.id, arguments)
             except PreconditionFailed as error:
                 text = str(error.reply_text)
-                # A dead-letter queue of somebody else's is one as well.
-                if exact and not (queue.dead_letter is None and LOOKS in text):
+                if exact and DELIVERY_LIMIT in text and not _names_limit(queue):
+                    # One that was made by somebody else, or by kq before it named a limit, is one as well.
+                    text = _difference_but_for_limit(link, queue.id, arguments)
+                if exact and text:
                     raise Conflict(_difference(queue, text)) from None
 
         try:
@@ -144,110 +134,10 @@ class RabbitBackend:
 
     def publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
         """See `Backend.publish`."""
-        results = self._publish(batch, timeout)
-        for publication, error in zip(batch, results, strict=True):
-            if publication.delay > 0 and error is None:
-                due.note(self._url, publication.queue.id, publication.delay)
-        return results
+        return self._sender.publish(batch, timeout)
 
     def send(self, batch: Sequence[Publication]) -> None:
         """See `Backend.send`: with what it says of other things a broker may answer anything, at any time."""
-
-    def _publish(self, batch: Sequence[Publication], timeout: float) -> list[Error | None]:
-        deadline = monotonic() + timeout
-        results: list[Error | None] = [None] * len(batch)
-        left = list(range(len(batch)))
-        lane = self._lanes.idle()
-        #: By milliseconds, why a bucket cannot be had, which is no matter of what does not need it.
-        refused: dict[int, Error] = {}
-        pauses = iter(_PAUSES)
-        pause = 0.0
-        reconnected = False
-        while True:
-            # What is being sent; until then there is nothing that could have been answered.
-            outgoing: list[Outgoing] = []
-            try:
-                with self._errors:
-                    if lane is None:
-                        lane = self._lanes.fresh(deadline - monotonic())
-                    if pause:
-                        lane.link.drain(pause)
-                    lane.link.drain_all()
-                    if not lane.link.blocked:
-                        # Else nothing is sent, and nothing that is asked is answered.
-                        self._make_buckets(lane, [batch[index].delay for index in left], refused, deadline)
-                    for index in left:
-                        results[index] = refused.get(_bucket_of(batch[index]))
-                    left = [index for index in left if results[index] is None]
-                    outgoing = [_outgoing(batch[index]) for index in left]
-                    answers = lane.publisher.send(outgoing, deadline)
-            except Error as error:
-                # After any error the connection's state is unknown: never used again. What it has
-                # answered stands; the rest may or may not be stored.
-                answered = lane.publisher.answered() if lane is not None and outgoing else {}
-                if lane is not None:
-                    lane.drop()
-                    lane = None
-                for place, result in answered.items():
-                    results[left[place]] = result
-                left = [index for place, index in enumerate(left) if place not in answered]
-                failed = _as_publish_error(error)
-                for index in left:
-                    results[index] = failed
-                if reconnected or isinstance(error, PermissionDenied) or not left or monotonic() >= deadline:
-                    return results
-                reconnected = True
-                pause = 0.0
-                continue
-            except BaseException:
-                # Interrupted, perhaps in the middle of a frame.
-                if lane is not None:
-                    lane.drop()
-                raise
-            for index, answer in zip(left, answers, strict=True):
-                results[index] = answer
-            again = [index for index in left if _is_to_be_sent_again(batch[index], results[index])]
-            pause = next(pauses, inf) if again else inf
-            if pause and pause < inf:
-                # Others may wait for this one: once for each queue, which may be full after all.
-                again = [index for index in again if _name_of(batch[index]) not in self._waited_for]
-            if again and monotonic() + pause < deadline:
-                # The queue of a bucket is made again.
-                lane.buckets.clear()
-                left = again
-                continue
-            if again:
-                self._have_waited_for(batch[index] for index in again)
-            if any(answer is not None and answer.details["reason"] == "timeout" for answer in answers):
-                # Silence may mean that the connection is dead: the next publish is to have a new one.
-                lane.drop()
-            else:
-                self._lanes.put_back(lane)
-            return results
-
-    def _have_waited_for(self, refused: Iterable[Publication]) -> None:
-        names = {_name_of(publication) for publication in refused}
-        if len(self._waited_for) + len(names) > _REMEMBERED:
-            self._waited_for.clear()
-        self._waited_for |= names
-
-    def _make_buckets(self, lane: Lane, delays: Sequence[float], refused: dict[int, Error], deadline: float) -> None:
-        """Have the queues of all buckets that these delays need; where one cannot be had, ``refused`` says why."""
-        for milliseconds in {bucket_for(delay) for delay in delays if delay > 0} - lane.buckets - refused.keys():
-            name = bucket_name(milliseconds)
-            try:
-                with lane.link.within(deadline - monotonic()), lane.link.brief_channel() as channel:
-                    channel.exchange_declare(name, "fanout", durable=True, auto_delete=False)
-                    channel.queue_declare(
-                        name, durable=True, auto_delete=False, arguments=bucket_arguments(milliseconds)
-                    )
-                    channel.queue_bind(name, name)
-            except (AccessRefused, PreconditionFailed) as error:
-                found = self._errors.ours(error)
-                assert found is not None
-                refused[milliseconds] = _as_publish_error(found)
-            else:
-                lane.buckets.add(milliseconds)
 
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> RabbitFeed:
         """See `Backend.feed`."""
@@ -265,7 +155,7 @@ class RabbitBackend:
         return RabbitFeed(
             self._url,
             open_link,
-            publish=lambda batch: self.publish(batch, self._worker_timeout),
+            courier=Courier(self._sender, self._worker_timeout),
             declare=lambda queue: self.declare(queue, create=True, exact=False),
             probe=lambda queue: self._administer(lambda link: rabbitmq_aside.probe(link, queue)),
             soonest=lambda: due.soonest(self._url, ids),
@@ -482,39 +372,6 @@ def _all_of(link: Link, queue: str) -> Iterator[Any]:
     yield from arrived
 
 
-def _bucket_of(publication: Publication) -> int:
-    """Return the bucket that a message waits in first; 0 for none."""
-    return bucket_for(publication.delay) if publication.delay > 0 else 0
-
-
-def _outgoing(publication: Publication) -> Outgoing:
-    """Return a message as it is sent: to its queue, or to a bucket."""
-    envelope, milliseconds = publication.envelope, _bucket_of(publication)
-    if not milliseconds:
-        return Outgoing("", publication.queue.id, envelope)
-    headers = {**envelope.headers, DELAY_LEFT: max(0.0, round(publication.delay - milliseconds / 1000, 3))}
-    delayed = Envelope(envelope.id, headers, envelope.properties, envelope.body)
-    return Outgoing(bucket_name(milliseconds), publication.queue.id, delayed)
-
-
-def _is_to_be_sent_again(publication: Publication, error: Error | None) -> bool:
-    """Tell whether a message was refused for what the next moment may have mended."""
-    if error is None:
-        return False
-    reason = error.details["reason"]
-    # Somebody has deleted the queue of a bucket; or a quorum queue, which a bucket has as well, has no leader yet, and
-    # says so as if it were full.
-    if publication.delay > 0:
-        return reason in ("unroutable", "full")
-    return reason == "full" and publication.queue.max_length is None
-
-
-def _name_of(publication: Publication) -> str:
-    """Return the name of the queue that a message goes to first."""
-    milliseconds = _bucket_of(publication)
-    return bucket_name(milliseconds) if milliseconds else publication.queue.id
-
-
 def _time(letter: Envelope) -> float:
     """Return when a dead letter died."""
     at = letter.headers.get("x_dead_letter_time")
@@ -525,6 +382,25 @@ def _passively(link: Link, queue: str | None) -> Any:
     """Return what the broker says of a queue that it has."""
     with link.brief_channel() as channel:
         return channel.queue_declare(queue, passive=True)
+
+
+def _declare(link: Link, queue: str, arguments: Mapping[str, Any]) -> None:
+    with link.brief_channel() as channel:
+        channel.queue_declare(queue, durable=True, auto_delete=False, arguments=dict(arguments))
+
+
+def _names_limit(queue: QueueSpec) -> bool:
+    return DELIVERY_LIMIT in queue.options.get("amqp", {}).get("arguments", {})
+
+
+def _difference_but_for_limit(link: Link, queue: str, arguments: Mapping[str, Any]) -> str:
+    """Return what the broker says of two declarations that differ in something else than the limit, or nothing."""
+    try:
+        _declare(link, queue, {name: value for name, value in arguments.items() if name != DELIVERY_LIMIT})
+    except PreconditionFailed as error:
+        # It names the first difference only: a limit of somebody's own is no matter either.
+        return "" if DELIVERY_LIMIT in (text := str(error.reply_text)) else text
+    return ""
 
 
 def _difference(queue: QueueSpec, text: str) -> str:
@@ -545,11 +421,3 @@ def _difference(queue: QueueSpec, text: str) -> str:
         "declare it alike (max_priority, max_length, dead_letter and options are to be the same in every program and "
         "file), or delete the queue first"
     )
-
-
-def _as_publish_error(error: Error) -> Error:
-    if isinstance(error, NotFound):
-        return away(f"the message cannot be routed: {error.message}", "unroutable")
-    if isinstance(error, (Internal, PermissionDenied)):
-        return error
-    return away(error.message, "refused")

@@ -27,6 +27,7 @@ from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_link import Link
 from kq.backends.rabbitmq_receipt import Receipt, envelope_of, pack
 from kq.backends.rabbitmq_recollection import Named, Recollection
+from kq.backends.rabbitmq_sender import Courier
 from kq.backends.rabbitmq_subscriptions import Subscriptions
 from kq.backends.rabbitmq_topology import (
     DELAY_LEFT,
@@ -41,6 +42,7 @@ from kq.backends.rabbitmq_watch import Watch
 from kq.backends.rabbitmq_window import Demand, Widen, Windows
 from kq.envelope import DELIVERIES, Envelope, bury
 from kq.errors import Conflict, Error, NotFound, PermissionDenied
+from kq.outcome import Outcome
 from kq.waker import Lookout, Waker
 
 logger = logging.getLogger("kq.worker")
@@ -60,7 +62,7 @@ class RabbitFeed:
     Args:
         url: For errors.
         open_link: Opens a link for consuming.
-        publish: Publishes with confirms; for retries, dead letters and steps of delays.
+        courier: Publishes with confirms; for retries, dead letters and steps of delays.
         declare: Makes a queue and its dead-letter queue where they are missing.
         probe: Returns what `rabbitmq_aside.probe` does, over another link.
         soonest: Returns the seconds until one is due that this process has published, as `Due.soonest`.
@@ -73,7 +75,7 @@ class RabbitFeed:
         url: str,
         open_link: Callable[[], Link],
         *,
-        publish: Callable[[Sequence[Publication]], list[Error | None]],
+        courier: Courier,
         declare: Callable[[QueueSpec], None],
         probe: Callable[[str], list[str] | None],
         soonest: Callable[[], float | None],
@@ -82,7 +84,7 @@ class RabbitFeed:
     ) -> None:
         self._guard = _Guard(url, self)
         self._open_link = open_link
-        self._publish = publish
+        self._courier = courier
         self._declare = declare
         self._probe = probe
         self._soonest = soonest
@@ -151,8 +153,9 @@ class RabbitFeed:
         if copies:
             # The new copy is confirmed before the old one goes: both exist for a moment, never neither.
             errors = self._publish_copies([(s.delivery.queue, copy) for s, copy in copies])
-            for (settlement, _), error in zip(copies, errors, strict=True):
+            for (settlement, copy), error in zip(copies, errors, strict=True):
                 if error is not None:
+                    self._note_way(settlement.delivery, settlement.outcome, copy)
                     failed.append((settlement, error))
                     continue
                 settlement.delivery.receipt.copied = True
@@ -175,7 +178,7 @@ class RabbitFeed:
 
     def _publish_copies(self, copies: Sequence[tuple[str, Publication]]) -> list[Error | None]:
         """Publish what takes the place of deliveries, each of a queue, and once more what can be helped."""
-        errors = self._publish([copy for _, copy in copies])
+        errors = self._courier.publish([copy for _, copy in copies])
         again: dict[int, Publication] = {}
         declared: dict[str, Error | None] = {}
         for index, (queue, copy) in enumerate(copies):
@@ -193,7 +196,7 @@ class RabbitFeed:
                 # It would wait for room that only its own acknowledgement makes, if no one else consumes.
                 again[index] = Publication(copy.queue, copy.envelope, _ASIDE)
         if again:
-            for index, error in zip(again, self._publish(list(again.values())), strict=True):
+            for index, error in zip(again, self._courier.publish(list(again.values())), strict=True):
                 errors[index] = error
         return errors
 
@@ -284,6 +287,7 @@ class RabbitFeed:
             return
         self._closed = True
         self._drop_link(wait=True)
+        self._courier.close()
         self._waker.close()
 
     # The link.
@@ -504,6 +508,18 @@ class RabbitFeed:
         delivery, outcome = settlement.delivery, settlement.outcome
         if outcome.action == "done" or self._goes_back(settlement):
             return None
+        return self._on_its_way(delivery, outcome) or self._replacement(delivery, outcome)
+
+    def _on_its_way(self, delivery: Delivery, outcome: Outcome | None) -> Publication | None:
+        """Return what the courier may still have on its way to take a delivery's place: it is not to be made anew."""
+        receipt: Receipt = delivery.receipt
+        return receipt.copy[1] if receipt.copy is not None and receipt.copy[0] is outcome else None
+
+    def _note_way(self, delivery: Delivery, outcome: Outcome | None, copy: Publication) -> None:
+        receipt: Receipt = delivery.receipt
+        receipt.copy = (outcome, copy) if self._courier.holds(copy) else None
+
+    def _replacement(self, delivery: Delivery, outcome: Outcome) -> Publication:
         spec = self._specs[delivery.queue]
         envelope = envelope_of(delivery)
         if outcome.action == "dead" and spec.dead_letter is not None:
@@ -564,24 +580,26 @@ class RabbitFeed:
         if not self._onward:
             return
         onward, self._onward = self._onward, []
-        copies = []
-        for delivery in onward:
-            envelope = envelope_of(delivery)
-            if delivery.deliveries:
-                envelope.headers[DELIVERIES] = delivery.deliveries
-            copies.append(Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers))))
+        copies = [self._on_its_way(delivery, None) or self._further(delivery) for delivery in onward]
         results = self._publish_copies(list(zip((delivery.queue for delivery in onward), copies, strict=True)))
         with self._guard:
             link = self._connected()
             sent = set()
-            for delivery, error in zip(onward, results, strict=True):
+            for delivery, copy, error in zip(onward, copies, results, strict=True):
                 if not self._is_ours(delivery):
                     continue
                 if error is None:
                     sent.add(delivery.receipt.tag)
                 else:
+                    self._note_way(delivery, None, copy)
                     self._onward.append(delivery)
             self._ack(link, sent)
+
+    def _further(self, delivery: Delivery) -> Publication:
+        envelope = envelope_of(delivery)
+        if delivery.deliveries:
+            envelope.headers[DELIVERIES] = delivery.deliveries
+        return Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers)))
 
 
 class _Guard(RabbitErrors):

@@ -34,15 +34,33 @@ class Outgoing(NamedTuple):
         exchange: Where to; empty for the default exchange.
         routing_key: The queue's name.
         envelope: What.
+        stands_for: Where it is waited for also when the broker has blocked the connection: what `Publisher.send` knows
+            it by when it is to be sent once more, which it is not as long as it may still be stored.
     """
 
     exchange: str
     routing_key: str
     envelope: Envelope
+    stands_for: object = None
 
 
 #: Exchange, routing key and message id, by which a message that comes back is known.
 _Route = tuple[str, str, str]
+
+
+class _Late:
+    """A message that is waited for since the broker blocked the connection."""
+
+    __slots__ = ("answer", "is_returned", "route", "stands_for", "tag")
+
+    def __init__(self, tag: int, route: _Route, stands_for: object) -> None:
+        #: None once it is answered.
+        self.tag: int | None = tag
+        self.route = route
+        # Held, so that its identity is no other's.
+        self.stands_for = stands_for
+        self.is_returned = False
+        self.answer: Internal | None = None
 
 
 class Publisher:
@@ -60,10 +78,21 @@ class Publisher:
         #: Unanswered tags in the order of sending, and each one's place in the batch of `send`.
         self._pending: dict[int, int] = {}
         self._results: list[Internal | None] = []
-        #: Messages of the batch whose sending has begun; they come first in it.
-        self._sent = 0
-        self._routes: list[_Route] = []
+        #: Places of those messages of the batch whose sending has begun.
+        self._sent: list[int] = []
+        self._batch: Sequence[Outgoing] = ()
         self._returned: set[_Route] = set()
+        #: By the identity of what they stand for.
+        self._late: dict[int, _Late] = {}
+
+    @property
+    def awaits(self) -> bool:
+        """Whether messages are waited for that a blocked connection holds."""
+        return bool(self._late)
+
+    def awaits_one(self, stands_for: object) -> bool:
+        """Tell whether the message is among them that stands for this."""
+        return id(stands_for) in self._late
 
     def send(self, batch: Sequence[Outgoing], deadline: float) -> list[Internal | None]:
         """Send messages and return each one's answer: None if it is stored, else why not.
@@ -72,41 +101,50 @@ class Publisher:
             OSError, amqp.AMQPError: If the connection breaks; then `answered` says what is known.
         """
         self._results = [None] * len(batch)
-        self._sent = 0
-        self._routes = [(o.exchange, o.routing_key, o.envelope.id) for o in batch]
+        self._sent = []
+        self._batch = batch
         self._pending.clear()
         self._returned.clear()
+        if self._late:
+            self._take_up()
+        # Most have none of those that are taken up.
+        places: Sequence[int] = range(len(batch))
+        if self._sent:
+            begun = set(self._sent)
+            places = [place for place in places if place not in begun]
+        last = places[-1] if places else -1
         unwritten: list[bytes] = []
         size = 0
-        for index, (exchange, routing_key, envelope) in enumerate(batch):
+        for nth, index in enumerate(places):
             if not unwritten and self._is_over(deadline):
-                return self._give_up(range(index, len(batch)), "blocked" if self._link.blocked else "timeout")
+                return self._give_up(places[nth:], "blocked" if self._link.blocked else "timeout")
+            exchange, routing_key, envelope, _ = batch[index]
             try:
                 frames = self._writer.frames(exchange, routing_key, envelope)
             except TooLarge as error:
                 self._results[index] = Internal(str(error), details={"reason": "refused", "headers": error.size})
-                self._sent = index + 1
+                self._sent.append(index)
             else:
                 unwritten.append(frames)
                 size += len(frames)
                 self._last_tag += 1
                 self._pending[self._last_tag] = index
-                self._sent = index + 1
+                self._sent.append(index)
             if not unwritten:
                 continue
-            if size < _WRITE_SIZE and len(unwritten) < _LOOK_EVERY and index + 1 < len(batch):
+            if size < _WRITE_SIZE and len(unwritten) < _LOOK_EVERY and index != last:
                 continue
             # A connection that nobody reads any more blocks whoever writes to it.
             self._link.write(b"".join(unwritten), max(_LEAST, deadline - monotonic()))
             unwritten.clear()
             size = 0
-            if index + 1 < len(batch):
+            if index != last:
                 self._link.drain_all()
             while len(self._pending) >= _WINDOW and not self._is_over(deadline):
                 self._link.drain(_LOOK)
             if len(self._pending) >= _WINDOW:
                 why = "blocked" if self._link.blocked else "timeout"
-                return self._give_up(range(index + 1, len(batch)), why)
+                return self._give_up(places[nth + 1 :], why)
         while self._pending and not self._is_over(deadline):
             self._link.drain(max(0.0, min(_LOOK, deadline - monotonic())))
         if self._pending:
@@ -116,19 +154,39 @@ class Publisher:
     def answered(self) -> dict[int, Internal | None]:
         """Return the answers to the last batch so far, by the places of their messages."""
         unknown = set(self._pending.values())
-        return {place: self._results[place] for place in range(self._sent) if place not in unknown}
+        return {place: self._results[place] for place in self._sent if place not in unknown}
+
+    def _take_up(self) -> None:
+        """Have those of the batch that are waited for already answered by what comes, or has come, of them."""
+        taken = []
+        for place, outgoing in enumerate(self._batch):
+            if outgoing.stands_for is None or (late := self._late.pop(id(outgoing.stands_for), None)) is None:
+                continue
+            self._sent.append(place)
+            if late.tag is None:
+                self._results[place] = late.answer
+                continue
+            taken.append((late.tag, place))
+            if late.is_returned:
+                self._returned.add(late.route)
+        # In the order of sending, which comes before all that is sent from here on.
+        self._pending.update(sorted(taken))
 
     def _is_over(self, deadline: float) -> bool:
         return monotonic() >= deadline or bool(self._link.blocked)
 
-    def _give_up(self, unsent: Sequence[int] | range, why: str) -> list[Internal | None]:
+    def _give_up(self, unsent: Sequence[int], why: str) -> list[Internal | None]:
         if why == "blocked":
             late = away(f"RabbitMQ takes no messages now ({self._link.blocked}); it may still store this one", why)
             never = away(f"RabbitMQ takes no messages now ({self._link.blocked})", why)
         else:
             late = never = away("RabbitMQ did not confirm in time; it may still store the message", why)
-        for index in self._pending.values():
+        for tag, index in self._pending.items():
             self._results[index] = late
+            if why == "blocked" and (stands_for := self._batch[index].stands_for) is not None:
+                route = self._route(index)
+                self._late[id(stands_for)] = kept = _Late(tag, route, stands_for)
+                kept.is_returned = route in self._returned
         for index in unsent:
             self._results[index] = never
         self._pending.clear()
@@ -136,16 +194,34 @@ class Publisher:
 
     def _on_ack(self, tag: int, multiple: bool) -> None:
         for index in self._take(tag, multiple):
-            if self._returned and self._routes[index] in self._returned:
-                self._results[index] = away("no queue took the message: it was deleted", "unroutable")
+            if self._returned and self._route(index) in self._returned:
+                self._results[index] = _unroutable()
+        for late in self._answered_late(tag, multiple):
+            late.answer = _unroutable() if late.is_returned else None
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
         for index in self._take(tag, multiple):
-            self._results[index] = away("RabbitMQ refused the message: the queue is full, or not there yet", "full")
+            self._results[index] = _refused()
+        for late in self._answered_late(tag, multiple):
+            late.answer = _refused()
 
     def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
         # Comes before the confirm of the same message, which says nothing of it.
-        self._returned.add((exchange, routing_key, message.properties.get("message_id", "")))
+        route = exchange, routing_key, message.properties.get("message_id", "")
+        self._returned.add(route)
+        for late in self._late.values():
+            late.is_returned |= late.tag is not None and late.route == route
+
+    def _route(self, index: int) -> _Route:
+        outgoing = self._batch[index]
+        return outgoing.exchange, outgoing.routing_key, outgoing.envelope.id
+
+    def _answered_late(self, tag: int, multiple: bool) -> list[_Late]:
+        """Return those of a blocked connection that an answer is for, which are unanswered no more."""
+        found = [late for late in self._late.values() if late.tag == tag or (multiple and late.tag and late.tag < tag)]
+        for late in found:
+            late.tag = None
+        return found
 
     def _take(self, tag: int, multiple: bool) -> list[int]:
         if not multiple:
@@ -157,3 +233,11 @@ class Publisher:
                 break
             tags.append(pending)
         return [self._pending.pop(pending) for pending in tags]
+
+
+def _unroutable() -> Internal:
+    return away("no queue took the message: it was deleted", "unroutable")
+
+
+def _refused() -> Internal:
+    return away("RabbitMQ refused the message: the queue is full, or not there yet", "full")

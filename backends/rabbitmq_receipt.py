@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
-from kq.backend import Delivery
+from kq.backend import Delivery, Publication
 from kq.envelope import Envelope, pack_pieces
+from kq.outcome import Outcome
 
 
 class Receipt(msgspec.Struct, eq=False):
@@ -26,6 +27,8 @@ class Receipt(msgspec.Struct, eq=False):
     is_named: bool
     #: Whether what takes its place is stored: it is never published twice.
     copied: bool = False
+    #: What is to take its place, and on whose word, while that may be on its way over a blocked connection.
+    copy: tuple[Outcome | None, Publication] | None = None
 
 
 def pack(envelope: Envelope, body: Sequence[bytes]) -> bytes:

@@ -43,13 +43,14 @@ from kq.limit import MAX_DELAY
 
 _OPTIONS: Final = frozenset({"queue_type", "arguments"})
 
-#: How often dead letters can be looked at: for ever. A quorum queue puts what is given back where it was only if it
-#: has a limit of deliveries, else behind all others; and from version 4 on one that says nothing has a limit of 20,
-#: after which it drops a letter (https://www.rabbitmq.com/docs/quorum-queues#repeated-requeues).
-_LOOKS: Final = 10**9
-
 #: The argument of a queue that is a limit of deliveries.
-LOOKS: Final = "x-delivery-limit"
+DELIVERY_LIMIT: Final = "x-delivery-limit"
+
+#: How often messages can be given back, and dead letters looked at: for ever. A quorum queue puts what is given back
+#: where it was only if it has a limit of deliveries, else behind all others; and from version 4 on one that says
+#: nothing has a limit of 20, after which it takes the message out
+#: (https://www.rabbitmq.com/docs/quorum-queues#repeated-requeues).
+_FOR_EVER: Final = 10**9
 
 #: Milliseconds of the buckets: ten a decade, round, from 10 ms to a year.
 BUCKETS: Final[tuple[int, ...]] = tuple(
@@ -109,14 +110,14 @@ def queue_arguments(queue: QueueSpec) -> dict[str, Any]:
     if not isinstance(extra, Mapping):
         raise Invalid(f"queue {queue.id}: options: amqp: arguments: expected a mapping, got {extra!r}")
     arguments: dict[str, Any] = {"x-queue-type": kind}
+    if kind == "quorum":
+        arguments[DELIVERY_LIMIT] = _FOR_EVER
     if queue.dead_letter is not None:
         arguments["x-dead-letter-exchange"] = queue.dead_letter
         if kind == "quorum":
             # Needs reject-publish, which is what a full queue is to do anyway.
             arguments["x-dead-letter-strategy"] = "at-least-once"
             arguments["x-overflow"] = "reject-publish"
-    elif kind == "quorum":
-        arguments.update(dead_letter_arguments())
     if queue.max_length is not None:
         arguments["x-max-length"] = queue.max_length
         arguments["x-overflow"] = "reject-publish"
@@ -127,7 +128,7 @@ def queue_arguments(queue: QueueSpec) -> dict[str, Any]:
 
 def dead_letter_arguments() -> dict[str, Any]:
     """Return the arguments of a dead-letter queue that nobody described."""
-    return {"x-queue-type": "quorum", LOOKS: _LOOKS}
+    return {"x-queue-type": "quorum", DELIVERY_LIMIT: _FOR_EVER}
 
 
 def bucket_name(milliseconds: int) -> str:

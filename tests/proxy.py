@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Lock, Thread
 from time import monotonic, sleep
@@ -19,6 +19,11 @@ from urllib.parse import urlsplit
 _SMALL_BUFFER = 4096
 #: ``linger`` with 0 seconds: closing sends a reset.
 _RESET = struct.pack("ii", 1, 0)
+
+#: AMQP's ``basic.publish``, and frames of ``connection.blocked`` (by "an alarm") and ``connection.unblocked``.
+_PUBLISH = b"\x00\x3c\x00\x28"
+_BLOCKED = b"\x01\x00\x00\x00\x00\x00\x0d\x00\x0a\x00\x3c\x08an alarm\xce"
+_UNBLOCKED = b"\x01\x00\x00\x00\x00\x00\x04\x00\x0a\x00\x3d\xce"
 
 #: When to pass on what; None for the end.
 _Pieces = SimpleQueue[tuple[float, bytes] | None]
@@ -36,6 +41,11 @@ class _Connection:
     clogged: bool = False
     #: Becomes frozen with the next piece that is passed on.
     freeze_soon: bool = False
+    #: On their way to the broker, and to the client.
+    up: _Pieces = field(default_factory=SimpleQueue)
+    down: _Pieces = field(default_factory=SimpleQueue)
+    #: What the client has sent since RabbitMQ blocked the connection.
+    held: list[bytes] = field(default_factory=list)
 
     def clog(self) -> None:
         self.clogged = True
@@ -72,7 +82,7 @@ class Proxy:
         self._connections: list[_Connection] = []
         self._until_cut: int | None = None
         self._cut_freezes = False
-        self._stalled = self._clogged = False
+        self._stalled = self._clogged = self._alarm = False
         self._listen(self._listener)
 
     @property
@@ -106,6 +116,22 @@ class Proxy:
         with self._lock:
             self._stalled = self._clogged = False
             self.delay_up = self.delay_down = 0.0
+
+    def raise_alarm(self) -> None:
+        """Read nothing more of a connection once it publishes, and tell it that: RabbitMQ whose memory is full."""
+        with self._lock:
+            self._alarm = True
+
+    def end_alarm(self) -> None:
+        """Pass on what was not read, and tell the clients that it is over."""
+        with self._lock:
+            self._alarm = False
+            for connection in self._connections:
+                if connection.held:
+                    for data in connection.held:
+                        connection.up.put((0.0, data))
+                    connection.held.clear()
+                    connection.down.put((0.0, _UNBLOCKED))
 
     def cut_after(self, count: int) -> None:
         """Cut the next connection that gets this many bytes from the broker, once, in the middle of what it gets."""
@@ -174,7 +200,7 @@ class Proxy:
                     self._end(connection)
                     continue
                 for source, sink, down in ((client, broker, False), (broker, client, True)):
-                    pieces: _Pieces = SimpleQueue()
+                    pieces = connection.down if down else connection.up
                     Thread(target=self._read, args=(connection, source, pieces, down), daemon=True).start()
                     Thread(target=self._write, args=(connection, sink, pieces), daemon=True).start()
 
@@ -191,6 +217,11 @@ class Proxy:
                         data, self._until_cut = data[: self._until_cut], None if cut else self._until_cut - len(data)
                     wait = self.delay_down if down else self.delay_up
                     self.sent += not down
+                    if not down and self._alarm and (connection.held or _PUBLISH in data):
+                        if not connection.held:
+                            connection.down.put((0.0, _BLOCKED))
+                        connection.held.append(data)
+                        continue
                 pieces.put((monotonic() + wait, data))
                 if cut and not self._cut_freezes:
                     break

@@ -582,7 +582,7 @@ def test_what_was_answered_before_answers_nothing_later(bench: Bench, monkeypatc
     def break_down(*arguments: object) -> None:
         raise OSError("the wire is cut")
 
-    monkeypatch.setattr(backend, "_make_buckets", break_down)
+    monkeypatch.setattr(backend._sender, "_make_buckets", break_down)
     results = backend.publish([bench.message("plain"), bench.message("delayed", delay=60)], 5.0)
     assert [error.details["reason"] for error in results] == ["unavailable"] * 2
     assert backend.info(bench.queue).ready == 3

@@ -11,10 +11,12 @@ from kq import errors
 from kq.backend import Capabilities, QueueSpec, Settlement
 from kq.backends import rabbitmq
 from kq.backends.rabbitmq import RabbitBackend
+from kq.backends.rabbitmq_topology import queue_arguments
 from kq.envelope import clean
 from kq.outcome import Failure, Outcome
 from kq.queue_spec import default_spec
-from tests.conformance.conftest import Bench
+from tests.broker import amqp_channel
+from tests.conformance.conftest import ON_RABBITMQ, Bench
 
 #: What each broker claims; changing it is changing a promise.
 CLAIMS: dict[str, dict[str, Any]] = {
@@ -99,6 +101,25 @@ def test_other_values_conflict_by_name(bench: Bench) -> None:
     assert bench.backend.info(bench.queue).ready == 9
 
 
+@ON_RABBITMQ
+@pytest.mark.parametrize("limit", [{}, {"x-delivery-limit": 7}])
+def test_a_queue_may_have_any_limit_of_deliveries(bench: Bench, limit: dict[str, Any]) -> None:
+    """One that was made before kq named a limit is taken as it is; what differs otherwise is told all the same."""
+    queue = default_spec(bench.broker.queue_id("made"))
+    arguments = {name: value for name, value in queue_arguments(queue).items() if name != "x-delivery-limit"}
+    with amqp_channel() as channel:
+        channel.queue_declare(queue.id, durable=True, auto_delete=False, arguments={**arguments, **limit})
+
+    bench.backend.declare(queue, create=True, exact=True)
+
+    named = replace(queue, options={"amqp": {"arguments": {"x-delivery-limit": 9}}})
+    with pytest.raises(errors.Conflict, match="x-delivery-limit"):
+        bench.backend.declare(named, create=True, exact=True)
+    if not limit:
+        with pytest.raises(errors.Conflict, match="max_length"):
+            bench.backend.declare(replace(queue, max_length=7), create=True, exact=True)
+
+
 def test_missing_queue_is_not_found(bench: Bench) -> None:
     """A queue that does not exist is not made unless asked for, and cannot be counted."""
     missing = default_spec(bench.broker.queue_id("missing"))
@@ -108,7 +129,7 @@ def test_missing_queue_is_not_found(bench: Bench) -> None:
         bench.backend.declare(missing, create=False, exact=False)
 
 
-@pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
+@ON_RABBITMQ
 def test_looks_are_as_wide_as_the_queue(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """More messages than a subscription may have unsettled are looked at with several, and all go back."""
     monkeypatch.setattr(rabbitmq, "_LOOK_WINDOW", 10)
@@ -123,7 +144,7 @@ def test_looks_are_as_wide_as_the_queue(bench: Bench, monkeypatch: pytest.Monkey
     assert bench.backend.info(bench.queue).ready == 33
 
 
-@pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
+@ON_RABBITMQ
 def test_looks_leave_no_channels_open(bench: Bench) -> None:
     """Whoever watches a queue for days keeps the one channel that it publishes over."""
     assert isinstance(bench.backend, RabbitBackend)

@@ -18,11 +18,12 @@ from kq.config import Settings
 from kq.driver import Driver
 from kq.errors import Error, NotFound
 from kq.fetcher import Fetcher
-from kq.outcome import DONE, RELEASE
+from kq.outcome import DONE, RELEASE, Outcome
 from kq.scheme import open_backend
 from tests.account import account
-from tests.broker import amqp_channel
+from tests.broker import AMQP_URL, amqp_channel
 from tests.conformance.conftest import ON_RABBITMQ, Bench
+from tests.proxy import Proxy
 
 
 def take(bench: Bench, feed: Feed, count: int, within: float = 15.0) -> list[Delivery]:
@@ -180,7 +181,7 @@ def test_what_another_one_gives_back_is_not_taken_for_what_was_done(bench: Bench
 
 
 @ON_RABBITMQ
-def test_a_classic_queue_s_message_comes_back_to_whoever_lost_it(bench: Bench) -> None:
+def test_a_classic_queue_s_message_comes_back_to_whoever_lost_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was, not as a copy that another worker might get while it runs here."""
     queue = bench.declare("classic", options={"amqp": {"queue_type": "classic"}})
     feed = bench.feed(queue)
@@ -188,13 +189,13 @@ def test_a_classic_queue_s_message_comes_back_to_whoever_lost_it(bench: Bench) -
     (before,) = bench.take(feed, 1)
     published: list[Any] = []
     assert isinstance(feed, RabbitFeed)
-    publish = feed._publish
+    publish = feed._courier.publish
 
     def publish_and_note(batch: Sequence[Publication]) -> list[Error | None]:
         published.append(batch)
         return publish(batch)
 
-    feed._publish = publish_and_note
+    monkeypatch.setattr(feed._courier, "publish", publish_and_note)
 
     for _ in range(3):
         break_link(feed)
@@ -207,3 +208,62 @@ def test_a_classic_queue_s_message_comes_back_to_whoever_lost_it(bench: Bench) -
     bench.abandon(feed)
     (counted,) = bench.take(other, 1)
     assert counted.deliveries == 1
+
+
+@ON_RABBITMQ
+def test_what_an_alarm_holds_up_is_stored_once(bench: Bench) -> None:
+    """A retry and a dead letter that were written when RabbitMQ blocked the connection are stored when that is over."""
+    with closing(Proxy(AMQP_URL)) as proxy, closing(open_backend(Settings(broker=proxy.url), "test")) as backend:
+        bench.publish(*(bench.message(f"m-{n}") for n in range(4)))
+        feed = backend.feed([bench.queue], 100)
+        try:
+            at_once, later, dead, unwritten = bench.take(feed, 4)
+            first = [
+                Settlement(at_once, Outcome("retry", 0.0, 1)),
+                Settlement(later, Outcome("retry", 0.01, 1)),
+                Settlement(dead, Outcome("dead", 0.0, 1, 0, "not_retryable")),
+            ]
+            proxy.raise_alarm()
+            for settlements in (first, [*first, Settlement(unwritten, Outcome("retry", 0.0, 1))]):
+                late, failed = feed.settle(settlements)
+                assert late == []
+                assert [error.details["reason"] for _, error in failed] == ["blocked"] * len(settlements)
+
+            proxy.end_alarm()
+            until = monotonic() + 15.0
+            left = [settlement for settlement, _ in failed]
+            while left and monotonic() < until:
+                late, failed = feed.settle(left)
+                assert late == []
+                left = [settlement for settlement, _ in failed]
+            assert left == []
+            again = bench.take(feed, 4, within=2.0)
+            assert sorted((delivery.id, delivery.attempts) for delivery in again) == [
+                (delivery.id, 1) for delivery in (at_once, later, unwritten)
+            ]
+            assert feed.settle([Settlement(delivery, DONE) for delivery in again]) == ([], [])
+        finally:
+            feed.close()
+    assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == [dead.id]
+
+
+@ON_RABBITMQ
+def test_what_an_alarm_held_up_is_told_as_it_ended(bench: Bench) -> None:
+    """Where a dead-letter queue is deleted meanwhile, the letter comes back, and is published once more."""
+    with closing(Proxy(AMQP_URL)) as proxy, closing(open_backend(Settings(broker=proxy.url), "test")) as backend:
+        bench.publish(bench.message("a"))
+        feed = backend.feed([bench.queue], 100)
+        try:
+            (delivery,) = bench.take(feed, 1)
+            dead = Settlement(delivery, Outcome("dead", 0.0, 1, 0, "not_retryable"))
+            proxy.raise_alarm()
+            assert [error.details["reason"] for _, error in feed.settle([dead]).failed] == ["blocked"]
+            bench.delete(bench.dead.id)
+            proxy.end_alarm()
+            until = monotonic() + 15.0
+            while feed.settle([dead]).failed and monotonic() < until:
+                pass
+        finally:
+            feed.close()
+    assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == ["a"]
+    assert bench.backend.info(bench.queue).ready == 0

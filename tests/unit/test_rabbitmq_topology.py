@@ -110,6 +110,7 @@ def test_bucket_arguments() -> None:
 
 QUORUM = {
     "x-queue-type": "quorum",
+    "x-delivery-limit": 10**9,
     "x-dead-letter-exchange": "app:a.dead",
     "x-dead-letter-strategy": "at-least-once",
     "x-overflow": "reject-publish",
