@@ -159,7 +159,7 @@ def _alarm(stage: Stage, on: tuple[str, ...], off: tuple[str, ...]) -> None:
     stage.finish(load)
     stage.drain()
     # A message that was sent before the publisher heard of it is stored later, and its next try once more.
-    stage.balance(duplicates=len(stage.history.lines("rejected")) + 10)
+    stage.balance(duplicates=len(stage.history.lines("rejected")))
     stage.stop_workers()
 
 
