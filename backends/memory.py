@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from threading import Condition, Lock
 from time import monotonic
@@ -18,7 +18,21 @@ from typing import Any, ClassVar, Final
 import msgspec
 
 from kq.backend import Capabilities, Role
-from kq.backends.store import AGAIN, Ahead, BrokerAway, Counts, Ending, Entry, Lease, Lot, Move, Near, Taken
+from kq.backends.store import (
+    AGAIN,
+    Ahead,
+    BrokerAway,
+    Counts,
+    Ending,
+    Entry,
+    Held,
+    Lease,
+    Lot,
+    Move,
+    Near,
+    Renewed,
+    Taken,
+)
 from kq.errors import Error
 
 #: Stale items of a heap that are no matter.
@@ -248,28 +262,24 @@ class MemoryStore(Near):
         self._add(into, move.entry)
         return True
 
-    def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
+    def renew(self, held: Held, lease: int, consumer: str) -> Renewed:
         """See `Store.renew`."""
+        renewed: Renewed = {}
         with self._world.changed:
-            found = self._world.queues.get(queue)
-            if found is None:
-                return [False] * len(held)
             until = monotonic() + lease / 1000
-            found.consumers[consumer] = until
-            kept = []
-            for id, token in held:
-                message = found.held.get(id)
-                kept.append(message is not None and message.token == token)
-                if message is not None and message.token == token:
-                    message.until = until
-            return kept
+            for queue, pairs in held.items():
+                found = self._world.queues.get(queue)
+                if found is not None:
+                    found.consumers[consumer] = until
+                renewed[queue] = [found is not None and _renew(found, id, token, until) for id, token in pairs]
+        return renewed
 
-    def leave(self, queue: str, consumer: str) -> None:
+    def leave(self, queues: Iterable[str], consumer: str) -> None:
         """See `Store.leave`."""
         with self._world.changed:
-            found = self._world.queues.get(queue)
-            if found is not None:
-                found.consumers.pop(consumer, None)
+            for queue in queues:
+                if (found := self._world.queues.get(queue)) is not None:
+                    found.consumers.pop(consumer, None)
 
     def counts(self, queue: str) -> Counts:
         """See `Store.counts`."""
@@ -454,3 +464,12 @@ class MemoryStore(Near):
     def _has_ready(self, name: str) -> bool:
         queue = self._world.queues.get(name)
         return queue is not None and bool(queue.waiting)
+
+
+def _renew(queue: _Queue, id: str, token: int, until: float) -> bool:
+    """Extend a lease, and tell whether it is still held."""
+    message = queue.held.get(id)
+    if message is None or message.token != token:
+        return False
+    message.until = until
+    return True

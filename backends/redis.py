@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from kq.backend import Capabilities, Danger, Role
@@ -32,8 +32,10 @@ from kq.backends.store import (
     Counts,
     Ending,
     Entry,
+    Held,
     Lot,
     Move,
+    Renewed,
     Taken,
 )
 from kq.config import hide_password
@@ -205,19 +207,34 @@ class RedisStore:
             answers = self._caller.run_all("MOVE", calls)
         return [self._errors.of(answer) if isinstance(answer, Refusal) else bool(answer) for answer in answers]
 
-    def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
+    def renew(self, held: Held, lease: int, consumer: str) -> Renewed:
         """See `Store.renew`."""
-        lost: set[bytes] = set()
-        for i in range(0, max(1, len(held)), CHUNK):
-            arguments: list[Any] = [lease, consumer]
-            for id, token in held[i : i + CHUNK]:
-                arguments += (to_key(id), token)
-            lost.update(self._run("RENEW", [prefix(queue)], arguments))
-        return [to_key(id) not in lost for id, _ in held]
+        calls: list[Call] = []
+        queues: list[str] = []
+        for queue, pairs in held.items():
+            for i in range(0, max(1, len(pairs)), CHUNK):
+                flat = [item for id, token in pairs[i : i + CHUNK] for item in (to_key(id), token)]
+                calls.append(([prefix(queue)], [lease, consumer, *flat]))
+                queues.append(queue)
+        with self._errors:
+            answers = self._caller.run_all("RENEW", calls)
+        lost: dict[str, set[bytes]] = {queue: set() for queue in held}
+        failed: dict[str, Error] = {}
+        for queue, answer in zip(queues, answers, strict=True):
+            if isinstance(answer, Refusal):
+                failed[queue] = self._errors.of(answer)
+            else:
+                lost[queue].update(answer)
+        return {
+            queue: failed.get(queue) or [to_key(id) not in lost[queue] for id, _ in pairs]
+            for queue, pairs in held.items()
+        }
 
-    def leave(self, queue: str, consumer: str) -> None:
+    def leave(self, queues: Iterable[str], consumer: str) -> None:
         """See `Store.leave`."""
-        self._say("ZREM", prefix(queue) + "c", consumer)
+        commands = [Head("ZREM", prefix(queue) + "c", consumer).pack(()) for queue in queues]
+        with self._errors:
+            self._lines.ask(commands, len(commands))
 
     def counts(self, queue: str) -> Counts:
         """See `Store.counts`."""

@@ -62,10 +62,12 @@ from kq.backends.store import (
     Counts,
     Ending,
     Entry,
+    Held,
     Lease,
     Lot,
     Move,
     Near,
+    Renewed,
     Taken,
 )
 from kq.errors import Error
@@ -269,27 +271,31 @@ class SQLiteStore(Near):
         self._notify(listeners)
         return moved
 
-    def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
+    def renew(self, held: Held, lease: int, consumer: str) -> Renewed:
         """See `Store.renew`."""
+        renewed: Renewed = {}
         with self._transaction() as db:
             until = _awake() + lease
-            db.execute("INSERT OR REPLACE INTO consumer VALUES (?, ?, ?)", (queue, consumer, until))
-            if self._listener is not None and self._listener.covers([queue]):
-                # Somebody who could not see our socket for a moment may have struck us off.
-                db.execute("INSERT OR IGNORE INTO listener VALUES (?, ?)", (queue, self._listener.path))
-            return [
-                db.execute(
-                    "UPDATE message SET moment = ? WHERE queue = ? AND id = ? AND state = 2 AND token = ?",
-                    (until, queue, id, token),
-                ).rowcount
-                == 1
-                for id, token in held
-            ]
+            for queue, pairs in held.items():
+                db.execute("INSERT OR REPLACE INTO consumer VALUES (?, ?, ?)", (queue, consumer, until))
+                if self._listener is not None and self._listener.covers([queue]):
+                    # Somebody who could not see our socket for a moment may have struck us off.
+                    db.execute("INSERT OR IGNORE INTO listener VALUES (?, ?)", (queue, self._listener.path))
+                renewed[queue] = [
+                    db.execute(
+                        "UPDATE message SET moment = ? WHERE queue = ? AND id = ? AND state = 2 AND token = ?",
+                        (until, queue, id, token),
+                    ).rowcount
+                    == 1
+                    for id, token in pairs
+                ]
+        return renewed
 
-    def leave(self, queue: str, consumer: str) -> None:
+    def leave(self, queues: Iterable[str], consumer: str) -> None:
         """See `Store.leave`."""
         with self._transaction() as db:
-            db.execute("DELETE FROM consumer WHERE queue = ? AND name = ?", (queue, consumer))
+            gone = [(queue, consumer) for queue in queues]
+            db.executemany("DELETE FROM consumer WHERE queue = ? AND name = ?", gone)
             db.execute("DELETE FROM consumer WHERE until < ?", (_awake(),))
 
     def counts(self, queue: str) -> Counts:

@@ -200,6 +200,12 @@ class Counts(NamedTuple):
     heads: list[bytes]
 
 
+#: Leases by queue, each as its message's id and its token.
+Held = Mapping[str, Sequence[tuple[str, int]]]
+#: Whether each of them is still held; or what went wrong with its queue.
+Renewed = dict[str, "list[bool] | Error"]
+
+
 class Store(Protocol):
     """Messages in queues. Thread-safe, but for `wait` and `collect`, which one thread calls.
 
@@ -288,15 +294,22 @@ class Store(Protocol):
         """
         ...
 
-    def renew(self, queue: str, held: Sequence[tuple[str, int]], lease: int, consumer: str) -> list[bool]:
-        """Extend leases by (id, token), and count ``consumer`` among the queue's for a while.
+    def renew(self, held: Held, lease: int, consumer: str) -> Renewed:
+        """Extend the leases of several queues, and count ``consumer`` among their consumers for a while.
+
+        In one call, however many queues there are: while one is renewed, none of the others ends.
+
+        Args:
+            held: By queue, the leases as (id, token); or none of them.
+            lease: Milliseconds.
+            consumer: Its name.
 
         Returns:
-            False for each that is lost.
+            By queue, False for each lease that is lost; or the error that this queue met, which costs no other.
         """
         ...
 
-    def leave(self, queue: str, consumer: str) -> None:
+    def leave(self, queues: Iterable[str], consumer: str) -> None:
         """Count ``consumer`` no more."""
         ...
 

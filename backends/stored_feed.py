@@ -38,6 +38,10 @@ _LOOK_AGAIN: Final = 5.0
 _LOOK_SPACING: Final = 0.75
 #: Seconds between two looks into queues that nobody listens to, because others keep the worker busy.
 _LOOK_ASIDE: Final = 0.05
+#: How much of a lease one fetch may take: between two of them the leases are renewed...
+_FETCH_PART: Final = 1 / 6
+#: ...and how much may have passed since then where many queues are settled.
+_SETTLE_PART: Final = 1 / 2
 #: Messages that are taken at most as soon as there are some, before anybody asks for them.
 _AHEAD: Final = 10
 _NONE: Final[Set[int]] = frozenset()
@@ -66,12 +70,15 @@ class StoredFeed:
         self._owed: set[str] = set()
         #: Queues of which more could be fetched, and how much.
         self._room: dict[str, int] = {}
+        #: Whether time was over in the last fetch before every queue had been looked into that was to be.
+        self._cut_short = False
         #: What was taken ahead and has not been fetched.
         self._early: deque[Delivery] = deque()
         #: The queue that had something last.
         self._latest = self._order[0] if self._order else ""
         self._closed = False
         self.losses = 0
+        self._renewed_at = 0.0
         self.renew()
 
     def fetch(self, credit: int, caps: Mapping[str, int]) -> list[Delivery]:
@@ -82,7 +89,14 @@ class StoredFeed:
         self._room.clear()
         self._order.rotate(-1)
         self._look_aside()
-        for queue in self._order:
+        until = monotonic() + self._lease / 1000 * _FETCH_PART
+        self._cut_short = False
+        for index, queue in enumerate(self._order):
+            if monotonic() >= until:
+                # The next fetch begins with this one.
+                self._order.rotate(1 - index)
+                self._cut_short = True
+                break
             try:
                 if self._is_in_the_way(queue, credit - len(deliveries), caps):
                     self._collect(withdraw=True)
@@ -221,6 +235,7 @@ class StoredFeed:
             elif key not in self._settled:
                 late.append(settlement)
         for queue, group in by_queue.items():
+            self._renew_if_late()
             self._settle_plain(queue, group, late, failed)
             self._settle_dead(queue, group, late, failed)
         self._settled.clear()
@@ -337,27 +352,34 @@ class StoredFeed:
         held: dict[str, list[tuple[str, int]]] = {queue: [] for queue in self._specs}
         for queue, id, token in self._held:
             held[queue].append((id, token))
-        failure: Error | None = None
-        for queue, pairs in held.items():
-            try:
-                kept = self._store.renew(queue, pairs, self._lease, self._name)
-            except UNREACHABLE:
-                raise
-            except Error as error:
-                # One queue that is out of order is not to cost the others their leases.
-                failure = error
+        began = monotonic()
+        failures: list[Error] = []
+        for queue, kept in self._store.renew(held, self._lease, self._name).items():
+            if isinstance(kept, Error):
+                failures.append(kept)
                 continue
-            for (id, token), ours in zip(pairs, kept, strict=True):
+            for (id, token), ours in zip(held[queue], kept, strict=True):
                 if not ours:
                     self._held.pop((queue, id, token)).lost = True
                     self.losses += 1
-        if failure is not None:
-            raise failure
+        # From before the call: then the leases had as long to go as they are said to have, or longer.
+        self._renewed_at = began
+        if failures:
+            # One that says that the store is away says more than the others.
+            raise next((failure for failure in failures if isinstance(failure, UNREACHABLE)), failures[0])
+
+    def _renew_if_late(self) -> None:
+        """Renew where whoever is to do so every third of a lease is kept from it by what we do."""
+        if monotonic() - self._renewed_at > self._lease / 1000 * _SETTLE_PART:
+            with _but_unreachable():
+                self.renew()
 
     def wait(self, timeout: float) -> None:
         """See `Feed.wait`."""
         # The last fetch has left no room for that, and others may have.
         self._give_back_early()
+        if self._cut_short:
+            return
         # Queues in which the last fetch left no room are not listened to: a wake-up that we cannot
         # follow would be missing elsewhere.
         soonest = min((self._look_at[queue] for queue in self._room), default=inf)
@@ -396,8 +418,8 @@ class StoredFeed:
                 with _but_unreachable():
                     if queue in by_queue:
                         self._store.settle(queue, by_queue[queue])
-                with _but_unreachable():
-                    self._store.leave(queue, self._name)
+            with _but_unreachable():
+                self._store.leave(self._specs, self._name)
             for queue in tuple(self._owed):
                 self._pass_on(queue)
         except UNREACHABLE:

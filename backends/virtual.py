@@ -11,6 +11,7 @@ the program has not acknowledged; if the program dies, the messages return by th
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from threading import Event, Thread
 from time import monotonic
 from typing import Any, Final
@@ -130,7 +131,9 @@ class Transport(virtual.Transport):
 
     def count_in(self, queue: str) -> None:
         """Have this connection be counted among the consumers of a queue, until it is counted out or gone."""
-        self.store.renew(queue, [], self.lease, self.consumer)
+        answer = self.store.renew({queue: []}, self.lease, self.consumer)[queue]
+        if isinstance(answer, Error):
+            raise answer
         self.is_away = False
         self.keep_leases()
 
@@ -141,7 +144,7 @@ class Transport(virtual.Transport):
                 # It is not waited for once more: we are forgotten by ourselves.
                 return
             try:
-                self.store.leave(queue, self.consumer)
+                self.store.leave([queue], self.consumer)
             except UNREACHABLE:
                 self.is_away = True
             except Error:
@@ -197,14 +200,10 @@ class _LeaseKeeper(Thread):
                 held.setdefault(queue, []).append((lease.id, lease.token))
             for queue, _, _ in list(channel.consumers.values()):
                 held.setdefault(queue, [])
-        for queue, pairs in held.items():
-            try:
-                transport.store.renew(queue, pairs, transport.lease, transport.consumer)
-                transport.is_away = False
-            except UNREACHABLE:
-                break  # unreachable for now: there are two more tries before a lease runs out
-            except Error:
-                continue  # one queue that is out of order is not to cost the others their leases
+        # What is out of reach, or order, for now: there are two more tries before a lease runs out.
+        with suppress(Error):
+            transport.store.renew(held, transport.lease, transport.consumer)
+            transport.is_away = False
         return True
 
 

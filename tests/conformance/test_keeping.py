@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from threading import Thread
 from time import monotonic
 from typing import Any
 
@@ -21,12 +22,15 @@ from kq.backend import Delivery, QueueSpec, Settlement
 from kq.backends.rabbitmq_feed import RabbitFeed
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import BrokerAway, Entry
+from kq.config import Settings
 from kq.envelope import Envelope, clean, pack
 from kq.errors import Internal
 from kq.outcome import DONE, RELEASE, Failure, Outcome
-from tests.broker import Broker, amqp_channel
+from kq.scheme import open_backend
+from tests.broker import REDIS_URL, Broker, amqp_channel
 from tests.conformance.conftest import LEASE, ON_RABBITMQ, ON_REDIS, ON_SQLITE, ON_STORES, Bench
 from tests.integration.conftest import wait_for
+from tests.proxy import Proxy
 
 
 def test_dead_letters_of_one_id_are_all_kept(app: kq.App, broker: Broker) -> None:
@@ -810,3 +814,76 @@ def test_what_cannot_be_acknowledged_beforehand_is_given_back(
 def _feed_of(backend: Any, app: kq.App, queue_id: str) -> Any:
     with closing(backend.feed([app.registry.spec(queue_id)], 1)) as feed:
         return feed
+
+
+@ON_REDIS
+def test_a_slow_way_to_many_queues_costs_no_leases(bench: Bench) -> None:
+    """A round trip for each of them takes longer than a lease: they are renewed in one, also while they are settled."""
+    queues = [bench.declare(f"q{n}") for n in range(60)]
+    bench.publish(*(bench.message(f"m{n}", queue=queue) for n, queue in enumerate(queues)))
+    other = bench.feed(*queues)
+    settled: list[Any] = []
+
+    def settle() -> None:
+        settled.append(feed.settle([Settlement(delivery, DONE) for delivery in taken]))
+
+    with closing(Proxy(REDIS_URL)) as proxy:
+        backend = open_backend(Settings(broker=proxy.url, lease=bench.lease), "test")
+        with closing(backend):
+            feed = backend.feed(queues, 100)
+            try:
+                taken = bench.take(feed, len(queues))
+                assert len(taken) == len(queues)
+                proxy.delay_up = 0.025
+                until = monotonic() + 2 * bench.lease
+                while monotonic() < until:
+                    feed.renew()
+                    # Who else is there gets none of them.
+                    assert other.fetch(100, {}) == []
+                settling = Thread(target=settle)
+                settling.start()
+                while settling.is_alive():
+                    assert other.fetch(100, {}) == []
+                settling.join()
+                assert settled == [([], [])]
+                assert feed.losses == 0
+            finally:
+                feed.close()
+    assert other.fetch(100, {}) == []
+
+
+@ON_REDIS
+def test_a_slow_way_to_many_queues_keeps_no_messages(bench: Bench) -> None:
+    """What is found is handed over before all other queues have been looked into, which then are the first."""
+    queues = [bench.declare(f"q{n}") for n in range(40)]
+    bench.publish(*(bench.message(f"m{n}", queue=queue) for n, queue in enumerate(queues)))
+    with closing(Proxy(REDIS_URL)) as proxy:
+        backend = open_backend(Settings(broker=proxy.url, lease=bench.lease), "test")
+        with closing(backend):
+            feed = backend.feed(queues, 100)
+            try:
+                proxy.delay_up = 0.025
+                first = feed.fetch(100, {})
+                assert 0 < len(first) < len(queues)
+                # Not before all have been looked into, though nothing is ready in those that were.
+                began = monotonic()
+                feed.wait(10.0)
+                assert monotonic() - began < 5.0
+                rest = bench.take(feed, len(queues) - len(first))
+                ids = {delivery.id for delivery in (*first, *rest)}
+                assert ids == {f"m{n}" for n in range(len(queues))}
+            finally:
+                feed.close()
+
+
+@ON_SQLITE
+def test_many_queues_are_renewed_in_one_transaction(bench: Bench) -> None:
+    """Each would be written to the disk for itself."""
+    feed: Any = bench.feed(*(bench.declare(f"q{n}") for n in range(20)))
+    begun: list[str] = []
+    with feed._store._transaction() as db:
+        pass
+    db.set_trace_callback(lambda statement: begun.append(statement) if statement.startswith("BEGIN") else None)
+    feed.renew()
+    db.set_trace_callback(None)
+    assert len(begun) == 1

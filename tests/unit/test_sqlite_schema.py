@@ -225,7 +225,7 @@ def test_a_machine_that_sleeps_ends_no_lease(path: str, monkeypatch: pytest.Monk
         store.declare("app:q", {})
         store.put("app:q", [Entry("held", b"raw", 4), Entry("later", b"raw", 4, 600_000)], None)
         assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["held"]
-        store.renew("app:q", [], 30_000, "consumer")
+        store.renew({"app:q": []}, 30_000, "consumer")
         now = machine.now
         for module in (sqlite, sqlite_rows):
             monkeypatch.setattr(module, "_since_start", lambda: now() + 3_600_000)
@@ -241,7 +241,7 @@ def test_who_writes_for_long_ends_no_lease(path: str, monkeypatch: pytest.Monkey
         store.declare("app:q", {})
         store.put("app:q", [Entry("held", b"raw", 4)], None)
         assert [lease.id for lease in store.take("app:q", 10, 30_000).leases] == ["held"]
-        store.renew("app:q", [], 30_000, "consumer")
+        store.renew({"app:q": []}, 30_000, "consumer")
         with monkeypatch.context() as patched:
             patched.setattr(sqlite, "monotonic", count(0.0, 60.0).__next__)
             store.put("app:q", [Entry("many", b"raw", 4)], None)
@@ -367,7 +367,7 @@ def test_a_long_queue_is_deleted_in_parts(path: str, monkeypatch: pytest.MonkeyP
             store.put(queue, entries, None)
         store.take("app:q", 1, 30_000)
         assert not store.delete("app:q", if_empty=True)
-        store.renew("app:q", [], 30_000, "consumer")
+        store.renew({"app:q": []}, 30_000, "consumer")
         assert not store.delete("app:q", if_unused=True)
         assert store.counts("app:q").ready + store.counts("app:q").delayed == 6
         with monkeypatch.context() as patched:
