@@ -526,14 +526,14 @@ class SQLiteStore(Near):
         Args:
             patience: Seconds to wait for those who write at most; None for as long as any call may take.
         """
-        with self._lock, self._errors:
+        with self._errors, self._turn(self._timeout if patience is None else patience) as left:
             self._see_that_it_is_free()
             self._is_busy = True
             try:
                 db = self._connect()
                 try:
                     _roll_back(db)
-                    begin(db, self._timeout if patience is None else patience)
+                    begin(db, left)
                     began = monotonic()
                     yield db
                     _make_up_for(db, monotonic() - began)
@@ -549,6 +549,23 @@ class SQLiteStore(Near):
                     raise
             finally:
                 self._is_busy = False
+
+    @contextmanager
+    def _turn(self, patience: float) -> Iterator[float]:
+        """Have the connection for this thread alone, and yield how many seconds are left of ``patience``."""
+        # Another one after a fork in the middle of it.
+        lock = self._lock
+        left = patience
+        if not lock.acquire(blocking=False):
+            until = monotonic() + patience
+            if not lock.acquire(timeout=patience):
+                text = f"{self._path}: another thread of this process has been busy there for {patience:g} s"
+                raise BrokerAway(text, details={"reason": "timeout"})
+            left = max(0.0, until - monotonic())
+        try:
+            yield left
+        finally:
+            lock.release()
 
     def _see_that_it_is_there(self) -> None:
         """Refuse a file that somebody has deleted or replaced: nobody else would see what we store."""
@@ -566,7 +583,7 @@ class SQLiteStore(Near):
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._errors:
+        with self._errors, self._turn(self._timeout) as left:
             self._see_that_it_is_free()
             self._is_busy = True
             try:
@@ -578,7 +595,7 @@ class SQLiteStore(Near):
                 try:
                     _roll_back(db)
                     # Hardly ever: while somebody opens the file after a crash, or closes it as the last one.
-                    wait_by_itself(db, self._timeout)
+                    wait_by_itself(db, left)
                     db.execute("BEGIN")
                     yield db
                 finally:

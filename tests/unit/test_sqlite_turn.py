@@ -4,13 +4,16 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from statistics import median
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread
 from time import monotonic, sleep
 
 import pytest
 
 import kq
+from kq.backends.sqlite import SQLiteStore
 from kq.backends.sqlite_turn import begin
+from kq.backends.store import BrokerAway, Entry
+from kq.envelope import Envelope, pack
 from kq.errors import Internal
 
 
@@ -72,3 +75,33 @@ def test_a_publisher_is_told_what_it_has_waited_for(tmp_path: Path) -> None:
             late.publish("shop:emails", 2)
     assert "locked by another process" in caught.value.message
     assert caught.value.details["reason"] == "timeout"
+
+
+def test_a_thread_that_takes_long_is_waited_for_no_longer_than_another_process(tmp_path: Path) -> None:
+    """One connection serves all threads: who waits for another one's transaction has that much less for the file."""
+    entry = Entry("a", pack(Envelope("a", {}, {}, b"1")), 4)
+    store = SQLiteStore(str(tmp_path / "x.db"), 0.5)
+    store.declare("app:q", {})
+    began, over = Event(), Event()
+
+    def purge() -> None:
+        with store._transaction():
+            began.set()
+            over.wait(30.0)
+
+    other = Thread(target=purge)
+    other.start()
+    try:
+        assert began.wait(10.0)
+        started = monotonic()
+        with pytest.raises(BrokerAway, match="another thread of this process") as caught:
+            store.put("app:q", [entry], None)
+        assert monotonic() - started < 5.0
+        assert caught.value.details["reason"] == "timeout"
+    finally:
+        over.set()
+        other.join()
+    assert store.put("app:q", [entry], None) == 1
+    with store._turn(0.5) as left:
+        assert left == 0.5
+    store.close()
