@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EBADF
 from struct import Struct
 from typing import Any, Final
 
@@ -38,10 +41,27 @@ class ReadsInTime:
     #: Whether something has been taken off the wire that no read has returned.
     is_ahead = False
     _quick_recv: Any
-    having_timeout: Any
     write: Any
     _arrived = b""
     _at = 0
+
+    @contextmanager
+    def having_timeout(self, timeout: float | None) -> Iterator[Any]:
+        """As py-amqp's; but where the connection has ended meanwhile, what is raised is why, not that it has."""
+        met: BaseException | None = None
+        within: Any = super()
+        try:
+            with within.having_timeout(timeout) as connected:
+                try:
+                    yield connected
+                except BaseException as error:
+                    met = error
+                    raise
+        except OSError as error:
+            if met is None or error.errno != EBADF:
+                raise
+            # That the socket takes no timeout any more.
+            raise met from None
 
     @property
     def has_frame(self) -> bool:

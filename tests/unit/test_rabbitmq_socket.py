@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from amqp.exceptions import UnexpectedFrame
+from amqp.exceptions import NotAllowed, UnexpectedFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,3 +181,30 @@ def test_a_write_ends_in_time(connected: tuple[_Socket, socket.socket]) -> None:
     with pytest.raises(TimeoutError):
         transport.write_within(data, 0.2)
     assert 0.1 < monotonic() - began < 3.0
+
+
+def test_why_a_connection_has_ended_is_told(ends: tuple[socket.socket, socket.socket]) -> None:
+    """Where it ends within a time of its own, the socket takes no other any more, which tells nobody anything."""
+    ours, _ = ends
+    transport = _Socket("127.0.0.1:1", connect_timeout=1.0, read_timeout=1.0, write_timeout=1.0)
+    transport.sock = ours
+
+    def end() -> None:
+        with transport.having_timeout(1.0):
+            ours.close()
+            raise NotAllowed("the vhost is down")
+
+    with pytest.raises(NotAllowed, match="the vhost is down"):
+        end()
+
+
+def test_a_time_of_its_own_is_taken_back(ends: tuple[socket.socket, socket.socket]) -> None:
+    """However what is done in it ends; and what it raises of its own is raised."""
+    ours, _ = ends
+    transport = _Socket("127.0.0.1:1", connect_timeout=1.0, read_timeout=1.0, write_timeout=1.0)
+    transport.sock = ours
+    with transport.having_timeout(1.0):
+        assert ours.gettimeout() == 1.0
+    with pytest.raises(OSError, match="broken"), transport.having_timeout(1.0):
+        raise OSError(32, "broken")
+    assert ours.gettimeout() == 0.05
