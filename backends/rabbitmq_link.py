@@ -35,8 +35,6 @@ _CLOSE_TIMEOUT: Final = 2.0
 
 #: Seconds that the opening of a connection is given even where its caller has less: 0 would mean forever.
 LEAST_PATIENCE: Final = 0.1
-#: Likewise of a call.
-_LEAST: Final = 0.001
 
 
 class Link:
@@ -156,8 +154,8 @@ class Link:
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Have each call that waits for an answer wait so long at most; raises `TimeoutError` where there is none."""
-        with self.connection.transport.having_timeout(min(self._timeout, max(_LEAST, seconds))):
+        """Have calls wait for their answers so long at most, all together; else they raise `TimeoutError`."""
+        with self.connection.transport.having_limits(monotonic() + seconds, self._timeout):
             yield
 
     def write(self, frames: bytes, timeout: float) -> None:

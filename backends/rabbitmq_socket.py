@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EBADF
 from struct import Struct
+from time import monotonic
 from typing import Any, Final
 
 import kombu
@@ -27,6 +28,8 @@ _READ_SIZE: Final = 1 << 16
 _HEAD: Final = Struct(">BHI")
 #: ...and what stands behind that.
 _END: Final = 0xCE
+#: Seconds that a read waits even where time is up: 0 would mean not to wait at all, and say so in another way.
+_LEAST: Final = 0.001
 
 #: A frame's type, channel and payload.
 Frame = tuple[int, int, bytes]
@@ -42,6 +45,9 @@ class ReadsInTime:
     is_ahead = False
     _quick_recv: Any
     write: Any
+    sock: Any
+    #: Until when reads wait together, and seconds that each does at most.
+    _limits: tuple[float, float] | None = None
     _arrived = b""
     _at = 0
 
@@ -62,6 +68,16 @@ class ReadsInTime:
                 raise
             # That the socket takes no timeout any more.
             raise met from None
+
+    @contextmanager
+    def having_limits(self, until: float, most: float) -> Iterator[None]:
+        """Have all reads together wait no longer than until then, of `time.monotonic`, and each ``most`` seconds."""
+        with self.having_timeout(most):
+            self._limits = until, most
+            try:
+                yield
+            finally:
+                self._limits = None
 
     @property
     def has_frame(self) -> bool:
@@ -91,6 +107,9 @@ class ReadsInTime:
             TimeoutError: If nothing comes in time.
             OSError: If the connection breaks.
         """
+        if self._limits is not None:
+            until, most = self._limits
+            self.sock.settimeout(max(_LEAST, min(most, until - monotonic())))
         return self._read()
 
     def _read(self, *flags: int) -> bool:
@@ -111,7 +130,7 @@ class ReadsInTime:
     def read_now(self) -> bool:
         """Read as `read` does, and wait for nothing."""
         with self.having_timeout(0.0):
-            return self.read()
+            return self._read()
 
     def write_within(self, data: bytes | memoryview, timeout: float) -> None:
         """Write all of it.

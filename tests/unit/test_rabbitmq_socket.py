@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from struct import pack
-from threading import Thread
+from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
@@ -208,3 +208,32 @@ def test_a_time_of_its_own_is_taken_back(ends: tuple[socket.socket, socket.socke
     with pytest.raises(OSError, match="broken"), transport.having_timeout(1.0):
         raise OSError(32, "broken")
     assert ours.gettimeout() == 0.05
+
+
+def test_reads_share_a_time(connected: tuple[_Socket, socket.socket]) -> None:
+    """Each of them comes to something, and together they have no more time than one."""
+    transport, theirs = connected
+
+    def trickle() -> None:
+        while not over.wait(0.05):
+            theirs.sendall(written((1, 0, b"x")))
+
+    over = Event()
+    before = transport.sock.gettimeout()
+    other = Thread(target=trickle)
+    other.start()
+    began = monotonic()
+
+    def read() -> None:
+        with transport.having_limits(began + 0.3, 5.0):
+            while True:
+                transport.read_frame()
+
+    try:
+        with pytest.raises(TimeoutError):
+            read()
+    finally:
+        over.set()
+        other.join()
+    assert monotonic() - began < 2.0
+    assert transport.sock.gettimeout() == before
