@@ -100,6 +100,8 @@ class Fetcher(Thread):
         self._failed: list[tuple[float, float, Settlement]] = []
         #: Called once what was handed in so far has been carried out.
         self._on_settled: Callable[[], None] | None = None
+        #: Whether that is waited for also while the broker is away.
+        self._is_patient = True
         #: Whether somebody has said something since the last look.
         self._news = False
         self._feed: Feed | None = None
@@ -158,13 +160,17 @@ class Fetcher(Thread):
             self._news = True
         self._wake()
 
-    def when_settled(self, call: Callable[[], None]) -> None:
+    def when_settled(self, call: Callable[[], None], *, patient: bool = True) -> None:
         """Have ``call`` called in this thread, once, when nothing more is wanted and all that was is carried out.
 
         Or put off, where the broker does not take it now.
+
+        Args:
+            call: What to call.
+            patient: Whether to wait for a broker that is away, or refuses everything, to take what is settled.
         """
         with self._lock:
-            self._on_settled = call
+            self._on_settled, self._is_patient = call, patient
             self._news = True
         self._wake()
 
@@ -206,14 +212,12 @@ class Fetcher(Thread):
                 self._say_lost()
             except Error as error:
                 self._say_lost()
-                # What waits for the others is not to wait for a broker that is away, or refuses, if it has nothing to
-                # settle.
-                self._say_settled()
+                self._say_settled(failing=True)
                 self._back_off(error)
             except Exception:
                 logger.exception("unexpected failure in the fetcher", extra={"action": "fetcher_failed"})
                 self._say_lost()
-                self._say_settled()
+                self._say_settled(failing=True)
                 self._back_off(Error("unexpected failure"))
         self._end()
 
@@ -307,11 +311,18 @@ class Fetcher(Thread):
             self._losses = self._feed.losses
             self._on_lost()
 
-    def _say_settled(self) -> None:
+    def _say_settled(self, *, failing: bool = False) -> None:
+        """Say that nothing is left to be settled, if somebody waits for that.
+
+        Args:
+            failing: Whether the broker is away, or refuses: what waits for other brokers' messages is not to wait for
+                this one's, and nobody for one that has nothing to settle.
+        """
         if self._on_settled is None:
             return
         with self._lock:
-            call = None if self._inbox or self._wanted else self._on_settled
+            is_left = bool(self._inbox) and (self._is_patient or not failing)
+            call = None if is_left or self._wanted else self._on_settled
             if call is not None:
                 self._on_settled = None
         if call is not None:

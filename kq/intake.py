@@ -92,11 +92,14 @@ class Intake:
         for fetcher, share in shares.items():
             fetcher.settle(share)
 
-    def when_settled(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called once when all that was handed in has been carried out; see `Fetcher.when_settled`."""
+    def when_settled(self, queue: str, call: Callable[[], None]) -> None:
+        """Have ``call`` called once when all that was handed in has been carried out; see `Fetcher.when_settled`.
+
+        Of brokers that are away only the one that has ``queue`` is waited for.
+        """
         left = Countdown(len(self._fetchers), call)
         for fetcher in self._fetchers:
-            fetcher.when_settled(left.count)
+            fetcher.when_settled(left.count, patient=fetcher is self._of[queue])
 
     def finished(self, queue: str, count: int = 1) -> None:
         """Say that ``count`` deliveries of a queue are out of our hands; see `Fetcher.finished`."""

@@ -38,8 +38,11 @@ class Hands(Protocol):
         """Forget one."""
         ...
 
-    def when_settled(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called in some thread when the broker knows of all that was settled so far."""
+    def when_settled(self, queue: str, call: Callable[[], None]) -> None:
+        """Have ``call`` called in some thread when the brokers know of all that was settled so far.
+
+        Of those that are away only the one that has ``queue`` is waited for.
+        """
         ...
 
 
@@ -265,7 +268,7 @@ class Dispatcher:
         if not is_clear:
             if self._clearance_asked != self._clearance:
                 self._clearance_asked = self._clearance
-                self._hands.when_settled(partial(self._clear, self._clearance))
+                self._hands.when_settled(flight.delivery.queue, partial(self._clear, self._clearance))
             return
         place = next((place for place in self._pool.places if place.room and not place.tags), None)
         consumer = None if place is None else self._turns[flight.delivery.queue].take()

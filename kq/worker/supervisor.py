@@ -532,10 +532,10 @@ class Supervisor:
         if self._forget(flight):
             self._intake.finished(flight.delivery.queue)
 
-    def when_settled(self, call: Callable[[], None]) -> None:
+    def when_settled(self, queue: str, call: Callable[[], None]) -> None:
         """See `Hands.when_settled`."""
         assert self._intake is not None
-        self._intake.when_settled(call)
+        self._intake.when_settled(queue, call)
 
     def _forget(self, flight: Flight) -> bool:
         if self._flights.pop(flight.tag, None) is None:

@@ -64,7 +64,7 @@ class Hands:
     def drop(self, flight: Flight) -> None:
         del self.held[flight.tag]
 
-    def when_settled(self, call: Callable[[], None]) -> None:
+    def when_settled(self, queue: str, call: Callable[[], None]) -> None:
         self.asked.append(call)
 
 

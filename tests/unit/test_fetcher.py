@@ -104,6 +104,40 @@ def test_who_has_nothing_to_settle_says_so(monkeypatch: pytest.MonkeyPatch, erro
         assert settled.wait(20)
 
 
+@pytest.mark.parametrize("patient", [True, False])
+def test_only_its_own_broker_is_waited_for(monkeypatch: pytest.MonkeyPatch, patient: bool) -> None:
+    """A message of another broker's need not wait until this one, which is away, takes what is settled."""
+    url, _, backend, feed = one_message(monkeypatch)
+    arrived: Queue[Delivery] = Queue()
+    settled, back = Event(), Event()
+    tries: Queue[None] = Queue()
+    settle = feed.settle
+
+    def refuse(settlements: Any) -> Any:
+        tries.put(None)
+        if not back.is_set():
+            raise errors.Internal("away", details={"reason": "unavailable"})
+        return settle(settlements)
+
+    monkeypatch.setattr(feed, "settle", refuse)
+    fetcher = Fetcher(
+        backend, [default_spec("app:a")], driver=Driver(url, reconnect_initial=0.01, reconnect_max=0.01), prefetch=10,
+        lease=600, on_deliveries=lambda deliveries: arrived.put(deliveries[0]),
+    )  # fmt: skip
+    with running(fetcher, backend):
+        delivery = arrived.get(timeout=20)
+        fetcher.hold(0)
+        fetcher.settle([Settlement(delivery, DONE)])
+        fetcher.when_settled(settled.set, patient=patient)
+        for _ in range(5):
+            tries.get(timeout=20)
+        if patient:
+            assert not settled.is_set()
+            back.set()
+        assert settled.wait(20)
+        back.set()
+
+
 def test_what_is_settled_while_more_is_fetched_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A settlement that comes between two looks of the fetcher's is carried out at once, not at the next renewal."""
     url, app, backend, feed = one_message(monkeypatch)
