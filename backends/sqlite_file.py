@@ -38,11 +38,14 @@ def path_of(url: str) -> str:
     """Return the file that a URL names: three slashes for a relative path, four for an absolute one.
 
     Raises:
-        Invalid: If it names a host, or no file, as the database in memory.
+        Invalid: If it names a host, or no file, as the database in memory; or has a query.
     """
     _, _, rest = url.partition("://")
     host, slash, path = rest.partition("/")
-    path = unquote(path.partition("?")[0])
+    path, _, query = path.partition("?")
+    path = unquote(path)
+    if query:
+        raise Invalid(f"broker: expected no options behind the file's name, got {hide_password(url)!r}; there are none")
     if host or not slash or not path:
         raise Invalid(
             f"broker: expected sqlite:///relative.db or sqlite:////absolute.db, got {hide_password(url)!r}"

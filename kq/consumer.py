@@ -78,7 +78,7 @@ class Consumer:
     Thread-safe: several threads may receive from one consumer.
 
     Args:
-        source: An app, or a broker URL.
+        app_or_url: An app, or a broker URL.
         queue_ids: One queue id, or several.
         prefetch: Messages to hold beforehand; where the queues live on several brokers, these share them.
 
@@ -88,7 +88,7 @@ class Consumer:
         Internal: If the broker cannot be reached.
     """
 
-    def __init__(self, source: HasRegistry | str, queue_ids: str | Sequence[str], *, prefetch: int = 10) -> None:
+    def __init__(self, app_or_url: HasRegistry | str, queue_ids: str | Sequence[str], *, prefetch: int = 10) -> None:
         if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 1:
             raise Invalid(f"prefetch: expected an integer from 1, got {prefetch!r}")
         if not isinstance(queue_ids, Iterable):
@@ -96,7 +96,7 @@ class Consumer:
         ids = [queue_ids] if isinstance(queue_ids, str) else list(queue_ids)
         if not ids:
             raise Invalid("queue_ids: expected at least one queue id")
-        self._registry, _ = registry_of(source)
+        self._registry, _ = registry_of(app_or_url)
         self._specs: dict[str, QueueSpec] = {
             limit.queue_id(queue_id): self._registry.spec(queue_id) for queue_id in ids
         }

@@ -15,7 +15,7 @@ from kq import clock, codec, forking, header, limit
 from kq.backend import Backend, Publication, QueueSpec, Unconfirmed
 from kq.driver import MAIN
 from kq.envelope import WIRE_VERSION, Envelope
-from kq.errors import Error, Internal, Invalid, NotFound
+from kq.errors import Error, Internal, Invalid, NotFound, PermissionDenied
 from kq.group_commit import GroupCommit, late
 from kq.registry import HasRegistry, registry_of
 from kq.signature import HEADER
@@ -66,12 +66,12 @@ class Producer:
     seconds; ``apublish`` and ``apublish_many`` are the same without blocking the event loop.
 
     Args:
-        source: An app, or a broker URL.
+        app_or_url: An app, or a broker URL.
         middleware: Around every publish, outermost first, within the app's own.
     """
 
-    def __init__(self, source: HasRegistry | str, *, middleware: Sequence[PublishMiddleware] = ()) -> None:
-        self._registry, self._own = registry_of(source)
+    def __init__(self, app_or_url: HasRegistry | str, *, middleware: Sequence[PublishMiddleware] = ()) -> None:
+        self._registry, self._own = registry_of(app_or_url)
         self._middleware = (*self._registry.on_publish, *limit.functions("middleware", middleware))
         #: Threads that are handing something to a pool, whose own lock a signal's handler would wait for in vain; and
         #: the pools that such a handler has closed, to be shut down after that.
@@ -120,7 +120,7 @@ class Producer:
         Raises:
             Invalid: If the message breaks a rule.
             PermissionDenied: If a policy says no; ``details["action"]`` is ``queue.publish`` or
-                ``queue.publish.queue``. Or if the broker refuses the account; ``details["reason"]`` is ``refused``.
+                ``queue.publish.queue``.
             NotFound: If the queue is not declared and ``create_queues`` is off.
             Conflict: If the queue exists with other values than declared.
             Internal: If the broker did not confirm; retryable, ``details["reason"]`` says why.
@@ -415,8 +415,12 @@ def _confirmed(publications: Sequence[Publication], results: Sequence[Error | No
     first = failed[0]
     safe = [id for id, error in zip(ids, results, strict=True) if error is None]
     text = first.message if len(ids) == 1 else f"{len(failed)} of {len(ids)} messages: {first.message}"
+    details = {**first.details, "published": safe}
+    if isinstance(first, PermissionDenied):
+        # By the broker: its account may be mended, and what a policy says is said before.
+        raise Internal(text, details=details)
     # A new error each time: several threads may have been given the same one.
-    raise type(first)(text, retryable=first.retryable, details={**first.details, "published": safe})
+    raise type(first)(text, retryable=first.retryable, details=details)
 
 
 def _placed(error: Invalid, index: int, payloads: Sequence[Any]) -> Invalid:

@@ -417,17 +417,17 @@ class HasRegistry(Protocol):
         ...
 
 
-def registry_of(source: HasRegistry | str) -> tuple[Registry, bool]:
+def registry_of(app_or_url: HasRegistry | str) -> tuple[Registry, bool]:
     """Return an app's registry, or a new one for a broker's URL, and whether it is the caller's own.
 
     Raises:
         Invalid: If it is neither.
     """
-    if isinstance(source, str):
-        return Registry("kq", config.resolve({"broker": source})), True
-    found = getattr(source, "registry", None)
+    if isinstance(app_or_url, str):
+        return Registry("kq", config.resolve({"broker": app_or_url})), True
+    found = getattr(app_or_url, "registry", None)
     if not isinstance(found, Registry):
-        raise Invalid(f"source: expected an app or a broker's URL, got {type(source).__name__}")
+        raise Invalid(f"app_or_url: expected an app or a broker's URL, got {type(app_or_url).__name__}")
     return found, False
 
 

@@ -278,7 +278,12 @@ WORKER: Final = Section(
         Field("pool", choice("processes", "threads"), "Where handlers run.", "processes"),
         Field("prefetch", integer(1, 1_000_000), "Messages in hand at most.", "as the handlers' pace asks for"),
         Field("grace", DURATION, "How long handlers may go on after TERM.", "30s"),
-        Field("max_tasks_per_child", integer(1, 1_000_000_000), "Messages after which a child is replaced.", "never"),
+        Field(
+            "max_tasks_per_child",
+            integer(1, 1_000_000_000),
+            "Messages after which a child is replaced, once a fresh one is ready.",
+            "never",
+        ),
         Field("connect_timeout", DURATION, "How long to try to reach the broker at the start.", "10s"),
         Field("log_level", choice("debug", "info", "warning", "error"), "What to log.", "info"),
         Field("log_format", choice("text", "json"), "How to log.", "text"),

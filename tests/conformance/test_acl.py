@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -171,12 +172,31 @@ def test_a_publisher_can_declare_on_redis(bench: Bench) -> None:
             app.publish(queue, 3)
 
 
+@ON_THE_NETWORK
+def test_who_is_refused_may_publish_again(bench: Bench) -> None:
+    """An account that the broker does not let in, yet or any more, is nothing that a handler's message need die of."""
+    parts = urlsplit(bench.broker.url)
+    url = parts._replace(netloc=f"nobody:wrong@{parts.netloc.rpartition('@')[2]}").geturl()
+    with kq.App("refused", broker=url) as app:
+        for publish in (
+            lambda: app.publish(bench.queue.id, 1),
+            lambda: app.publish_many(bench.queue.id, [1, 2]),
+            lambda: asyncio.run(app.apublish(bench.queue.id, 1)),
+        ):
+            with pytest.raises(errors.Internal) as caught:
+                publish()
+            assert caught.value.retryable
+            assert (caught.value.details["reason"], caught.value.details["published"]) == ("refused", [])
+        with pytest.raises(errors.PermissionDenied):
+            app.info(bench.queue.id)
+
+
 @ON_RABBITMQ
 def test_a_publisher_needs_a_worker_first_on_rabbitmq(bench: Bench) -> None:
     """On RabbitMQ a publisher makes no queue, and is told so where there is none."""
     with as_account(bench, "publisher", False) as broker, kq.App("acl", broker=broker.url) as app:
         queue = broker.queue_id("own")
-        with pytest.raises(errors.PermissionDenied, match=f"queue {queue} does not exist.*start a worker") as caught:
+        with pytest.raises(errors.Internal, match=f"queue {queue} does not exist.*start a worker") as caught:
             app.publish(queue, 1)
         assert caught.value.details["reason"] == "refused"
 

@@ -181,10 +181,7 @@ def test_the_python_reference_works_as_shown() -> None:
     ):
         (names, *_) = re.findall(re.escape(f"`{shown}(") + r"([^`]*)\)`", flat)
         parameters = [name for name in inspect.signature(function).parameters if name != "self"]
-        assert (
-            re.findall(r"(\w+)(?:=[^,]+)?(?:, |$)", names.replace("*, ", "").replace("app_or_url", "source"))
-            == parameters
-        )
+        assert re.findall(r"(\w+)(?:=[^,]+)?(?:, |$)", names.replace("*, ", "")) == parameters
     fields = re.search(r"A `kq.DeadLetter` has (.*?) in bytes", flat)
     assert fields is not None
     assert sorted(re.findall(r"`(\w+)`", fields[1])) == sorted(kq.DeadLetter.__dataclass_fields__)

@@ -225,8 +225,8 @@ def test_middleware_that_returns_no_ids_is_named(result: Any) -> None:
         (lambda: app_of(policies=["p"]), "policies: expected kq.security.Policy, got str"),
         (lambda: app_of(groups=5), "groups: expected one or a list, got int"),
         (lambda: app_of(config=5), "config: expected the path of a configuration file, got int"),
-        (lambda: kq.Producer(cast(Any, None)), "source: expected an app or a broker's URL, got NoneType"),
-        (lambda: kq.Consumer(cast(Any, kq), "app:q"), "source: expected an app or a broker's URL, got module"),
+        (lambda: kq.Producer(cast(Any, None)), "app_or_url: expected an app or a broker's URL, got NoneType"),
+        (lambda: kq.Consumer(cast(Any, kq), "app:q"), "app_or_url: expected an app or a broker's URL, got module"),
         (lambda: kq.Consumer(app_of(), cast(Any, 5)), "queue_ids: expected a queue id or a list of them, got int"),
     ],
 )

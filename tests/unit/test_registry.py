@@ -74,7 +74,7 @@ def test_a_relative_path_is_one_from_where_the_app_was_made(tmp_path: Path, monk
     for name in ("here ünd", "there"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here ünd")
-    with kq.App("test", broker="sqlite:///kq.db?x=1") as app:
+    with kq.App("test", broker="sqlite:///kq.db") as app:
         monkeypatch.chdir(tmp_path / "there")
         app.publish("app:a", 1)
     assert [path.parent.name for path in tmp_path.rglob("kq.db")] == ["here ünd"]

@@ -14,7 +14,7 @@ from kq.errors import Internal, Invalid
 
 @pytest.mark.parametrize(
     ("url", "path"),
-    [("sqlite:///kq.db", "kq.db"), ("sqlite:////var/a%20b.db", "/var/a b.db"), ("sqlite:///a.db?x=1", "a.db")],
+    [("sqlite:///kq.db", "kq.db"), ("sqlite:////var/a%20b.db", "/var/a b.db")],
 )
 def test_a_url_names_a_file(url: str, path: str) -> None:
     """Three slashes for a relative path, four for an absolute one."""
@@ -28,6 +28,7 @@ def test_a_url_names_a_file(url: str, path: str) -> None:
         ("sqlite:///", "expected sqlite:///relative.db"),
         ("sqlite://kq.db", "a third slash is missing"),
         ("sqlite:///:memory:", "use memory://"),
+        ("sqlite:///a.db?timeout=1", "no options"),
     ],
 )
 def test_what_names_no_file_is_refused(url: str, words: str) -> None:
