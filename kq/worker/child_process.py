@@ -28,7 +28,9 @@ class ChildProcess(Place):
     outdated: bool = False
     ended: bool = False
     watched: bool = True
+    #: Whom it has been killed for; see `Died`.
     late: frozenset[int] = frozenset()
+    held_up: bool = False
     #: Why its worker has killed it; empty where it has not.
     killed_because: str = ""
     #: When it is killed, if it has not ended by then; None for never.

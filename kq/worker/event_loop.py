@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from kq.executor import Executor, Job, Run
 from kq.outcome import Outcome
 from kq.worker.slot import SlotTable
+from kq.worker.time_limit import TimeLimit
 
 logger = logging.getLogger("kq.worker")
 
@@ -164,7 +165,7 @@ class EventLoop(Thread):
             if isinstance(prepared, Outcome):
                 outcome = prepared
             else:
-                outcome = await self._run(prepared, job.tag)
+                outcome = await self._run(prepared, job.tag, slot)
                 out_of_memory = prepared.out_of_memory
                 outcome = self._executor.conclude(prepared, outcome)
         except Exception as error:
@@ -176,41 +177,44 @@ class EventLoop(Thread):
         if out_of_memory:
             self._runner.on_out_of_memory()
 
-    async def _call(self, run: Run) -> Outcome:
-        began = monotonic()
-        outcome = await self._executor.run_async(run)
-        timeout = run.consumer.timeout
-        if timeout is not None and monotonic() - began > timeout:
-            # It has blocked the loop, which came to its end before it came to its limit.
-            outcome = self._executor.timed_out(run)
+    async def _call(self, run: Run, tag: int, slot: int) -> Outcome:
+        if run.consumer.timeout is None:
+            outcome = await self._executor.run_async(run)
+        else:
+            outcome = await self._call_in_time(run, run.consumer.timeout, tag, slot)
         # Here, where nothing else runs in between.
         self._runner.end_fork(outcome)
         return outcome
 
-    async def _run(self, run: Run, tag: int) -> Outcome:
-        task = self._calls[tag] = self._loop.create_task(self._call(run))
-        late = False
-
-        def expire() -> None:
-            nonlocal late
-            # Whatever the handler makes of it.
-            late = task.cancel()
-
-        timer = None if run.consumer.timeout is None else self._loop.call_later(run.consumer.timeout, expire)
+    async def _call_in_time(self, run: Run, seconds: float, tag: int, slot: int) -> Outcome:
+        limit = TimeLimit(
+            self._executor.run_async(run),
+            seconds,
+            on_strike=lambda: self._slots.strike(slot, tag),
+            on_lost=lambda lost: self._slots.postpone(slot, lost),
+        )
         try:
-            outcome = await task
-            return self._executor.timed_out(run) if late else outcome
+            outcome = await limit
         except asyncio.CancelledError:
-            if late:
-                return self._executor.timed_out(run)
+            if not limit.has_struck:
+                raise
+        else:
+            # Or it has blocked the loop, which came to its end before it came to its limit.
+            if not (limit.has_struck or limit.has_overrun):
+                return outcome
+        return self._executor.timed_out(run)
+
+    async def _run(self, run: Run, tag: int, slot: int) -> Outcome:
+        task = self._calls[tag] = self._loop.create_task(self._call(run, tag, slot))
+        try:
+            return await task
+        except asyncio.CancelledError:
             if task.done() and not task.cancelled():
                 # We have been cancelled, by a handler that cancels whatever there is, after this one had ended.
                 return task.result()
             return self._executor.canceled(run)
         finally:
             del self._calls[tag]
-            if timer is not None:
-                timer.cancel()
 
 
 def _stack(task: asyncio.Task[Any]) -> traceback.StackSummary:
@@ -225,5 +229,8 @@ def _stack(task: asyncio.Task[Any]) -> traceback.StackSummary:
         frame = getattr(waits_for, f"{kind}_frame")
         if frame is not None:
             frames.append(frame)
-        waits_for = getattr(waits_for, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
+        if frame is not None and frame.f_code is TimeLimit.__await__.__code__:
+            waits_for = frame.f_locals["coroutine"]
+        else:
+            waits_for = getattr(waits_for, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
     return traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames)

@@ -21,6 +21,8 @@ class Flight(msgspec.Struct, eq=False):
         tag: Its number here.
         delivery: What arrived.
         suspected: Crashes in which it may have been the guilty one: several ran when a process died.
+        held_up: Processes that were killed while it ran past its time limit, or another one did, and nobody could be
+            told: one of them held up the others.
         aboard: Processes that have died by themselves before they started it, though it was given to them.
         settled: Whether it is settled already, while its handler still runs.
         consumer: Which of its queue's consumers it was given to last.
@@ -29,6 +31,7 @@ class Flight(msgspec.Struct, eq=False):
     tag: int
     delivery: Delivery
     suspected: int = 0
+    held_up: int = 0
     aboard: int = 0
     settled: bool = False
     consumer: int = 0
@@ -37,7 +40,7 @@ class Flight(msgspec.Struct, eq=False):
     def alone(self) -> bool:
         """Whether it runs with nothing beside it: it may take its process with it."""
         delivery = self.delivery
-        return self.may_be_guilty or delivery.deliveries >= _ALONE_AFTER
+        return self.may_be_guilty or bool(self.held_up) or delivery.deliveries >= _ALONE_AFTER
 
     @property
     def may_be_guilty(self) -> bool:

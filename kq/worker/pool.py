@@ -47,7 +47,9 @@ class Died(msgspec.Struct, frozen=True):
         how: The same, as a verb and what follows it; it says so where its own worker has killed it, and why.
         running: Tags of the jobs that had started.
         queued: Tags of those that had not.
-        late: The tags of those that ran past their time limit, where it was killed for that.
+        late: The tags of those that ran past their time limit and did not heed it, where it was killed for that.
+        held_up: Whether it was killed for one that ran past its limit and could not be told so: it may have been kept
+            from running by another one.
     """
 
     place: Place
@@ -56,6 +58,7 @@ class Died(msgspec.Struct, frozen=True):
     running: list[int]
     queued: list[int]
     late: frozenset[int] = frozenset()
+    held_up: bool = False
 
 
 Event = Finished | Returned | Died

@@ -88,6 +88,8 @@ class ProcessPool:
         self._closing = False
         self._recalled = False
         self._has_worked = False
+        #: When handlers' time limits were looked at last, and since when that has been done without a break.
+        self._looked_at = self._steady_since = 0.0
         #: Whether it has been said that those that were killed keep others from being started.
         self._has_complained = False
 
@@ -369,7 +371,7 @@ class ProcessPool:
                 extra={"action": "child_died"},
             )  # fmt: skip
         # Also where it held nothing: nobody is to count on it any more.
-        events.append(Died(child, death, how, running, queued, child.late))
+        events.append(Died(child, death, how, running, queued, child.late, child.held_up))
 
     def _forget(self, child: ChildProcess) -> None:
         if child.watched:
@@ -438,17 +440,24 @@ class ProcessPool:
         if self._timeout_of is None:
             return
         now = monotonic()
+        if now - self._looked_at > KILL_AFTER / 2:
+            # We have been stopped, and so have they, as it seems: they are to have the time to stop by themselves.
+            self._steady_since = now
+        self._looked_at = now
+        if now - self._steady_since < KILL_AFTER:
+            return
         for child in self._children:
-            if child.late:
+            if child.late or child.held_up:
                 continue
             overdue = {
-                slot.tag: now - slot.started_at - limit
+                slot: now - slot.started_at - limit
                 for slot in child.slots.running()
                 if slot.tag in child.tags and (limit := self._timeout_of(slot.tag)) is not None
             }
             if any(seconds > KILL_AFTER for seconds in overdue.values()):
                 # Others that are late as well are charged as well, and do not get another turn for it.
-                child.late = frozenset(tag for tag, seconds in overdue.items() if seconds > 0)
+                child.late = frozenset(slot.tag for slot, over in overdue.items() if over > 0 and slot.is_struck)
+                child.held_up = any(over > KILL_AFTER and not slot.is_struck for slot, over in overdue.items())
                 child.kill(f"a handler went on {KILL_AFTER:g} s beyond its time limit")
 
     def _patience(self, timeout: float) -> float:
@@ -468,7 +477,7 @@ class ProcessPool:
             for child in self._children:
                 for slot in child.slots.running():
                     # One that has been killed for it is waited for.
-                    limit = None if child.late else self._timeout_of(slot.tag)
+                    limit = None if child.late or child.held_up else self._timeout_of(slot.tag)
                     if limit is not None:
                         timeout = min(timeout, max(0.0, slot.started_at + limit + KILL_AFTER + 0.01 - now))
                 if child.tags:

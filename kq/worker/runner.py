@@ -260,6 +260,7 @@ class _HandlerThread(Thread):
         self._jobs = jobs
         self._slots = slots
         self.job: Job | None = None
+        self._slot = 0
         #: Guards the moment between a handler's end and the watchdog's shot.
         self._shield = Shield()
         self._deadline: float | None = None
@@ -280,6 +281,7 @@ class _HandlerThread(Thread):
             # From before anything is read of the message until its end is reported: whatever kills the process
             # in between is charged to it.
             self._slots.enter(slot, job.tag, monotonic())
+            self._slot = slot
             outcome = self._work_on(job)
             self._runner.report(job, outcome)
             self._slots.leave(slot)
@@ -333,6 +335,8 @@ class _HandlerThread(Thread):
             if deadline is None or deadline > now:
                 return deadline
             self._deadline = None
+            if self.job is not None:
+                self._slots.strike(self._slot, self.job.tag)
             if self._shield.depth:
                 self._shield.is_due = True
                 return None

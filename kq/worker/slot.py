@@ -1,10 +1,10 @@
 """What a child is running, and what it has done but not yet said, in memory that outlives it.
 
 One slot a handler: the job's tag and when it started, written by the child before the handler starts
-and cleared after it. The supervisor reads the table of a child that died and knows whom to charge, and
-that of a living one to find who is late. Behind the slots stand the tags of jobs that are done and
-whose results wait in the child to be sent together: a crash does not undo them. Nothing is sent for any
-of it: a shared page costs no system call.
+and cleared after it; and the tag once more when its time limit has struck. The supervisor reads the table
+of a child that died and knows whom to charge, and that of a living one to find who is late. Behind the
+slots stand the tags of jobs that are done and whose results wait in the child to be sent together: a crash
+does not undo them. Nothing is sent for any of it: a shared page costs no system call.
 
 The two processes share no lock. So each number is one aligned word, written at once, and in an order
 that makes no sense of half an entry: a start before its tag, a tag before the count that includes it.
@@ -16,8 +16,9 @@ import mmap
 import os
 from typing import NamedTuple
 
-#: Bytes of a number.
+#: Bytes of a number, and numbers of a slot.
 _WORD = 8
+_SLOT = 3
 #: Finished jobs whose results may wait to be sent.
 UNSENT_MAX = 256
 
@@ -27,23 +28,26 @@ class Running(NamedTuple):
 
     tag: int
     started_at: float
+    #: Whether it has been told that its time is over.
+    is_struck: bool = False
 
 
 class SlotTable:
-    """``count`` slots in a shared file without a name. Each slot has one writer."""
+    """``count`` slots in a shared file without a name. Each slot has one writer, but for `strike`."""
 
     def __init__(self, count: int, fd: int | None = None) -> None:
         self.count = count
-        size = (2 * count + 1 + UNSENT_MAX) * _WORD
+        size = (_SLOT * count + 1 + UNSENT_MAX) * _WORD
         if fd is None:
             self.fd = _shared(size)
         else:
             self.fd = fd
         self._memory = mmap.mmap(self.fd, size)
-        # Slot i: tag in word 2i, start in word 2i + 1. Then how many tags are unsent, and these.
+        # Slot i: tag in word 3i, start in word 3i + 1, tag of what was struck in word 3i + 2. Then how many tags are
+        # unsent, and these.
         self._tags = memoryview(self._memory).cast("Q")
         self._starts = memoryview(self._memory).cast("d")
-        self._unsent = 2 * count
+        self._unsent = _SLOT * count
 
     def enter(self, slot: int, tag: int, started_at: float) -> None:
         """Note that a handler starts.
@@ -53,28 +57,41 @@ class SlotTable:
             tag: The job's; not 0.
             started_at: Seconds of the machine's monotonic clock.
         """
-        self._starts[2 * slot + 1] = started_at
-        self._tags[2 * slot] = tag
+        self._starts[_SLOT * slot + 1] = started_at
+        self._tags[_SLOT * slot] = tag
+
+    def postpone(self, slot: int, seconds: float) -> None:
+        """Have a handler count as started so much later: it was kept from running for as long."""
+        self._starts[_SLOT * slot + 1] += seconds
+
+    def strike(self, slot: int, tag: int) -> None:
+        """Note that a handler has been told that its time is over. Not the slot's writer may say so."""
+        # As in `leave`.
+        try:  # noqa: SIM105
+            self._tags[_SLOT * slot + 2] = tag
+        except ValueError:
+            pass
 
     def leave(self, slot: int) -> None:
         """Note that it has ended, and that this has been reported."""
         # The table may be closed by then, by whoever took the report. Not with `suppress`, which takes longer than the
         # rest, for each message.
         try:  # noqa: SIM105
-            self._tags[2 * slot] = 0
+            self._tags[_SLOT * slot] = 0
         except ValueError:
             pass
 
     def running(self) -> list[Running]:
         """Return what runs."""
         found = []
-        for i in range(0, 2 * self.count, 2):
+        for i in range(0, _SLOT * self.count, _SLOT):
             tag = self._tags[i]
             if tag:
                 started_at = self._starts[i + 1]
+                is_struck = self._tags[i + 2] == tag
                 # The slot may have changed hands in between: then it belongs to one that has just started.
                 if self._tags[i] == tag:
-                    found.append(Running(tag, started_at))
+                    found.append(Running(tag, started_at, is_struck))
         return found
 
     def add_unsent(self, index: int, tag: int) -> None:

@@ -337,20 +337,14 @@ class Supervisor:
         self._lament(running)
         for flight in reversed(queued):
             # Whom its worker has killed did not die of what it had not begun.
-            flight.aboard += not death.late
+            flight.aboard += not (death.late or death.held_up)
             if flight.is_hopeless:
                 self._lament([flight])
                 self.drop(flight)
             else:
                 self._wait_again(flight)
-        if death.late:
-            for flight in running:
-                if flight.settled:
-                    self.drop(flight)
-                elif flight.tag in death.late:
-                    self._charge_late(flight)
-                else:
-                    self._wait_again(flight)
+        if death.late or death.held_up:
+            self._examine_late(running, death)
             return
         if not running:
             return
@@ -374,11 +368,35 @@ class Supervisor:
                 extra={"action": "suspects"},
             )
 
+    def _examine_late(self, running: Sequence[Flight], death: Died) -> None:
+        """Charge those that have not heeded their time limits, and find out who has held up those that could not."""
+        suspects = []
+        for flight in running:
+            if flight.settled:
+                self.drop(flight)
+            elif flight.tag in death.late or (death.held_up and len(running) == 1):
+                self._charge_late(flight)
+            elif death.held_up:
+                # Each runs alone next; only the one that is late again is charged, for both times.
+                flight.held_up += 1
+                suspects.append(flight)
+                self._wait_again(flight)
+            else:
+                self._wait_again(flight)
+        if suspects:
+            logger.warning(
+                "one of %d messages has kept the others from running, past a time limit: %s; each runs alone now, to "
+                "find the one that does it",
+                len(suspects),
+                ", ".join(flight.delivery.id for flight in suspects),
+                extra={"action": "held_up"},
+            )
+
     def _charge_late(self, flight: Flight) -> None:
         consumer, policy = self._rules(flight)
         delivery = flight.delivery
-        outcome = timeout_outcome(consumer, policy, attempts=delivery.attempts, crashes=delivery.crashes)
-        self._settle(flight, outcome)
+        attempts = delivery.attempts + flight.held_up
+        self._settle(flight, timeout_outcome(consumer, policy, attempts=attempts, crashes=delivery.crashes))
 
     def _charge_crash(self, flight: Flight, death: Died, *, has_begun: bool) -> None:
         _, policy = self._rules(flight)

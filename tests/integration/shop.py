@@ -102,6 +102,20 @@ async def handle_async(payload):
     note("done", payload)
 
 
+@app.consumer(QUEUE + "-async-limited", max_attempts=2, timeout=0.5, retry=kq.Backoff(initial=0.05, jitter="none"))
+async def handle_async_limited(payload):
+    """Wait, or block everybody else who does."""
+    note("started", payload)
+    await asyncio.sleep(payload.get("seconds", 0))
+    if payload.get("do") == "block":
+        _block()
+    note("done", payload)
+
+
+def _block():
+    time.sleep(600)
+
+
 def _nested():
     value = []
     for _ in range(10**6):

@@ -692,6 +692,29 @@ def test_all_that_are_late_are_charged(local_shop: Shop) -> None:
     assert len(shop.history("started")) == 6
 
 
+@pytest.mark.parametrize(("queue", "guilty"), [("-async-limited", "block"), ("-limited", "hold")])
+def test_who_keeps_the_others_from_running_is_charged_alone(local_shop: Shop, queue: str, guilty: str) -> None:
+    """By a blocked event loop, or a lock that all threads need: the limits of all pass, and one of them is late."""
+    shop = local_shop
+    queue = shop.queue + queue
+    shop.app.publish_many(queue, [{"n": n, "seconds": 0.01} for n in range(3)])
+    shop.app.publish(queue, {"n": "guilty", "do": guilty, "seconds": 0.05})
+    shop.app.publish_many(queue, [{"n": n, "seconds": 0.3} for n in range(3, 6)])
+    shop.worker("-p", "1", "-c", "8")
+
+    (letter,) = wait_for(lambda: shop.app.dead(queue).list(), "the dead letter")
+    wait_for(lambda: shop.app.info(queue).message_count == 0, "the others")
+
+    assert (letter.payload["n"], letter.reason, letter.error_kind) == ("guilty", "max_attempts", "TIMEOUT")
+    done = shop.history("done")
+    # One that had just ended, and could not say so any more, has run again.
+    assert {line["n"] for line in done} == set(range(6))
+    assert {line["attempt"] for line in done} == {1}
+    assert len(shop.app.dead(queue).list()) == 1
+    # The first time in company, then alone.
+    assert len(shop.history("started", "guilty")) <= 3
+
+
 def test_a_child_whose_thread_has_broken_is_replaced(shop: Shop) -> None:
     """Where a thread cannot go on its process ends, and what it held runs elsewhere: nothing waits for ever."""
     shop.worker("-p", "1", "-c", "2")

@@ -52,7 +52,7 @@ death = ended(fork)
 print(death.exit_code, death.peak_memory > 0, fork.slots.running())
 fork.close()
 """)
-    assert lines == ["before", "True", "0 True [Running(tag=7, started_at=1.5)]"]
+    assert lines == ["before", "True", "0 True [Running(tag=7, started_at=1.5, is_struck=False)]"]
 
 
 def test_a_fork_reads_nothing_and_gets_the_signals_of_its_own() -> None:

@@ -97,3 +97,17 @@ def test_slots_are_independent(writes: list[tuple[int, int]]) -> None:
         expected[slot] = tag
     assert table.running() == [Running(tag, float(slot)) for slot, tag in enumerate(expected) if tag]
     table.close()
+
+
+def test_a_strike_is_the_job_s(make: Make) -> None:
+    """What has the slot next has not been struck, and may be given more time."""
+    table = make(2)
+    table.enter(1, 5, 1.0)
+    table.strike(1, 5)
+    assert table.running() == [Running(5, 1.0, True)]
+    table.leave(1)
+    table.enter(1, 6, 2.0)
+    table.postpone(1, 0.5)
+    assert table.running() == [Running(6, 2.5, False)]
+    table.strike(1, 5)
+    assert table.running() == [Running(6, 2.5, False)]
