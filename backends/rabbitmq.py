@@ -100,7 +100,7 @@ class RabbitBackend:
                 _declare(link, queue.id, arguments)
             except PreconditionFailed as error:
                 text = str(error.reply_text)
-                if exact and DELIVERY_LIMIT in text and not _names_limit(queue):
+                if exact and _is_about_limit(text) and not _names_limit(queue):
                     # One that was made by somebody else, or by kq before it named a limit, is one as well.
                     text = _difference_but_for_limit(link, queue.id, arguments)
                 if exact and text:
@@ -399,8 +399,12 @@ def _difference_but_for_limit(link: Link, queue: str, arguments: Mapping[str, An
         _declare(link, queue, {name: value for name, value in arguments.items() if name != DELIVERY_LIMIT})
     except PreconditionFailed as error:
         # It names the first difference only: a limit of somebody's own is no matter either.
-        return "" if DELIVERY_LIMIT in (text := str(error.reply_text)) else text
+        return "" if _is_about_limit(text := str(error.reply_text)) else text
     return ""
+
+
+def _is_about_limit(text: str) -> bool:
+    return f"inequivalent arg '{DELIVERY_LIMIT}'" in text
 
 
 def _difference(queue: QueueSpec, text: str) -> str:

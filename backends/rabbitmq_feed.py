@@ -51,6 +51,8 @@ logger = logging.getLogger("kq.worker")
 _TICK: Final = 1.0
 #: Seconds within which a message counts as due.
 _DUE: Final = 0.001
+#: Seconds before what could not be sent on is tried again where there is nothing else to do.
+_AGAIN: Final = 0.1
 #: Seconds that a message waits outside a full queue before it comes back to it. Where there is no room then either,
 #: RabbitMQ does not try again for three minutes (its `dead_letter_worker_publisher_confirm_timeout`).
 _ASIDE: Final = 1.0
@@ -152,8 +154,8 @@ class RabbitFeed:
         failed: list[tuple[Settlement, Error]] = []
         if copies:
             # The new copy is confirmed before the old one goes: both exist for a moment, never neither.
-            errors = self._publish_copies([(s.delivery.queue, copy) for s, copy in copies])
-            for (settlement, copy), error in zip(copies, errors, strict=True):
+            results = self._publish_copies([(s.delivery.queue, copy) for s, copy in copies])
+            for (settlement, _), (copy, error) in zip(copies, results, strict=True):
                 if error is not None:
                     self._note_way(settlement.delivery, settlement.outcome, copy)
                     failed.append((settlement, error))
@@ -176,9 +178,14 @@ class RabbitFeed:
             self._held_of[settlement.delivery.queue] -= 1
         return Settling(late, failed)
 
-    def _publish_copies(self, copies: Sequence[tuple[str, Publication]]) -> list[Error | None]:
-        """Publish what takes the place of deliveries, each of a queue, and once more what can be helped."""
-        errors = self._courier.publish([copy for _, copy in copies])
+    def _publish_copies(self, copies: Sequence[tuple[str, Publication]]) -> list[tuple[Publication, Error | None]]:
+        """Publish what takes the place of deliveries, each of a queue, and once more what can be helped.
+
+        Returns:
+            What was sent in the end, and how that went.
+        """
+        sent = [copy for _, copy in copies]
+        errors = self._courier.publish(sent)
         again: dict[int, Publication] = {}
         declared: dict[str, Error | None] = {}
         for index, (queue, copy) in enumerate(copies):
@@ -197,8 +204,8 @@ class RabbitFeed:
                 again[index] = Publication(copy.queue, copy.envelope, _ASIDE)
         if again:
             for index, error in zip(again, self._courier.publish(list(again.values())), strict=True):
-                errors[index] = error
-        return errors
+                sent[index], errors[index] = again[index], error
+        return list(zip(sent, errors, strict=True))
 
     def _declared(self, queue: QueueSpec) -> Error | None:
         try:
@@ -230,8 +237,14 @@ class RabbitFeed:
         for settlement, _ in settling.failed:
             # Not taken now, by a broker that is blocked, say. Handed over as soon as somebody wants it, or tried again.
             delivery = settlement.delivery
-            if self._is_ours(delivery):
-                self._held_of[delivery.queue] -= 1
+            if not self._is_ours(delivery):
+                continue
+            self._held_of[delivery.queue] -= 1
+            if delivery.receipt.copy is not None:
+                # It has been sent on, as far as we are concerned: who ran it now would run it twice.
+                self._note_way(delivery, None, delivery.receipt.copy[1])
+                self._onward.append(delivery)
+            else:
                 self._arrivals.add(delivery.receipt.tag, delivery)
 
     def due_in(self) -> float | None:
@@ -242,8 +255,11 @@ class RabbitFeed:
             # have left the queue and not yet been sent. It is sent before whatever is asked next is answered.
             waiting = self._count(link) or self._count(link)
             link.drain_all()
-        if waiting or self._arrivals or self._onward or self._done_before:
+        if waiting or self._arrivals or self._done_before:
             return 0.0
+        if self._onward:
+            # Which cannot be sent on now.
+            return _AGAIN
         soonest = self._soonest()
         return None if soonest is None else max(0.02, soonest)
 
@@ -346,6 +362,8 @@ class RabbitFeed:
         # Those that came first run, and are to be remembered if not all can be.
         for tag, delivery in reversed(self._outstanding.items()):
             delivery.lost = True
+            if delivery.receipt.copy is not None:
+                self._courier.forget(delivery.receipt.copy[1])
             if not self._closed:
                 self._recollection.went_back(delivery.queue, delivery.id)
                 if not delivery.receipt.is_named:
@@ -513,10 +531,12 @@ class RabbitFeed:
     def _on_its_way(self, delivery: Delivery, outcome: Outcome | None) -> Publication | None:
         """Return what the courier may still have on its way to take a delivery's place: it is not to be made anew."""
         receipt: Receipt = delivery.receipt
-        return receipt.copy[1] if receipt.copy is not None and receipt.copy[0] is outcome else None
+        return receipt.copy[1] if receipt.copy is not None and receipt.copy[0] == outcome else None
 
     def _note_way(self, delivery: Delivery, outcome: Outcome | None, copy: Publication) -> None:
         receipt: Receipt = delivery.receipt
+        if receipt.copy is not None and receipt.copy[1] is not copy:
+            self._courier.forget(receipt.copy[1])
         receipt.copy = (outcome, copy) if self._courier.holds(copy) else None
 
     def _replacement(self, delivery: Delivery, outcome: Outcome) -> Publication:
@@ -581,11 +601,11 @@ class RabbitFeed:
             return
         onward, self._onward = self._onward, []
         copies = [self._on_its_way(delivery, None) or self._further(delivery) for delivery in onward]
-        results = self._publish_copies(list(zip((delivery.queue for delivery in onward), copies, strict=True)))
+        results = self._publish_copies([(delivery.queue, copy) for delivery, copy in zip(onward, copies, strict=True)])
         with self._guard:
             link = self._connected()
             sent = set()
-            for delivery, copy, error in zip(onward, copies, results, strict=True):
+            for delivery, (copy, error) in zip(onward, results, strict=True):
                 if not self._is_ours(delivery):
                     continue
                 if error is None:

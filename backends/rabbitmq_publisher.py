@@ -94,6 +94,10 @@ class Publisher:
         """Tell whether the message is among them that stands for this."""
         return id(stands_for) in self._late
 
+    def forget(self, stands_for: object) -> None:
+        """Wait no more for the message that stands for this."""
+        self._late.pop(id(stands_for), None)
+
     def send(self, batch: Sequence[Outgoing], deadline: float) -> list[Internal | None]:
         """Send messages and return each one's answer: None if it is stored, else why not.
 

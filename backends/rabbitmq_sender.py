@@ -180,6 +180,11 @@ class Courier:
         """Tell whether a message that was not confirmed is waited for, if this very object is published again."""
         return self._lane is not None and self._lane.publisher.awaits_one(publication)
 
+    def forget(self, publication: Publication) -> None:
+        """Wait no more for a message, which nobody will publish again."""
+        if self._lane is not None:
+            self._lane.publisher.forget(publication)
+
     def take(self) -> Lane | None:
         """Return the connection that was kept, if there is one."""
         lane, self._lane = self._lane, None

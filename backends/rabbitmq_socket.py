@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EBADF
 from struct import Struct
 from time import monotonic
@@ -78,6 +78,9 @@ class ReadsInTime:
                 yield
             finally:
                 self._limits = None
+                # The time it had before may be this very one: then nobody takes it back.
+                with suppress(OSError, AttributeError):
+                    self.sock.settimeout(most)
 
     @property
     def has_frame(self) -> bool:

@@ -63,11 +63,22 @@ class Caller:
     def run_all(self, name: str, calls: Sequence[Call]) -> list[Any]:
         """Run a script several times in one round trip; an answer may be an error."""
         script = SCRIPTS[name]
-        answers = self.lines.ask(script.by_name.pieces((len(keys), *keys, *rest) for keys, rest in calls), len(calls))
-        for i, answer in enumerate(answers):
-            if _is_unknown(answer):
-                keys, rest = calls[i]
-                (answers[i],) = self.lines.ask(script.whole.pieces([(len(keys), *keys, *rest)]))
+        items = [(len(keys), *keys, *rest) for keys, rest in calls]
+        if not items:
+            return []
+        answers = self.lines.ask(script.by_name.pieces(items), len(items))
+        unknown = [i for i, answer in enumerate(answers) if _is_unknown(answer)]
+        if len(unknown) > 1:
+            # By one of them the server learns the script, by whose name the others are run, in one more round trip.
+            first, *rest = unknown
+            (answers[first],) = self.lines.ask(script.whole.pieces([items[first]]))
+            for i, answer in zip(
+                rest, self.lines.ask(script.by_name.pieces(items[i] for i in rest), len(rest)), strict=True
+            ):
+                answers[i] = answer
+            unknown = [i for i in rest if _is_unknown(answers[i])]
+        for i in unknown:
+            (answers[i],) = self.lines.ask(script.whole.pieces([items[i]]))
         return answers
 
 

@@ -122,7 +122,7 @@ class SQLiteStore(Near):
 
     def ping(self) -> None:
         """See `Store.ping`."""
-        with self._lock, self._errors:
+        with self._errors, self._turn(self._timeout):
             self._connect()
 
     def warnings(self) -> list[str]:
@@ -554,18 +554,24 @@ class SQLiteStore(Near):
     def _turn(self, patience: float) -> Iterator[float]:
         """Have the connection for this thread alone, and yield how many seconds are left of ``patience``."""
         # Another one after a fork in the middle of it.
-        lock = self._lock
-        left = patience
-        if not lock.acquire(blocking=False):
-            until = monotonic() + patience
-            if not lock.acquire(timeout=patience):
+        lock: Any = self._lock
+        was_ours = lock._is_owned()
+        has_it = False
+        try:
+            has_it = lock.acquire(blocking=False)
+            left = patience
+            if not has_it:
+                until = monotonic() + patience
+                has_it = lock.acquire(timeout=patience)
+                left = max(0.0, until - monotonic())
+            if not has_it:
                 text = f"{self._path}: another thread of this process has been busy there for {patience:g} s"
                 raise BrokerAway(text, details={"reason": "timeout"})
-            left = max(0.0, until - monotonic())
-        try:
             yield left
         finally:
-            lock.release()
+            # A signal's handler may raise before we could note that we have it.
+            if has_it or (not was_ours and lock._is_owned()):
+                lock.release()
 
     def _see_that_it_is_there(self) -> None:
         """Refuse a file that somebody has deleted or replaced: nobody else would see what we store."""

@@ -200,10 +200,11 @@ class _LeaseKeeper(Thread):
                 held.setdefault(queue, []).append((lease.id, lease.token))
             for queue, _, _ in list(channel.consumers.values()):
                 held.setdefault(queue, [])
-        # What is out of reach, or order, for now: there are two more tries before a lease runs out.
-        with suppress(Error):
-            transport.store.renew(held, transport.lease, transport.consumer)
-            transport.is_away = False
+        if held:
+            # What is out of reach, or order, for now: there are two more tries before a lease runs out.
+            with suppress(Error):
+                transport.store.renew(held, transport.lease, transport.consumer)
+                transport.is_away = False
         return True
 
 

@@ -104,6 +104,8 @@ class Fetcher(Thread):
         self._is_patient = True
         #: Whether somebody has said something since the last look.
         self._news = False
+        #: Whether the broker took none of what was to be settled last, and may soon.
+        self._is_blocked = False
         self._feed: Feed | None = None
         self._waiting = False
         self._stopping = Event()
@@ -296,6 +298,7 @@ class Fetcher(Thread):
 
     def _note(self, settling: Settling, waits: Mapping[int, float]) -> None:
         """Put off what could not be carried out, and say what came too late."""
+        self._is_blocked |= any(error.details.get("reason") == "blocked" for _, error in settling.failed)
         for settlement, error in settling.failed:
             self._put_off(settlement, error, waits.get(id(settlement), _SETTLE_AGAIN[0]))
         for settlement in settling.late:
@@ -466,17 +469,21 @@ class Fetcher(Thread):
         feed = self._feed
         if feed is None:
             return
-        self._failed = [(0.0, wait, settlement) for _, wait, settlement in self._failed]
         try:
             self._settle_last(feed)
         finally:
             feed.close()
 
     def _settle_last(self, feed: Feed) -> None:
-        """Settle what has been handed in; where the broker is away, again as long as there is time."""
+        """Settle what has been handed in; where the broker is away or blocked, again as long as there is time."""
         while True:
+            self._failed = [(0.0, wait, settlement) for _, wait, settlement in self._failed]
+            self._is_blocked = False
             try:
                 self._settle(feed)
+                if self._is_blocked and monotonic() + _LAST_AGAIN < self._end_by:
+                    sleep(_LAST_AGAIN)
+                    continue
             except Error as error:
                 if _is_away(error) and monotonic() + _LAST_AGAIN < self._end_by:
                     sleep(_LAST_AGAIN)

@@ -20,6 +20,7 @@ import kq
 from kq import clock, errors
 from kq.backend import Delivery, QueueSpec, Settlement
 from kq.backends.rabbitmq_feed import RabbitFeed
+from kq.backends.redis_error import Refusal
 from kq.backends.sqlite import SQLiteStore
 from kq.backends.store import BrokerAway, Entry
 from kq.config import Settings
@@ -887,3 +888,35 @@ def test_many_queues_are_renewed_in_one_transaction(bench: Bench) -> None:
     feed.renew()
     db.set_trace_callback(None)
     assert len(begun) == 1
+
+
+@ON_STORES
+def test_nothing_to_renew_is_nothing_to_do(bench: Bench) -> None:
+    """As where a plain Kombu program has settled all that it had, and consumes nothing."""
+    feed: Any = bench.feed()
+    assert feed._store.renew({}, 1000, "consumer") == {}
+    feed._store.leave([], "consumer")
+
+
+@ON_REDIS
+def test_a_script_that_is_forgotten_is_sent_once(bench: Bench) -> None:
+    """However many calls of it are made together: as after a failover, when leases have waited long enough."""
+    feed: Any = bench.feed()
+    lines, asked = feed._store._lines, []
+    ask = lines.ask
+
+    class Forgetful:
+        """The server's answers, but that it has forgotten the script."""
+
+        def ask(self, commands: Sequence[bytes], number: int = 1) -> list[Any]:
+            asked.append(b"".join(commands))
+            if len(asked) == 1:
+                return [Refusal("NOSCRIPT No matching script. Please use EVAL.")] * number
+            return list(ask(commands, number))
+
+    queues = [bench.queue.id, *(bench.broker.queue_id(f"q{n}") for n in range(5))]
+    feed._store._caller.lines = Forgetful()
+    renewed = feed._store.renew({queue: [("gone", 1)] for queue in queues}, 1000, "consumer")
+    assert renewed == {queue: [False] for queue in queues}
+    assert len(asked) == 3
+    assert [b"EVAL\r\n" in commands for commands in asked] == [False, True, False]

@@ -267,3 +267,34 @@ def test_what_an_alarm_held_up_is_told_as_it_ended(bench: Bench) -> None:
             feed.close()
     assert [letter.id for letter in bench.backend.browse(bench.dead, 10, 0)] == ["a"]
     assert bench.backend.info(bench.queue).ready == 0
+
+
+@ON_RABBITMQ
+def test_what_an_alarm_holds_up_is_not_given_back_again(bench: Bench) -> None:
+    """What waits here unasked for goes back by a copy where returns are counted: by one, however often it is tried."""
+    queue = bench.declare("classic", options={"amqp": {"queue_type": "classic"}})
+    with closing(Proxy(AMQP_URL)) as proxy, closing(open_backend(Settings(broker=proxy.url), "test")) as backend:
+        feed = backend.feed([queue], 100)
+        assert isinstance(feed, RabbitFeed)
+        try:
+            assert feed.fetch(3, {}) == []
+            bench.publish(*(bench.message(f"m-{n}", queue=queue) for n in range(3)))
+            until = monotonic() + 15.0
+            while len(feed._outstanding) < 3 and monotonic() < until:
+                feed.wait(0.1)
+            (delivery,) = feed.fetch(1, {})
+            assert len(feed._outstanding) == 3
+            proxy.raise_alarm()
+            for _ in range(3):
+                feed.put_back()
+            # On their way: nobody is to run them here.
+            assert feed.fetch(10, {}) == []
+            proxy.end_alarm()
+            while len(feed._outstanding) > 1 and monotonic() < until:
+                feed.fetch(0, {})
+            assert feed.settle([Settlement(delivery, DONE)]) == ([], [])
+            again = bench.take(feed, 3, within=2.0)
+            assert sorted(one.id for one in again) == sorted({"m-0", "m-1", "m-2"} - {delivery.id})
+            assert feed._courier._lane is None
+        finally:
+            feed.close()

@@ -13,7 +13,7 @@ import pytest
 
 import kq
 from kq import errors
-from kq.backend import Backend, Delivery, Feed, Settlement
+from kq.backend import Backend, Delivery, Feed, Settlement, Settling
 from kq.config import Settings
 from kq.driver import Driver
 from kq.fetcher import Fetcher
@@ -102,6 +102,33 @@ def test_who_has_nothing_to_settle_says_so(monkeypatch: pytest.MonkeyPatch, erro
     fetcher.when_settled(settled.set)
     with running(fetcher, backend):
         assert settled.wait(20)
+
+
+def test_a_blocked_broker_is_asked_again_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has not taken yet it may have on its way, and gives to others as well where nobody waits for it."""
+    url, app, backend, feed = one_message(monkeypatch)
+    arrived: Queue[Delivery] = Queue()
+    tries = []
+    settle = feed.settle
+
+    def block(settlements: Any) -> Any:
+        tries.append(len(settlements))
+        if len(tries) < 4:
+            blocked = errors.Internal("it takes nothing now", details={"reason": "blocked"})
+            return Settling([], [(settlement, blocked) for settlement in settlements])
+        return settle(settlements)
+
+    monkeypatch.setattr(feed, "settle", block)
+    fetcher = Fetcher(
+        backend, [default_spec("app:a")], driver=Driver(url), prefetch=10, lease=600,
+        on_deliveries=lambda deliveries: arrived.put(deliveries[0]),
+    )  # fmt: skip
+    with running(fetcher, backend):
+        delivery = arrived.get(timeout=20)
+        fetcher.settle([Settlement(delivery, DONE)])
+        assert fetcher.stop(20.0)
+        assert tries == [1] * 4
+        assert app.info("app:a").message_count == 0
 
 
 @pytest.mark.parametrize("patient", [True, False])

@@ -237,3 +237,15 @@ def test_reads_share_a_time(connected: tuple[_Socket, socket.socket]) -> None:
         other.join()
     assert monotonic() - began < 2.0
     assert transport.sock.gettimeout() == before
+
+
+def test_the_time_of_all_reads_is_taken_back(ends: tuple[socket.socket, socket.socket]) -> None:
+    """Also where each of them had as long before, as on an encrypted connection."""
+    ours, _ = ends
+    transport = _Socket("127.0.0.1:1", connect_timeout=1.0, read_timeout=1.0, write_timeout=1.0)
+    transport.sock = ours
+    transport._quick_recv = ours.recv
+    ours.settimeout(5.0)
+    with pytest.raises(TimeoutError), transport.having_limits(monotonic() + 0.05, 5.0):
+        transport.read()
+    assert ours.gettimeout() == 5.0
