@@ -42,7 +42,7 @@ class Shop:
         self.broker = broker
         self.folder = folder
         self.queue = broker.queue_id("work")
-        broker.used += [self.queue + suffix for suffix in ("-limited", "-async", "-once")]
+        broker.used += [self.queue + suffix for suffix in ("-limited", "-async", "-async-limited", "-once")]
         self.history_file = folder / "history"
         self.history_file.touch()
         shutil.copy(Path(__file__).with_name("shop.py"), folder / "shop.py")
