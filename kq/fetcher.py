@@ -163,7 +163,7 @@ class Fetcher(Thread):
         self._wake()
 
     def when_settled(self, call: Callable[[], None], *, patient: bool = True) -> None:
-        """Have ``call`` called in this thread, once, when nothing more is wanted and all that was is carried out.
+        """Have ``call`` called, once, when nothing more is wanted and all that was is carried out; at once, or here.
 
         Or put off, where the broker does not take it now.
 
@@ -171,6 +171,10 @@ class Fetcher(Thread):
             call: What to call.
             patient: Whether to wait for a broker that is away, or refuses everything, to take what is settled.
         """
+        if not patient and self.error is not None and not self._wanted:
+            # It is not even asked for a while.
+            call()
+            return
         with self._lock:
             self._on_settled, self._is_patient = call, patient
             self._news = True

@@ -30,7 +30,7 @@ class ChildProcess(Place):
     watched: bool = True
     #: Whom it has been killed for; see `Died`.
     late: frozenset[int] = frozenset()
-    held_up: bool = False
+    held_up: frozenset[int] = frozenset()
     #: Why its worker has killed it; empty where it has not.
     killed_because: str = ""
     #: When it is killed, if it has not ended by then; None for never.

@@ -191,7 +191,7 @@ class EventLoop(Thread):
             self._executor.run_async(run),
             seconds,
             on_strike=lambda: self._slots.strike(slot, tag),
-            on_lost=lambda lost: self._slots.postpone(slot, lost),
+            on_moved=lambda moved: self._slots.postpone(slot, moved),
         )
         try:
             outcome = await limit
@@ -230,7 +230,7 @@ def _stack(task: asyncio.Task[Any]) -> traceback.StackSummary:
         if frame is not None:
             frames.append(frame)
         if frame is not None and frame.f_code is TimeLimit.__await__.__code__:
-            waits_for = frame.f_locals["coroutine"]
+            waits_for = frame.f_locals.get("coroutine")
         else:
             waits_for = getattr(waits_for, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
     return traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames)

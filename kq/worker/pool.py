@@ -48,8 +48,8 @@ class Died(msgspec.Struct, frozen=True):
         running: Tags of the jobs that had started.
         queued: Tags of those that had not.
         late: The tags of those that ran past their time limit and did not heed it, where it was killed for that.
-        held_up: Whether it was killed for one that ran past its limit and could not be told so: it may have been kept
-            from running by another one.
+        held_up: The tags of those that could not be told so, likewise: they may have been kept from running by another
+            one.
     """
 
     place: Place
@@ -58,7 +58,7 @@ class Died(msgspec.Struct, frozen=True):
     running: list[int]
     queued: list[int]
     late: frozenset[int] = frozenset()
-    held_up: bool = False
+    held_up: frozenset[int] = frozenset()
 
 
 Event = Finished | Returned | Died

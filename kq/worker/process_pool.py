@@ -457,7 +457,9 @@ class ProcessPool:
             if any(seconds > KILL_AFTER for seconds in overdue.values()):
                 # Others that are late as well are charged as well, and do not get another turn for it.
                 child.late = frozenset(slot.tag for slot, over in overdue.items() if over > 0 and slot.is_struck)
-                child.held_up = any(over > KILL_AFTER and not slot.is_struck for slot, over in overdue.items())
+                child.held_up = frozenset(
+                    slot.tag for slot, over in overdue.items() if over > KILL_AFTER and not slot.is_struck
+                )
                 child.kill(f"a handler went on {KILL_AFTER:g} s beyond its time limit")
 
     def _patience(self, timeout: float) -> float:
@@ -479,7 +481,8 @@ class ProcessPool:
                     # One that has been killed for it is waited for.
                     limit = None if child.late or child.held_up else self._timeout_of(slot.tag)
                     if limit is not None:
-                        timeout = min(timeout, max(0.0, slot.started_at + limit + KILL_AFTER + 0.01 - now))
+                        kill_at = max(slot.started_at + limit, self._steady_since) + KILL_AFTER + 0.01
+                        timeout = min(timeout, max(0.0, kill_at - now))
                 if child.tags:
                     # One that starts while we sleep is looked at in time as well.
                     timeout = min(timeout, KILL_AFTER / 4)

@@ -319,7 +319,7 @@ class _HandlerThread(Thread):
                 if timeout is not None:
                     with self._shield.lock:
                         # Its limit has struck, or is due, whatever the handler has made of it.
-                        is_late = self._deadline is None
+                        is_late = self._deadline is None or monotonic() > self._deadline
                         self._deadline = None
                         self._shield.is_due = False
             return self._executor.timed_out(run) if is_late else outcome

@@ -374,10 +374,10 @@ class Supervisor:
         for flight in running:
             if flight.settled:
                 self.drop(flight)
-            elif flight.tag in death.late or (death.held_up and len(running) == 1):
+            elif flight.tag in death.late or (flight.tag in death.held_up and len(running) == 1):
                 self._charge_late(flight)
-            elif death.held_up:
-                # Each runs alone next; only the one that is late again is charged, for both times.
+            elif death.held_up and len(running) > 1:
+                # Each runs alone next; only the one that is killed again is charged, for both times.
                 flight.held_up += 1
                 suspects.append(flight)
                 self._wait_again(flight)
@@ -526,7 +526,7 @@ class Supervisor:
         assert self._intake is not None
         self._intake.hold(0)
         for flight in self._dispatcher.take_all():
-            if flight.settled or flight.suspected or flight.is_near_deaths:
+            if flight.settled or flight.suspected or flight.held_up or flight.is_near_deaths:
                 # Or what may have taken the last process with it: it runs alone next, or nobody would ever be charged.
                 self._dispatcher.put(flight, front=False)
             else:

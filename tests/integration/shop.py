@@ -75,6 +75,7 @@ def handle(payload):
 def handle_limited(payload):
     """Hold the interpreter, so that nothing inside the process can stop it."""
     note("started", payload)
+    time.sleep(payload.get("seconds", 0))
     if payload.get("do") == "block":
         # Lets go of the interpreter, and no exception reaches it.
         ctypes.CDLL(None).sleep(600)

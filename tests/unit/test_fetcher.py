@@ -17,6 +17,7 @@ from kq.backend import Backend, Delivery, Feed, Settlement, Settling
 from kq.config import Settings
 from kq.driver import Driver
 from kq.fetcher import Fetcher
+from kq.intake import Intake
 from kq.outcome import DONE
 from kq.queue_spec import default_spec
 from kq.scheme import open_backend
@@ -129,6 +130,30 @@ def test_a_blocked_broker_is_asked_again_before_the_end(monkeypatch: pytest.Monk
         assert fetcher.stop(20.0)
         assert tries == [1] * 4
         assert app.info("app:a").message_count == 0
+
+
+def test_two_brokers_are_asked_with_different_patience() -> None:
+    """The one that has the message's queue is waited for, whatever happens; any other one as long as it answers."""
+    backend = open_backend(Settings(broker=f"memory://{uuid4().hex}"), "test")
+    asked: dict[str, bool] = {}
+
+    class Asked(Fetcher):
+        def when_settled(self, call: Callable[[], None], *, patient: bool = True) -> None:
+            asked[self._queues[0].id] = patient
+            call()
+
+    fetchers = {
+        queue: Asked(
+            backend, [default_spec(queue)], driver=Driver("memory://"), prefetch=1, lease=600,
+            on_deliveries=lambda deliveries: None,
+        )
+        for queue in ("app:a", "app:b")
+    }  # fmt: skip
+    settled = Event()
+    Intake(fetchers).when_settled("app:b", settled.set)
+    assert settled.is_set()
+    assert asked == {"app:a": False, "app:b": True}
+    backend.close()
 
 
 @pytest.mark.parametrize("patient", [True, False])

@@ -9,12 +9,13 @@ from uuid import uuid4
 import pytest
 
 import kq
+from kq import errors
 from kq.backend import Delivery, QueueSpec
 from kq.driver import Driver
 from kq.executor import Job
 from kq.fetcher import Fetcher
 from kq.intake import Intake
-from kq.outcome import DONE, Death
+from kq.outcome import DONE, Death, Outcome
 from kq.router import Consumer
 from kq.worker.pool import Died, Finished, Place, Returned
 from kq.worker.pool import Event as PoolEvent
@@ -122,7 +123,7 @@ def at_work(pool: Watched, count: int, max_deliveries: int = 20) -> Iterator[tup
     url = f"memory://{uuid4().hex}"
     arrived = Semaphore(0)
     with kq.App("supervisor", broker=url) as app:
-        consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload)
+        consumer = Consumer(name="handle", queue="app:q", handler=lambda payload: payload, timeout=1.0)
         supervisor = Supervisor(
             pool,
             consumers={"app:q": (consumer,)},
@@ -149,9 +150,14 @@ def at_work(pool: Watched, count: int, max_deliveries: int = 20) -> Iterator[tup
         yield app, supervisor, fetcher
 
 
-def died(place: Place, *, running: Sequence[int] = (), queued: Sequence[int] = ()) -> Died:
+def died(
+    place: Place, *, running: Sequence[int] = (), queued: Sequence[int] = (), late: Sequence[int] = (),
+    held_up: Sequence[int] = (),
+) -> Died:  # fmt: skip
     """The death of a place's process."""
-    return Died(place, Death(exit_signal=9), "was killed", list(running), list(queued))
+    return Died(
+        place, Death(exit_signal=9), "was killed", list(running), list(queued), frozenset(late), frozenset(held_up)
+    )
 
 
 def settled(fetcher: Fetcher) -> None:
@@ -161,13 +167,62 @@ def settled(fetcher: Fetcher) -> None:
     assert known.wait(20)
 
 
-def test_without_children_only_suspects_are_kept() -> None:
+@pytest.mark.parametrize(
+    ("running", "late", "held_up", "charged", "alone"),
+    [
+        # One of three has held up the others.
+        ((0, 1, 2), (), (0, 1), (), (0, 1, 2)),
+        # Who did not heed its limit has, whoever else was there.
+        ((0, 1, 2), (0,), (), (0,), ()),
+        ((0, 1, 2), (0,), (1,), (0,), (1, 2)),
+        # Nobody else can have done it.
+        ((0,), (), (0,), (0,), ()),
+        # Whoever was late has ended in the last moment.
+        ((1,), (), (0,), (), ()),
+    ],
+)
+def test_who_is_charged_for_a_time_limit(
+    running: Sequence[int], late: Sequence[int], held_up: Sequence[int], charged: Sequence[int], alone: Sequence[int]
+) -> None:
+    """Those that were told; and of those that could not be told who is killed again, alone, for both times."""
+    pool = Watched(1, window=3)
+    with at_work(pool, 3) as (_, supervisor, fetcher):
+        (place,) = pool.places
+        tags = sorted(place.tags)
+        flights = [supervisor._flights[tag] for tag in tags]
+        notes: list[tuple[int, Outcome]] = []
+        supervisor._note = lambda flight, outcome: notes.append((tags.index(flight.tag), outcome))  # type: ignore[method-assign]
+
+        def die(running: Sequence[int], late: Sequence[int], held_up: Sequence[int]) -> None:
+            tagged = [[tags[n] for n in which] for which in (running, late, held_up)]
+            queued = [tag for tag in place.tags if tag not in tagged[0]]
+            pool.events = [died(place, running=tagged[0], queued=queued, late=tagged[1], held_up=tagged[2])]
+            place.tags.clear()
+            supervisor.turn(0.0)
+
+        die(running, late, held_up)
+        assert [(n, outcome.attempts, outcome.failure.kind) for n, outcome in notes if outcome.failure] == [
+            (n, 1, errors.TIMEOUT) for n in charged
+        ]
+        assert [n for n, flight in enumerate(flights) if flight.alone] == list(alone)
+        assert not any(flight.aboard for flight in flights)
+        if len(alone) == 3:
+            notes.clear()
+            (guilty,) = place.tags
+            n = tags.index(guilty)
+            die((n,), (), (n,))
+            assert [(n, outcome.attempts) for n, outcome in notes] == [(n, 2)]
+        assert fetcher.stop(20)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_without_children_only_suspects_are_kept(is_late: bool) -> None:
     """Others may have places for the rest; but whoever gave a suspect back would never know who was guilty."""
     pool = Watched(1, window=2)
     with at_work(pool, 3) as (app, supervisor, fetcher):
         (place,) = pool.places
         assert len(place.tags) == 2
-        pool.events = [died(place, running=list(place.tags))]
+        pool.events = [died(place, running=list(place.tags), held_up=list(place.tags) if is_late else ())]
         place.ready, pool.is_stuck = False, True
         supervisor.turn(0.0)
         settled(fetcher)
