@@ -163,9 +163,9 @@ class Fetcher(Thread):
         self._wake()
 
     def when_settled(self, call: Callable[[], None], *, patient: bool = True) -> None:
-        """Have ``call`` called, once, when nothing more is wanted and all that was is carried out; at once, or here.
+        """Have ``call`` called, once, when nothing more is wanted and all that was is carried out.
 
-        Or put off, where the broker does not take it now.
+        Or put off, where the broker does not take it now. In this thread; or at once, where that is not waited for.
 
         Args:
             call: What to call.
