@@ -558,10 +558,10 @@ def test_whoever_waits_does_so_only_for_a_while(broker: Broker) -> None:
         mute = [broker.publish("mute"), broker.publish("other")]
         await broker.has_sent(2)
         assert broker.groups == [["mute"], ["other"]]
+        # Whether these go together or not, which depends on how long the machine takes for what is written here.
+        broker.answers = True
         behind = broker.publish("behind"), broker.publish("and it")
         broker.sent[1].answer()
-        await broker.has_sent(3)
-        broker.sent[2].answer()
         assert [await task for task in behind] == [[None], [None]]
         assert not mute[0].done()
         broker.sent[0].answer()
