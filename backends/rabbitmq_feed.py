@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from time import monotonic
 from types import TracebackType
@@ -18,10 +19,10 @@ from uuid import uuid4
 
 import amqp
 
-from kq import clock
-from kq.backend import Delivery, Publication, QueueSpec, Settlement, Settling
+from kq.backend import Delivery, QueueSpec, Settlement, Settling
 from kq.backends.rabbitmq_arrivals import Arrivals
 from kq.backends.rabbitmq_aside import Aside
+from kq.backends.rabbitmq_copies import Copies
 from kq.backends.rabbitmq_delivery import Receive
 from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_link import Link
@@ -29,20 +30,11 @@ from kq.backends.rabbitmq_receipt import Receipt, envelope_of, pack
 from kq.backends.rabbitmq_recollection import Named, Recollection
 from kq.backends.rabbitmq_sender import Courier
 from kq.backends.rabbitmq_subscriptions import Subscriptions
-from kq.backends.rabbitmq_topology import (
-    DELAY_LEFT,
-    counters,
-    due_in,
-    is_classic,
-    read_count,
-    without_history,
-    without_strangers,
-)
+from kq.backends.rabbitmq_topology import counters, due_in, is_classic, read_count, without_history
 from kq.backends.rabbitmq_watch import Watch
 from kq.backends.rabbitmq_window import Demand, Widen, Windows
-from kq.envelope import DELIVERIES, Envelope, bury
+from kq.envelope import DELIVERIES, Envelope
 from kq.errors import Conflict, Error, NotFound, PermissionDenied
-from kq.outcome import Outcome
 from kq.waker import Lookout, Waker
 
 logger = logging.getLogger("kq.worker")
@@ -53,9 +45,6 @@ _TICK: Final = 1.0
 _DUE: Final = 0.001
 #: Seconds before what could not be sent on is tried again where there is nothing else to do.
 _AGAIN: Final = 0.1
-#: Seconds that a message waits outside a full queue before it comes back to it. Where there is no room then either,
-#: RabbitMQ does not try again for three minutes (its `dead_letter_worker_publisher_confirm_timeout`).
-_ASIDE: Final = 1.0
 
 
 class RabbitFeed:
@@ -86,11 +75,11 @@ class RabbitFeed:
     ) -> None:
         self._guard = _Guard(url, self)
         self._open_link = open_link
-        self._courier = courier
         self._declare = declare
         self._probe = probe
         self._soonest = soonest
         self._specs = {queue.id: queue for queue in queues}
+        self._copies = Copies(courier, self._specs, self._declared)
         self._link: Link | None = None
         self._epoch = 0
         #: Whether a queue turned out to be gone.
@@ -150,18 +139,15 @@ class RabbitFeed:
             with self._guard:
                 self._connected()
                 self._unsubscribe()
-        copies = [(s, copy) for s in ours if not s.delivery.receipt.copied and (copy := self._copy(s)) is not None]
+        copied = [s for s in ours if self._needs_copy(s)]
         failed: list[tuple[Settlement, Error]] = []
-        if copies:
-            # The new copy is confirmed before the old one goes: both exist for a moment, never neither.
-            results = self._publish_copies([(s.delivery.queue, copy) for s, copy in copies])
-            for (settlement, _), (copy, error) in zip(copies, results, strict=True):
+        if copied:
+            results = self._copies.publish([(s.delivery, s.outcome) for s in copied])
+            for settlement, error in zip(copied, results, strict=True):
                 if error is not None:
-                    self._note_way(settlement.delivery, settlement.outcome, copy)
                     failed.append((settlement, error))
-                    continue
-                settlement.delivery.receipt.copied = True
-                self._recollection.copied(settlement.delivery)
+                else:
+                    self._recollection.copied(settlement.delivery)
         if failed:
             stay = {id(settlement) for settlement, _ in failed}
             ours = [s for s in ours if id(s) not in stay]
@@ -177,35 +163,6 @@ class RabbitFeed:
         for settlement in ours:
             self._held_of[settlement.delivery.queue] -= 1
         return Settling(late, failed)
-
-    def _publish_copies(self, copies: Sequence[tuple[str, Publication]]) -> list[tuple[Publication, Error | None]]:
-        """Publish what takes the place of deliveries, each of a queue, and once more what can be helped.
-
-        Returns:
-            What was sent in the end, and how that went.
-        """
-        sent = [copy for _, copy in copies]
-        errors = self._courier.publish(sent)
-        again: dict[int, Publication] = {}
-        declared: dict[str, Error | None] = {}
-        for index, (queue, copy) in enumerate(copies):
-            error = errors[index]
-            reason = None if error is None else error.details.get("reason")
-            if reason == "unroutable":
-                if queue not in declared:
-                    declared[queue] = self._declared(self._specs[queue])
-                if declared[queue] is None:
-                    again[index] = copy
-            elif error is not None and "headers" in error.details:
-                # With headers that RabbitMQ did take, and ours beside them.
-                again[index] = Publication(copy.queue, without_strangers(copy.envelope), copy.delay)
-            elif reason == "full" and copy.delay <= 0 and copy.queue.id == queue:
-                # It would wait for room that only its own acknowledgement makes, if no one else consumes.
-                again[index] = Publication(copy.queue, copy.envelope, _ASIDE)
-        if again:
-            for index, error in zip(again, self._courier.publish(list(again.values())), strict=True):
-                sent[index], errors[index] = again[index], error
-        return list(zip(sent, errors, strict=True))
 
     def _declared(self, queue: QueueSpec) -> Error | None:
         try:
@@ -240,9 +197,7 @@ class RabbitFeed:
             if not self._is_ours(delivery):
                 continue
             self._held_of[delivery.queue] -= 1
-            if delivery.receipt.copy is not None:
-                # It has been sent on, as far as we are concerned: who ran it now would run it twice.
-                self._note_way(delivery, None, delivery.receipt.copy[1])
+            if self._copies.go_on(delivery):
                 self._onward.append(delivery)
             else:
                 self._arrivals.add(delivery.receipt.tag, delivery)
@@ -297,13 +252,15 @@ class RabbitFeed:
         """See `Feed.wake`."""
         self._waker.wake()
 
-    def close(self) -> None:
+    def close(self, patience: float = 0.0) -> None:
         """See `Feed.close`: the broker takes back what is unsettled when the channel goes."""
         if self._closed:
             return
+        with suppress(Error):
+            self._wait_for_onward(monotonic() + patience)
         self._closed = True
         self._drop_link(wait=True)
-        self._courier.close()
+        self._copies.close()
         self._waker.close()
 
     # The link.
@@ -362,8 +319,7 @@ class RabbitFeed:
         # Those that came first run, and are to be remembered if not all can be.
         for tag, delivery in reversed(self._outstanding.items()):
             delivery.lost = True
-            if delivery.receipt.copy is not None:
-                self._courier.forget(delivery.receipt.copy[1])
+            self._copies.forget(delivery)
             if not self._closed:
                 self._recollection.went_back(delivery.queue, delivery.id)
                 if not delivery.receipt.is_named:
@@ -521,44 +477,9 @@ class RabbitFeed:
         # Else a fresh copy says what is true.
         return settlement.outcome.action == "release" and not delivery.receipt.copied and not delivery.receipt.counted
 
-    def _copy(self, settlement: Settlement) -> Publication | None:
-        """Return the message that takes a delivery's place, or None where there is none."""
-        delivery, outcome = settlement.delivery, settlement.outcome
-        if outcome.action == "done" or self._goes_back(settlement):
-            return None
-        return self._on_its_way(delivery, outcome) or self._replacement(delivery, outcome)
-
-    def _on_its_way(self, delivery: Delivery, outcome: Outcome | None) -> Publication | None:
-        """Return what the courier may still have on its way to take a delivery's place: it is not to be made anew."""
-        receipt: Receipt = delivery.receipt
-        return receipt.copy[1] if receipt.copy is not None and receipt.copy[0] == outcome else None
-
-    def _note_way(self, delivery: Delivery, outcome: Outcome | None, copy: Publication) -> None:
-        receipt: Receipt = delivery.receipt
-        if receipt.copy is not None and receipt.copy[1] is not copy:
-            self._courier.forget(receipt.copy[1])
-        receipt.copy = (outcome, copy) if self._courier.holds(copy) else None
-
-    def _replacement(self, delivery: Delivery, outcome: Outcome) -> Publication:
-        spec = self._specs[delivery.queue]
-        envelope = envelope_of(delivery)
-        if outcome.action == "dead" and spec.dead_letter is not None:
-            letter = bury(envelope, delivery.queue, outcome, clock.now())
-            return Publication(QueueSpec(spec.dead_letter), letter)
-        headers = {
-            key: value for key, value in envelope.headers.items() if key not in ("x_due_at", DELAY_LEFT, DELIVERIES)
-        }
-        delay = 0.0
-        if outcome.action == "release":
-            if outcome.deliveries:
-                headers[DELIVERIES] = outcome.deliveries
-        else:
-            headers.update(zip(counters(headers), (outcome.attempts, outcome.crashes), strict=True))
-            # A dead-letter queue has none of its own: what fails there stays, and rests for a while.
-            delay = outcome.delay if outcome.action == "retry" else spec.policy.backoff.max
-        if delay > 0:
-            headers["x_due_at"] = clock.now() + delay
-        return Publication(spec, Envelope(envelope.id, headers, envelope.properties, envelope.body), delay)
+    def _needs_copy(self, settlement: Settlement) -> bool:
+        is_copied: bool = settlement.delivery.receipt.copied
+        return not (is_copied or settlement.outcome.action == "done" or self._goes_back(settlement))
 
     def _ack(self, link: Link, tags: set[int]) -> None:
         """Acknowledge, with as few frames as the order allows."""
@@ -600,26 +521,25 @@ class RabbitFeed:
         if not self._onward:
             return
         onward, self._onward = self._onward, []
-        copies = [self._on_its_way(delivery, None) or self._further(delivery) for delivery in onward]
-        results = self._publish_copies([(delivery.queue, copy) for delivery, copy in zip(onward, copies, strict=True)])
+        results = self._copies.publish([(delivery, None) for delivery in onward])
         with self._guard:
             link = self._connected()
             sent = set()
-            for delivery, (copy, error) in zip(onward, results, strict=True):
+            for delivery, error in zip(onward, results, strict=True):
                 if not self._is_ours(delivery):
                     continue
                 if error is None:
                     sent.add(delivery.receipt.tag)
                 else:
-                    self._note_way(delivery, None, copy)
                     self._onward.append(delivery)
             self._ack(link, sent)
 
-    def _further(self, delivery: Delivery) -> Publication:
-        envelope = envelope_of(delivery)
-        if delivery.deliveries:
-            envelope.headers[DELIVERIES] = delivery.deliveries
-        return Publication(self._specs[delivery.queue], envelope, max(0.0, due_in(envelope.headers)))
+    def _wait_for_onward(self, until: float) -> None:
+        """Wait for what may be on its way onward: it is stored as well as what it stands for, which would go back."""
+        while any(delivery.receipt.copy is not None for delivery in self._onward) and monotonic() < until:
+            self._copies.wait(max(0.0, min(until - monotonic(), _TICK)))
+            self._tick()
+            self._send_onward()
 
 
 class _Guard(RabbitErrors):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from math import inf
 from time import monotonic
 from typing import Final
@@ -184,6 +185,13 @@ class Courier:
         """Wait no more for a message, which nobody will publish again."""
         if self._lane is not None:
             self._lane.publisher.forget(publication)
+
+    def wait(self, timeout: float) -> None:
+        """Read what the broker says of what is waited for, or wait so many seconds for it to say something."""
+        if self._lane is not None:
+            # Whoever publishes next finds out what is the matter.
+            with suppress(Exception):
+                self._lane.link.drain(timeout)
 
     def take(self) -> Lane | None:
         """Return the connection that was kept, if there is one."""

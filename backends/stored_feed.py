@@ -400,8 +400,8 @@ class StoredFeed:
         """See `Feed.wake`."""
         self._store.wake()
 
-    def close(self) -> None:
-        """See `Feed.close`."""
+    def close(self, patience: float = 0.0) -> None:
+        """See `Feed.close`: nothing is sent on by itself."""
         if self._closed:
             return
         self._closed = True

@@ -298,8 +298,12 @@ class Feed(Protocol):
         """End a `wait`, the present or the next one. Safe in any thread and in signal handlers."""
         ...
 
-    def close(self) -> None:
-        """Release what is unsettled, uncharged, and give up the connection. Idempotent."""
+    def close(self, patience: float = 0.0) -> None:
+        """Release what is unsettled, uncharged, and give up the connection. Idempotent.
+
+        Args:
+            patience: Seconds to wait, at most, for what the feed has sent on by itself and the broker has yet to take.
+        """
         ...
 
 

@@ -476,7 +476,7 @@ class Fetcher(Thread):
         try:
             self._settle_last(feed)
         finally:
-            feed.close()
+            feed.close(max(0.0, self._end_by - monotonic()))
 
     def _settle_last(self, feed: Feed) -> None:
         """Settle what has been handed in; where the broker is away or blocked, again as long as there is time."""

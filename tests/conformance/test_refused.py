@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from queue import Queue as Arrivals
+from threading import Thread
 from time import monotonic
 from typing import Any
 
@@ -189,13 +190,13 @@ def test_a_classic_queue_s_message_comes_back_to_whoever_lost_it(bench: Bench, m
     (before,) = bench.take(feed, 1)
     published: list[Any] = []
     assert isinstance(feed, RabbitFeed)
-    publish = feed._courier.publish
+    publish = feed._copies._courier.publish
 
     def publish_and_note(batch: Sequence[Publication]) -> list[Error | None]:
         published.append(batch)
         return publish(batch)
 
-    monkeypatch.setattr(feed._courier, "publish", publish_and_note)
+    monkeypatch.setattr(feed._copies._courier, "publish", publish_and_note)
 
     for _ in range(3):
         break_link(feed)
@@ -295,6 +296,35 @@ def test_what_an_alarm_holds_up_is_not_given_back_again(bench: Bench) -> None:
             assert feed.settle([Settlement(delivery, DONE)]) == ([], [])
             again = bench.take(feed, 3, within=2.0)
             assert sorted(one.id for one in again) == sorted({"m-0", "m-1", "m-2"} - {delivery.id})
-            assert feed._courier._lane is None
+            assert feed._copies._courier._lane is None
         finally:
             feed.close()
+
+
+@ON_RABBITMQ
+@pytest.mark.parametrize("patience", [60.0, 0.2])
+def test_what_an_alarm_holds_up_is_waited_for_at_the_end(bench: Bench, patience: float) -> None:
+    """What goes back by a copy is not given back as well: as long as there is time, and no longer."""
+    queue = bench.declare("classic", options={"amqp": {"queue_type": "classic"}})
+    with closing(Proxy(AMQP_URL)) as proxy, closing(open_backend(Settings(broker=proxy.url), "test")) as backend:
+        feed = backend.feed([queue], 100)
+        assert isinstance(feed, RabbitFeed)
+        assert feed.fetch(1, {}) == []
+        bench.publish(bench.message("a", queue=queue))
+        until = monotonic() + 15.0
+        while not feed._outstanding and monotonic() < until:
+            feed.wait(0.1)
+        proxy.raise_alarm()
+        feed.put_back()
+        assert len(feed._onward) == 1
+        closer = Thread(target=feed.close, args=[patience])
+        closer.start()
+        closer.join(0.5 if patience > 1.0 else 15.0)
+        assert closer.is_alive() == (patience > 1.0)
+        proxy.end_alarm()
+        closer.join(15.0)
+        assert not closer.is_alive()
+    if patience > 1.0:
+        assert bench.backend.info(queue).ready == 1
+        (back,) = bench.take(bench.feed(queue), 1)
+        assert back.id == "a"

@@ -71,6 +71,9 @@ def test_a_worker_that_is_done_hears_nothing_more(restart: bool | None) -> None:
     numbers = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
+        for number in numbers:
+            # Whoever runs this may have it ignore some of them.
+            signal.signal(number, signal.SIG_DFL)
         with prelude() as signals:
             if restart is not None:
                 signals.close_ears(restart=restart)
