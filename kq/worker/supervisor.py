@@ -7,22 +7,22 @@ a few deliveries that find it waiting: those their fetcher hands out. Whoever do
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
 
-from kq import errors
 from kq.backend import Delivery, QueueSpec, Settlement
-from kq.executor import timeout_outcome
 from kq.failure_log import logger
 from kq.intake import Intake
-from kq.outcome import RELEASE, UNDECODABLE, Failure, Outcome, given_up, refused
-from kq.retry import RetryPolicy, after_crash
+from kq.outcome import RELEASE, UNDECODABLE, Outcome, given_up, refused
+from kq.retry import RetryPolicy
 from kq.router import Consumer
+from kq.worker.adrift import Adrift
 from kq.worker.dispatcher import Dispatcher
 from kq.worker.flight import Flight, Tally
 from kq.worker.hoard import HOARDS_AFTER, Hoard
+from kq.worker.inquest import examine
 from kq.worker.pool import Died, Event, Finished, Pool, Returned
 from kq.worker.round_robin import RoundRobin
 
@@ -34,9 +34,6 @@ _AHEAD = 2.0
 #: Deliveries that are handed out in the thread that brought them. More of them find this worker busy anyway, and their
 #: fetcher is better off with fetching.
 _AT_ONCE = 8
-#: Ends of lost deliveries that are remembered, and seconds within which they come back: so long a broker may be away.
-_ENDS = 1000
-_BACK_WITHIN: Final = 3600.0
 #: Bytes of messages that a worker holds at most, beyond what its handlers run.
 _HOLD_BYTES = 64 * 2**20
 #: Of ``max_deliveries`` at least, where a worker gives back what waits for slow handlers.
@@ -79,11 +76,8 @@ class Supervisor:
         self._prefetch = prefetch
         self._flights: dict[int, Flight] = {}
         self._dispatcher = Dispatcher(pool, self._turns, self, isolate_from=max(1, int(max_deliveries * _IN_COMPANY)))
-        #: Those that were lost while they ran here, by queue and id.
-        self._adrift: dict[tuple[str, str], Flight] = {}
+        self._adrift = Adrift()
         self._has_lost = False
-        #: How runs of such deliveries ended that nobody could be told of.
-        self._ends: OrderedDict[tuple[str, str], tuple[tuple[int, int, int], Outcome, float]] = OrderedDict()
         self._next_tag = 1
         self._arrivals: deque[list[Delivery]] = deque()
         #: Bytes of what is in hand, and of a message on average.
@@ -237,7 +231,7 @@ class Supervisor:
                 self._note(flight, outcome)
                 settlements.append(Settlement(flight.delivery, outcome))
                 if flight.lost:
-                    self._remember_end(flight.delivery, outcome)
+                    self._adrift.remember_end(flight.delivery, outcome)
                 flight.settled = True
             if not event.early:
                 self._dispatcher.ended(flight)
@@ -266,146 +260,62 @@ class Supervisor:
         """Drop what is not ours any more and has not started; what runs is done with when it comes back meanwhile."""
         self._has_lost = False
         self._dispatcher.drop_lost()
-        for flight in self._flights.values():
-            if flight.lost:
-                self._adrift[flight.delivery.queue, flight.delivery.id] = flight
+        self._adrift.lose(self._flights.values())
         if self._adrift:
             self._pool.give_back()
 
-    def _remember_end(self, delivery: Delivery, outcome: Outcome) -> None:
-        """Remember how a run ended that can settle nothing: its message may be on its way back to us."""
-        self._ends[delivery.queue, delivery.id] = (_marks(delivery), outcome, monotonic())
-        while len(self._ends) > _ENDS:
-            self._ends.popitem(last=False)
-
     def forget_ends(self) -> None:
         """Have whatever comes back from now on run anew."""
-        self._ends.clear()
+        self._adrift.forget_ends()
 
-    def _end_of(self, delivery: Delivery) -> Outcome | None:
-        """Return how a delivery has ended that was lost while it ran here, and came back after that."""
-        was, outcome, at = self._ends.pop((delivery.queue, delivery.id), (None, None, 0.0))
-        # Later it is another life: somebody has replayed it, or published it again, to have it run.
-        return outcome if was == _marks(delivery) and monotonic() - at <= _BACK_WITHIN else None
-
-    def _takes_the_place(self, delivery: Delivery) -> bool:
-        """Tell whether a delivery is one that was lost while it runs here, and have that run settle it.
-
-        Else the same message would run here twice at the same time.
-        """
-        flight = self._adrift.get((delivery.queue, delivery.id))
-        if flight is None or flight.settled:
-            # One that its handler has settled ends as was said then.
-            return False
-        was = flight.delivery
-        if not _is_same(was, delivery):
-            return False
-        del self._adrift[delivery.queue, delivery.id]
-        flight.delivery = delivery
+    def _readopt(self, flight: Flight, delivery: Delivery) -> None:
+        """Have a run settle its message, which was lost and has come back."""
         assert self._intake is not None
         # The old one counted as in hand until now.
-        self._intake.finished(was.queue)
+        self._intake.finished(flight.delivery.queue)
+        flight.delivery = delivery
         logger.info(
             "%s %s came back while it runs here; it is not run again",
             delivery.queue, delivery.id,
             extra={"action": "readopted", "queue": delivery.queue, "message_id": delivery.id},
         )  # fmt: skip
-        return True
-
-    def _lament(self, running: Sequence[Flight]) -> None:
-        """Tell of messages that were settled before their handlers ended, which they will not now."""
-        for flight in running:
-            if flight.settled:
-                logger.error(
-                    "%s %s had been settled, which stands, when the process ended that had it",
-                    flight.delivery.queue, flight.delivery.id,
-                    extra={"action": "failed_late", "queue": flight.delivery.queue, "message_id": flight.delivery.id},
-                )  # fmt: skip
 
     def _examine(self, death: Died) -> None:
-        """Find out whom to charge for a process that died, and give the others their chance again."""
+        """Charge whom a process died of, if that is known, and give the others their chance again."""
         for tag in (*death.running, *death.queued):
             flight = self._flights.get(tag)
             if flight is not None:
                 self._dispatcher.ended(flight)
         running = [self._flights[tag] for tag in death.running if tag in self._flights]
         queued = [self._flights[tag] for tag in death.queued if tag in self._flights]
-        has_begun = bool(running)
-        if not has_begun and len(queued) == 1 and queued[0].may_be_guilty and not queued[0].settled:
-            # It was given nothing else.
-            running, queued = queued, []
-        self._lament(running)
-        for flight in reversed(queued):
-            # Whom its worker has killed did not die of what it had not begun.
-            flight.aboard += not (death.late or death.held_up)
-            if flight.is_hopeless:
-                self._lament([flight])
-                self.drop(flight)
-            else:
-                self._wait_again(flight)
-        if death.late or death.held_up:
-            self._examine_late(running, death)
-            return
-        if not running:
-            return
-        self.tally.crashes += 1
-        suspects = [flight for flight in running if not flight.settled]
-        for flight in running:
-            if flight.settled:
-                self.drop(flight)
-        if len(suspects) == len(running) == 1:
-            self._charge_crash(suspects[0], death, has_begun=has_begun)
-            return
-        for flight in suspects:
-            # Each runs alone next; only the one that crashes again is charged, for both times.
-            flight.suspected += 1
+        finding = examine(death, running, queued, self._rules)
+        self.tally.crashes += finding.crashed
+        for flight in finding.over:
+            logger.error(
+                "%s %s had been settled, which stands, when the process ended that had it",
+                flight.delivery.queue, flight.delivery.id,
+                extra={"action": "failed_late", "queue": flight.delivery.queue, "message_id": flight.delivery.id},
+            )  # fmt: skip
+            self.drop(flight)
+        for flight in finding.again:
             self._wait_again(flight)
-        if suspects:
+        for flight, outcome in finding.charged:
+            self._settle(flight, outcome)
+        if finding.suspects:
             logger.warning(
                 "%d messages ran when the process died: %s; each runs alone now, to find the one that does it",
-                len(suspects),
-                ", ".join(flight.delivery.id for flight in suspects),
+                len(finding.suspects),
+                ", ".join(flight.delivery.id for flight in finding.suspects),
                 extra={"action": "suspects"},
             )
-
-    def _examine_late(self, running: Sequence[Flight], death: Died) -> None:
-        """Charge those that have not heeded their time limits, and find out who has held up those that could not."""
-        suspects = []
-        for flight in running:
-            if flight.settled:
-                self.drop(flight)
-            elif flight.tag in death.late or (flight.tag in death.held_up and len(running) == 1):
-                self._charge_late(flight)
-            elif death.held_up and len(running) > 1:
-                # Each runs alone next; only the one that is killed again is charged, for both times.
-                flight.held_up += 1
-                suspects.append(flight)
-                self._wait_again(flight)
-            else:
-                self._wait_again(flight)
-        if suspects:
+        if finding.held_up:
             logger.warning(
                 "one of %d messages has kept the others from running, past a time limit: %s; each runs alone now, to "
                 "find the one that does it",
-                len(suspects),
-                ", ".join(flight.delivery.id for flight in suspects),
+                len(finding.held_up),
+                ", ".join(flight.delivery.id for flight in finding.held_up),
                 extra={"action": "held_up"},
             )
-
-    def _charge_late(self, flight: Flight) -> None:
-        consumer, policy = self._rules(flight)
-        delivery = flight.delivery
-        attempts = delivery.attempts + flight.held_up
-        self._settle(flight, timeout_outcome(consumer, policy, attempts=attempts, crashes=delivery.crashes))
-
-    def _charge_crash(self, flight: Flight, death: Died, *, has_begun: bool) -> None:
-        _, policy = self._rules(flight)
-        delivery = flight.delivery
-        crashes = delivery.crashes + flight.suspected + 1
-        attempts = delivery.attempts + flight.suspected + 1
-        what = "ran the handler" if has_begun else "was given the message, and had not begun with it,"
-        failure = Failure(errors.INTERNAL, f"the process that {what} {death.how}", True, "", death.death)
-        self._settle(flight, after_crash(failure, policy, attempts=attempts, crashes=crashes))
 
     def _consumer(self, flight: Flight) -> Consumer:
         return self._turns[flight.delivery.queue].consumers[flight.consumer]
@@ -427,7 +337,8 @@ class Supervisor:
                     # The connection broke again before anybody saw it.
                     self._intake.finished(delivery.queue)
                     continue
-                if self._adrift and self._takes_the_place(delivery):
+                if self._adrift and (runs := self._adrift.find(delivery)) is not None:
+                    self._readopt(runs, delivery)
                     continue
                 flight = Flight(self._next_tag, delivery)
                 self._next_tag += 1
@@ -444,7 +355,7 @@ class Supervisor:
                         flight, refused(UNDECODABLE, why, attempts=delivery.attempts, crashes=delivery.crashes)
                     )  # fmt: skip
                     continue
-                end = self._end_of(delivery) if self._ends else None
+                end = self._adrift.end_of(delivery)
                 if end is not None:
                     self._settle(flight, end)
                     continue
@@ -559,7 +470,7 @@ class Supervisor:
         if self._flights.pop(flight.tag, None) is None:
             return False
         self._bytes -= len(flight.delivery.raw)
-        self._adrift.pop((flight.delivery.queue, flight.delivery.id), None)
+        self._adrift.forget(flight)
         return True
 
     def _note(self, flight: Flight, outcome: Outcome) -> None:
@@ -592,16 +503,3 @@ class Supervisor:
             )  # fmt: skip
         else:
             self.tally.released += 1
-
-
-def _marks(delivery: Delivery) -> tuple[int, int, int]:
-    """Return what tells a delivery from others of the same id, and is small: many are remembered."""
-    return hash(delivery.raw), delivery.attempts, delivery.crashes
-
-
-def _is_same(was: Delivery, delivery: Delivery) -> bool:
-    """Tell whether a delivery is one that was lost, come back as it was.
-
-    Else it ran elsewhere meanwhile, and failed there; or it is another message under the same id.
-    """
-    return (was.raw, was.attempts, was.crashes) == (delivery.raw, delivery.attempts, delivery.crashes)

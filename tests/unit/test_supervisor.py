@@ -264,7 +264,7 @@ def test_what_ended_while_it_was_lost_is_done_with_when_it_comes_back(by: str, m
         if by == "reload":
             supervisor.forget_ends()
         elif by == "time":
-            monkeypatch.setattr("kq.worker.supervisor._BACK_WITHIN", -1.0)
+            monkeypatch.setattr("kq.worker.adrift._BACK_WITHIN", -1.0)
         supervisor.arrived([again])
         supervisor.turn(0.0)
         assert bool(place.tags) == (by != "nothing")
