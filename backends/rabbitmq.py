@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from amqp import spec
 from amqp.exceptions import PreconditionFailed
 
-from kq.backend import BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role
+from kq.backend import CALL_PART, BackendOptions, Capabilities, Publication, QueueInfo, QueueSpec, Role, Unconfirmed
 from kq.backends import rabbitmq_acl, rabbitmq_aside, tls_parameters
 from kq.backends import tls as encryption
 from kq.backends.rabbitmq_due import due
@@ -71,6 +71,7 @@ class RabbitBackend:
         tells_age=False,
         remembers_completed=False,
         concurrent_publishes=4,
+        sends=True,
     )
 
     def __init__(self, url: str, options: BackendOptions) -> None:
@@ -136,8 +137,9 @@ class RabbitBackend:
         """See `Backend.publish`."""
         return self._sender.publish(batch, timeout)
 
-    def send(self, batch: Sequence[Publication]) -> None:
-        """See `Backend.send`: with what it says of other things a broker may answer anything, at any time."""
+    def send(self, batch: Sequence[Publication]) -> Unconfirmed | None:
+        """See `Backend.send`."""
+        return self._sender.send(batch, self._options.timeout * CALL_PART)
 
     def feed(self, queues: Sequence[QueueSpec], prefetch: int) -> RabbitFeed:
         """See `Backend.feed`."""

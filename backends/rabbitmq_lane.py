@@ -70,17 +70,22 @@ class Lanes:
             within(max(LEAST_PATIENCE, patience), lambda: self._connect(patience), lambda link: link.close(wait=False))
         )
 
-    def put_back(self, lane: Lane) -> None:
-        """Keep a link for later calls: nothing has gone wrong on it."""
+    def put_back(self, lane: Lane, *, wait: bool = True) -> None:
+        """Keep a link for later calls: nothing has gone wrong on it.
+
+        Args:
+            lane: The link.
+            wait: Whether the caller may wait for the broker to say goodbye to one that is too many.
+        """
         self._idle.append(lane)
         if self._closed or len(self._idle) > _KEPT:
-            self._trim()
+            self._trim(wait=wait)
 
     def close(self) -> None:
         """Close what is free; what is in use is closed when its call has ended."""
         self._closed = True
-        self._trim()
+        self._trim(wait=True)
 
-    def _trim(self) -> None:
+    def _trim(self, *, wait: bool) -> None:
         while len(self._idle) > (0 if self._closed else _KEPT) and (lane := self.idle()) is not None:
-            lane.drop(wait=True)
+            lane.drop(wait=wait)

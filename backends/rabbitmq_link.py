@@ -105,6 +105,8 @@ class Link:
             self.close(wait=False)
             raise
         self.channel.auto_decode = False
+        # One that the broker has closed is not used again: nobody is to wait until it is open anew.
+        self.channel._do_revive = _stay_closed
         self._number = self.channel.channel_id
         self._looker: Any = None
         self._lookout = Lookout(self.connection.sock)
@@ -170,6 +172,16 @@ class Link:
         # By these py-amqp knows that no heartbeat is needed now.
         self.connection.bytes_sent += 1
 
+    def write_now(self, frames: memoryview) -> int:
+        """Send as much of frames as there is room for, wait for nothing, and return how much that was.
+
+        Raises:
+            OSError: If the connection breaks.
+        """
+        sent: int = self.connection.transport.write_now(frames)
+        self.connection.bytes_sent += 1
+        return sent
+
     def acknowledge(self, up_to: int, tags: Iterable[int]) -> None:
         """Acknowledge deliveries of the channel, within the time that a call may take; raises as `write`.
 
@@ -210,6 +222,18 @@ class Link:
             except TimeoutError:
                 return
 
+    def drain_now(self) -> None:
+        """Read what there is, where something has arrived as far as one knows, and dispatch it; waits for nothing."""
+        transport, dispatch = self.connection.transport, self.connection.on_inbound_frame
+        more = True
+        while more:
+            try:
+                more = transport.read_now()
+            except TimeoutError:
+                more = False
+            while (frame := transport.take_frame()) is not None:
+                dispatch(frame)
+
     def close(self, *, wait: bool = True) -> None:
         """Say goodbye, wait a moment for the answer, and drop the connection.
 
@@ -232,3 +256,7 @@ class Link:
 
     def _on_unblocked(self) -> None:
         self.blocked = ""
+
+
+def _stay_closed() -> None:
+    """Leave a channel closed that the broker has closed."""

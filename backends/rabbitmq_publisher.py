@@ -155,6 +155,33 @@ class Publisher:
             return self._give_up((), "blocked" if self._link.blocked else "timeout")
         return self._results
 
+    def frames(self, batch: Sequence[Outgoing]) -> bytes:
+        """Return messages as the frames that they are.
+
+        Raises:
+            TooLarge: If the headers of one do not fit into a frame.
+        """
+        return b"".join([self._writer.frames(exchange, key, envelope) for exchange, key, envelope, _ in batch])
+
+    def begin(self, batch: Sequence[Outgoing]) -> None:
+        """Take note of messages that the caller writes from here on, as `frames` returns them."""
+        self._results = [None] * len(batch)
+        self._sent = list(range(len(batch)))
+        self._batch = batch
+        self._returned.clear()
+        first = self._last_tag + 1
+        self._last_tag += len(batch)
+        self._pending = dict(zip(range(first, self._last_tag + 1), self._sent, strict=True))
+
+    def answers(self) -> list[Internal | None] | None:
+        """Return each one's answer, as `send` does; None as long as there are not all of them.
+
+        Those that a broker leaves unanswered that has blocked the connection are answered with that.
+        """
+        if not self._pending:
+            return self._results
+        return self._give_up((), "blocked") if self._link.blocked else None
+
     def answered(self) -> dict[int, Internal | None]:
         """Return the answers to the last batch so far, by the places of their messages."""
         unknown = set(self._pending.values())
@@ -184,7 +211,7 @@ class Publisher:
             late = away(f"RabbitMQ takes no messages now ({self._link.blocked}); it may still store this one", why)
             never = away(f"RabbitMQ takes no messages now ({self._link.blocked})", why)
         else:
-            late = never = away("RabbitMQ did not confirm in time; it may still store the message", why)
+            late = never = unconfirmed()
         for tag, index in self._pending.items():
             self._results[index] = late
             if why == "blocked" and (stands_for := self._batch[index].stands_for) is not None:
@@ -237,6 +264,11 @@ class Publisher:
                 break
             tags.append(pending)
         return [self._pending.pop(pending) for pending in tags]
+
+
+def unconfirmed() -> Internal:
+    """Return the error for a message that was not answered in time."""
+    return away("RabbitMQ did not confirm in time; it may still store the message", "timeout")
 
 
 def _unroutable() -> Internal:

@@ -14,7 +14,9 @@ from kq.backend import Publication
 from kq.backends.rabbitmq_due import due
 from kq.backends.rabbitmq_error import RabbitErrors, away
 from kq.backends.rabbitmq_lane import Lane, Lanes
+from kq.backends.rabbitmq_publication import TooLarge
 from kq.backends.rabbitmq_publisher import Outgoing
+from kq.backends.rabbitmq_sent import Sent
 from kq.backends.rabbitmq_topology import DELAY_LEFT, bucket_arguments, bucket_for, bucket_name
 from kq.envelope import Envelope
 from kq.errors import Error, Internal, NotFound, PermissionDenied
@@ -54,9 +56,48 @@ class Sender:
         """
         results = self._publish(batch, timeout, courier)
         for publication, error in zip(batch, results, strict=True):
-            if publication.delay > 0 and error is None:
-                due.note(self._url, publication.queue.id, publication.delay)
+            if error is None:
+                self._note_due(publication)
         return results
+
+    def send(self, batch: Sequence[Publication], timeout: float) -> Sent | None:
+        """Prepare messages to be sent over a link that is free, as `Backend.send`; None where that takes more.
+
+        Args:
+            batch: What.
+            timeout: Seconds within which they are to be confirmed.
+        """
+        lane = self._lanes.idle()
+        if lane is None:
+            return None
+        try:
+            lane.link.drain_all()
+        except Exception:
+            # Whoever publishes them finds out why.
+            lane.drop()
+            return None
+        frames = b""
+        try:
+            outgoing = [_outgoing(publication, awaited=False) for publication in batch]
+            buckets = {_bucket_of(publication) for publication in batch} - {0}
+            if not lane.link.blocked and buckets <= lane.buckets:
+                frames = lane.publisher.frames(outgoing)
+        except TooLarge:
+            pass
+        finally:
+            if not frames:
+                self._lanes.put_back(lane, wait=False)
+        if not frames:
+            return None
+
+        def on_stored(place: int) -> None:
+            self._note_due(batch[place])
+
+        return Sent(lane, outgoing, frames, self._lanes, timeout, on_stored)
+
+    def _note_due(self, publication: Publication) -> None:
+        if publication.delay > 0:
+            due.note(self._url, publication.queue.id, publication.delay)
 
     def _publish(self, batch: Sequence[Publication], timeout: float, courier: Courier | None) -> list[Error | None]:
         deadline = monotonic() + timeout

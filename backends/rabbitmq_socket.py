@@ -145,6 +145,25 @@ class ReadsInTime:
         with self.having_timeout(timeout):
             self.write(data)
 
+    def write_now(self, data: bytes | memoryview) -> int:
+        """Write as much of it as there is room for, wait for nothing, and return how much that was.
+
+        Raises:
+            OSError: If the connection breaks.
+        """
+        with self.having_timeout(0.0):
+            return self._write_now(data)
+
+    def _write_now(self, data: bytes | memoryview, *flags: int) -> int:
+        try:
+            sent: int = self.sock.send(data, *flags)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+        except OSError:
+            self.connected = False
+            raise
+        return sent
+
     def read_frame(self, unpack: Any = None) -> Frame:
         """Return the next frame, and wait for it; raises as `read`."""
         while (frame := self.take_frame()) is None:
@@ -160,14 +179,11 @@ class _Socket(ReadsInTime, TCPTransport):  # type: ignore[misc, unused-ignore]
     def read_now(self) -> bool:
         return self._read(socket.MSG_DONTWAIT)
 
+    def write_now(self, data: bytes | memoryview) -> int:
+        return self._write_now(data, socket.MSG_DONTWAIT)
+
     def write_within(self, data: bytes | memoryview, timeout: float) -> None:
-        try:
-            sent = self.sock.send(data, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.connected = False
-            raise
+        sent = self.write_now(data)
         if sent < len(data):
             super().write_within(memoryview(data)[sent:], timeout)
 

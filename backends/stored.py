@@ -15,6 +15,7 @@ import kombu
 
 from kq import clock
 from kq.backend import (
+    CALL_PART,
     BackendOptions,
     Capabilities,
     Publication,
@@ -36,8 +37,6 @@ from kq.errors import Conflict, Error, Internal, NotFound
 #: How much of a lease a single call may take, but seconds that it is given in any case.
 _LEASE_PART: Final = 0.5
 _LEAST_TIMEOUT: Final = 2.0
-#: How much of a caller's time a single call may take: what it failed of is to be said before that is over.
-_CALL_PART: Final = 0.9
 
 
 class StoredBackend:
@@ -71,7 +70,7 @@ class StoredBackend:
             transport_options={
                 "lease": options.lease,
                 "heartbeat": options.heartbeat,
-                "timeout": options.timeout * _CALL_PART if timeout is None else timeout,
+                "timeout": options.timeout * CALL_PART if timeout is None else timeout,
                 "name": options.name,
                 "connect_timeout": options.connect_timeout,
                 "tls": options.tls,
@@ -129,7 +128,7 @@ class StoredBackend:
         """See `Backend.publish`."""
         deadline = monotonic() + timeout
         # One that is not answered takes all the time that a call may.
-        again_until = deadline - min(timeout, self._options.timeout) * _CALL_PART
+        again_until = deadline - min(timeout, self._options.timeout) * CALL_PART
         store = self._store()
         results: list[Error | None] = [None] * len(batch)
         by_queue: dict[str, list[int]] = {}

@@ -17,7 +17,7 @@ Results = list[Error | None]
 class Request:
     """What a task has handed in, and waits for."""
 
-    __slots__ = ("_timer", "batch", "deadline", "future", "is_over", "is_taken", "loop", "size")
+    __slots__ = ("_known", "_timer", "batch", "deadline", "future", "is_over", "is_taken", "loop", "size")
 
     def __init__(self, batch: Sequence[Publication], deadline: float, loop: AbstractEventLoop) -> None:
         self.batch = batch
@@ -30,6 +30,8 @@ class Request:
         self.is_taken = False
         #: Whether nobody waits for it any more.
         self.is_over = False
+        #: What is known of the messages that were handed in; False for those of the batch, which are left.
+        self._known: Sequence[bool | Error] | None = None
         self._timer: TimerHandle | None = None
 
     @property
@@ -38,6 +40,16 @@ class Request:
         if len(self.batch) > SEND_MOST or self.size > SEND_BYTES:
             return False
         return self.size <= SEND_LONG or all(len(one.envelope.body) <= SEND_LONG for one in self.batch)
+
+    def has_rest(self, answers: Sequence[bool | Error]) -> bool:
+        """Take note of what is known of the batch, and keep what is left of it: nothing is stored twice for the others.
+
+        Args:
+            answers: As `kq.backend.Unconfirmed.confirm` returns them, of a batch that is whole.
+        """
+        self._known = answers
+        self.batch = [one for one, answer in zip(self.batch, answers, strict=True) if answer is False]
+        return bool(self.batch)
 
     def arm(self) -> None:
         """Have the task told once its time is over, unless it is before; on its loop."""
@@ -51,13 +63,21 @@ class Request:
             self._timer.cancel()
 
     def tell(self, outcome: Results | BaseException) -> None:
-        """Wake the task up, unless it has been told already; on its loop."""
+        """Wake the task up, unless it has been told already; on its loop.
+
+        Args:
+            outcome: A result for each message of the batch, or what to raise.
+        """
         if self.future.done():
             return
         if isinstance(outcome, BaseException):
             self.future.set_exception(outcome)
-        else:
+        elif self._known is None:
             self.future.set_result(outcome)
+        else:
+            rest = iter(outcome)
+            results = [next(rest) if answer is False else answer for answer in self._known]
+            self.future.set_result([None if answer is True else answer for answer in results])
 
     def _expire(self) -> None:
         if self.future.done():

@@ -26,6 +26,9 @@ from kq.retry import RetryPolicy
 Reason = Literal["unavailable", "timeout", "refused", "blocked", "unroutable", "full"]
 
 
+#: How much of a caller's time a single call to a broker may take: what it failed of is to be said before that is over.
+CALL_PART: Final = 0.9
+
 #: Messages of one `Backend.send` at most, bytes of their bodies together, and of each: what takes an event loop no time
 #: to prepare.
 SEND_MOST: Final = 200
@@ -226,12 +229,12 @@ class Unconfirmed(Protocol):
         """Send what has not been sent, as far as there is room, and tell whether that is all; waits for nothing."""
         ...
 
-    def confirm(self) -> Sequence[bool] | None:
+    def confirm(self) -> Sequence[bool | Error] | None:
         """Read what the broker has answered, without waiting.
 
         Returns:
-            For each message whether it is known to be stored. If not, it is to be published, under the same id. None
-            as long as not all has been answered.
+            For each message whether it is known to be stored. If not, it is to be published, under the same id; but for
+            one with an error: that is its answer. None as long as not all has been answered.
         """
         ...
 

@@ -18,6 +18,7 @@ from typing import Final, TypeVar
 
 from kq.async_request import Request
 from kq.backend import SEND_BYTES, SEND_MOST, Publication, Unconfirmed
+from kq.errors import Error
 from kq.group_commit import GroupCommit, late, length
 
 #: Seconds after which whoever was to go on with what waits has been interrupted before it began.
@@ -27,7 +28,7 @@ _LOOK_AGAIN: Final = 0.05
 
 _T = TypeVar("_T")
 
-Stored = Sequence[bool]
+Stored = Sequence[bool | Error]
 Send = Callable[[Sequence[Publication]], Unconfirmed | None]
 Sender = Callable[[], Send | None]
 
@@ -192,6 +193,7 @@ class LoopCommit:
 
     def _end(self, group: _Group, stored: Stored | None) -> None:
         """Tell the tasks of a group what is stored of it, or that it is given up, and go on."""
+        is_all = stored is not None and stored.count(True) == len(stored)
         try:
             if stored is None:
                 self._commit.doubt()
@@ -199,10 +201,10 @@ class LoopCommit:
                 for request in group.requests:
                     request.tell([error] * len(request.batch))
             else:
-                self._tell(group, stored)
+                self._tell(group, stored, is_all=is_all)
         finally:
             self._groups.discard(group)
-            is_kept = not self._kept and stored is not None and all(stored) and group.loop.is_running()
+            is_kept = not self._kept and is_all and group.loop.is_running()
             if is_kept:
                 self._kept.append(group)
             else:
@@ -226,15 +228,18 @@ class LoopCommit:
         if kept is not None:
             kept.release()
 
-    def _tell(self, group: _Group, stored: Stored) -> None:
+    def _tell(self, group: _Group, stored: Stored, *, is_all: bool) -> None:
         took = monotonic() - group.sent_at
         # A loop that is busy finds everything to take long.
-        if all(stored) and length(took, len(stored)) <= 1:
+        if is_all and length(took, len(stored)) <= 1:
             self._commit.learn(took, len(stored))
+        if not is_all and any(isinstance(answer, Error) for answer in stored):
+            # What the broker says is wrong with it is so for everybody.
+            self._commit.doubt()
         start = 0
         for request in group.requests:
             end = start + len(request.batch)
-            if not all(stored[start:end]):
+            if not is_all and request.has_rest(stored[start:end]):
                 if not request.is_over:
                     self._pass_on(request)
             else:

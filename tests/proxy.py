@@ -11,12 +11,14 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from time import monotonic, sleep
 from urllib.parse import urlsplit
 
 #: Bytes that a clogged wire still takes: the least that the kernel grants.
 _SMALL_BUFFER = 4096
+#: And one that is slow.
+_LITTLE_BUFFER = 65536
 #: ``linger`` with 0 seconds: closing sends a reset.
 _RESET = struct.pack("ii", 1, 0)
 
@@ -49,9 +51,12 @@ class _Connection:
 
     def clog(self) -> None:
         self.clogged = True
+        self.have_buffers(_SMALL_BUFFER)
+
+    def have_buffers(self, size: int) -> None:
         for one in (self.client, self.broker):
             with suppress(OSError):
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL_BUFFER)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 class Proxy:
@@ -83,6 +88,8 @@ class Proxy:
         self._until_cut: int | None = None
         self._cut_freezes = False
         self._stalled = self._clogged = self._alarm = False
+        self._reads = Event()
+        self._reads.set()
         self._listen(self._listener)
 
     @property
@@ -110,6 +117,17 @@ class Proxy:
             self._clogged = True
             for connection in self._connections:
                 connection.clog()
+
+    def pause(self) -> None:
+        """Read nothing more until `resume`, with little room for what is sent meanwhile: a broker that is slow."""
+        self._reads.clear()
+        with self._lock:
+            for connection in self._connections:
+                connection.have_buffers(_LITTLE_BUFFER)
+
+    def resume(self) -> None:
+        """Go on reading."""
+        self._reads.set()
 
     def heal(self) -> None:
         """Treat new connections well again; old ones that suffered stay as they are."""
@@ -206,7 +224,7 @@ class Proxy:
 
     def _read(self, connection: _Connection, source: socket.socket, pieces: _Pieces, down: bool) -> None:
         with suppress(OSError):
-            while data := source.recv(65536):
+            while self._reads.wait() and (data := source.recv(65536)):
                 with self._lock:
                     if connection.clogged:
                         return

@@ -25,6 +25,8 @@ LEASE = 1.0
 #: For what only one kind of broker promises.
 ON_RABBITMQ = pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
 ON_REDIS = pytest.mark.parametrize("broker", ["redis"], indirect=True)
+#: Where event loops send what their tasks publish.
+ON_SENDERS = pytest.mark.parametrize("broker", ["redis", "rabbitmq"], indirect=True)
 ON_SQLITE = pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
 ON_STORES = pytest.mark.parametrize("broker", ["memory", "sqlite", "redis", "fakeredis"], indirect=True)
 

@@ -58,7 +58,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "priorities": "declared",
         "tells_age": False,
         "remembers_completed": False,
-        "sends": False,
+        "sends": True,
     },
 }
 

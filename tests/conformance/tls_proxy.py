@@ -38,6 +38,9 @@ class TlsProxy:
 
     def close(self) -> None:
         """End everything."""
+        # Shut down first: a thread that waits for one more would go on, with whatever gets this one's number.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for one in self._open:
             with suppress(OSError):

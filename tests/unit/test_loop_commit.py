@@ -29,8 +29,15 @@ def batch(*ids: str, queue: str = "app:a", bodies: Sequence[bytes] = ()) -> list
     return [Publication(QueueSpec(queue), Envelope(id, {}, {}, body)) for id, body in pairs]
 
 
+#: An answer that is told to whoever waits, instead of publishing the message once more.
+BLOCKED = errors.Internal("the broker takes nothing now", details={"reason": "blocked"})
+
+
 class Sent:
-    """A group on its way: the broker answers with a byte for each message, 1 where it is stored."""
+    """A group on its way: the broker answers with a byte for each message.
+
+    1 where it is stored, 0 where it is not, and 2 where it says what is wrong.
+    """
 
     timeout = 60.0
 
@@ -67,7 +74,7 @@ class Sent:
             self.on_whole = None
         return True
 
-    def confirm(self) -> list[bool] | None:
+    def confirm(self) -> list[bool | errors.Error] | None:
         try:
             data = self.ours.recv(1000)
             if not data:
@@ -77,14 +84,16 @@ class Sent:
             pass
         if self.on_answer is not None:
             self.on_answer()
-        return [byte == 1 for byte in self._answer] if len(self._answer) == len(self.ids) else None
+        if len(self._answer) < len(self.ids):
+            return None
+        return [BLOCKED if byte == 2 else byte == 1 for byte in self._answer]
 
     def close(self) -> None:
         self.is_closed = True
         self.ours.close()
         self.theirs.close()
 
-    def answer(self, *stored: bool) -> None:
+    def answer(self, *stored: bool | int) -> None:
         self.theirs.sendall(bytes(stored or [True] * len(self.ids)))
 
 
@@ -251,6 +260,35 @@ def test_what_is_not_stored_is_published(broker: Broker) -> None:
 
     asyncio.run(main())
     assert broker.published == [["first"], ["b"]]
+
+
+def test_some_of_what_a_task_publishes_is_not_stored(broker: Broker) -> None:
+    """The rest of it is not published once more: not every broker knows a message again by its id."""
+
+    async def main() -> None:
+        task = broker.publish("a", "b", "c", "d")
+        await turn()
+        broker.sent[0].answer(1, 0, 2, 0)
+        assert await task == [None, None, BLOCKED, None]
+
+    asyncio.run(main())
+    assert broker.published == [["b", "d"]]
+
+
+def test_what_is_wrong_with_a_broker_is_told_at_once(broker: Broker) -> None:
+    """Whoever comes next is for a thread to see to, which finds out whether it is so still."""
+
+    async def main() -> None:
+        tasks = [broker.publish("a", "b")]
+        await turn()
+        broker.sent[0].answer(2, 1)
+        assert await asyncio.gather(*tasks) == [[BLOCKED, None]]
+        assert await broker.publish("next") == [None]
+        broker.answers = True
+        assert await broker.publish("last") == [None]
+
+    asyncio.run(main())
+    assert (broker.published, broker.groups) == ([["next"]], [["a", "b"], ["last"]])
 
 
 @pytest.mark.parametrize("refusal", [None, errors.Internal("closed"), MemoryError(), OSError("no descriptor")])
