@@ -25,7 +25,7 @@ from kq.backends.rabbitmq_aside import Aside
 from kq.backends.rabbitmq_copies import Copies
 from kq.backends.rabbitmq_delivery import Receive
 from kq.backends.rabbitmq_error import RabbitErrors, away
-from kq.backends.rabbitmq_link import Link
+from kq.backends.rabbitmq_link import CLOSE_TIMEOUT, Link
 from kq.backends.rabbitmq_receipt import Receipt, envelope_of, pack
 from kq.backends.rabbitmq_recollection import Named, Recollection
 from kq.backends.rabbitmq_sender import Courier
@@ -256,12 +256,15 @@ class RabbitFeed:
         """See `Feed.close`: the broker takes back what is unsettled when the channel goes."""
         if self._closed:
             return
-        with suppress(Error):
-            self._wait_for_onward(monotonic() + patience)
-        self._closed = True
-        self._drop_link(wait=True)
-        self._copies.close()
-        self._waker.close()
+        try:
+            with suppress(Error):
+                # The goodbye takes its time, too.
+                self._wait_for_onward(monotonic() + patience - CLOSE_TIMEOUT)
+        finally:
+            self._closed = True
+            self._drop_link(wait=True)
+            self._copies.close()
+            self._waker.close()
 
     # The link.
 
@@ -538,6 +541,9 @@ class RabbitFeed:
         """Wait for what may be on its way onward: it is stored as well as what it stands for, which would go back."""
         while any(delivery.receipt.copy is not None for delivery in self._onward) and monotonic() < until:
             self._copies.wait(max(0.0, min(until - monotonic(), _TICK)))
+            with self._guard:
+                # Else the broker seems to be silent.
+                self._connected().drain_all()
             self._tick()
             self._send_onward()
 

@@ -15,7 +15,8 @@ from math import inf
 from time import monotonic
 from typing import Any, Final
 
-from amqp.exceptions import ChannelError, RecoverableConnectionError
+from amqp import spec
+from amqp.exceptions import ChannelError, RecoverableConnectionError, error_for_code
 
 from kq.backend import BackendOptions
 from kq.backends.keepalive import keepalive
@@ -31,7 +32,9 @@ from kq.waker import Lookout
 #: own default of one second kills connections that are merely slow.
 _USER_TIMEOUT: Final = 30_000
 #: Seconds that a farewell to the broker may take.
-_CLOSE_TIMEOUT: Final = 2.0
+CLOSE_TIMEOUT: Final = 2.0
+#: A frame: the connection is closed, as the broker wishes.
+_CLOSED: Final = b"\x01\x00\x00\x00\x00\x00\x04\x00\x0a\x00\x33\xce"
 
 #: Seconds that the opening of a connection is given even where its caller has less: 0 would mean forever.
 LEAST_PATIENCE: Final = 0.1
@@ -105,8 +108,8 @@ class Link:
             self.close(wait=False)
             raise
         self.channel.auto_decode = False
-        # One that the broker has closed is not used again: nobody is to wait until it is open anew.
-        self.channel._do_revive = _stay_closed
+        _leave_closed(self.channel)
+        self.connection._x_close_ok = self._say_closed
         self._number = self.channel.channel_id
         self._looker: Any = None
         self._lookout = Lookout(self.connection.sock)
@@ -116,6 +119,7 @@ class Link:
         """A channel for looking into queues. Always the same: what it gives back, it finds again."""
         if self._looker is None:
             self._looker = self.open_channel()
+            _leave_closed(self._looker)
         return self._looker
 
     @property
@@ -176,8 +180,10 @@ class Link:
         """Send as much of frames as there is room for, wait for nothing, and return how much that was.
 
         Raises:
-            OSError: If the connection breaks.
+            OSError, amqp.AMQPError: If the connection breaks, or has.
         """
+        if not self.connection.connected:
+            raise RecoverableConnectionError("connection already closed")
         sent: int = self.connection.transport.write_now(frames)
         self.connection.bytes_sent += 1
         return sent
@@ -246,10 +252,20 @@ class Link:
         connection = self.connection
         if wait and connection.connected:
             # Whatever still arrives, and whatever it raises: this connection is not read again.
-            with suppress(Exception), connection.transport.having_timeout(_CLOSE_TIMEOUT):
+            with suppress(Exception), connection.transport.having_timeout(CLOSE_TIMEOUT):
                 connection.close()
         with suppress(Exception):
             connection.collect()
+
+    def _say_closed(self) -> None:
+        """Answer a broker that closes the connection, and wait for nothing; the socket stays until the link is closed.
+
+        py-amqp closes it at once, which an event loop that watches it must not find.
+        """
+        transport = self.connection.transport
+        with suppress(OSError):
+            transport.write_now(_CLOSED)
+        transport.connected = False
 
     def _on_blocked(self, reason: str) -> None:
         self.blocked = reason or "the broker does not say why"
@@ -258,5 +274,13 @@ class Link:
         self.blocked = ""
 
 
-def _stay_closed() -> None:
-    """Leave a channel closed that the broker has closed."""
+def _leave_closed(channel: Any) -> None:
+    """Have a channel that the broker closes only say so: who waited until it is open anew might be an event loop.
+
+    Nothing is done over the link after that.
+    """
+
+    def closed(code: int, text: str, class_id: int, method_id: int) -> None:
+        raise error_for_code(code, text, (class_id, method_id), ChannelError)
+
+    channel._callbacks[spec.Channel.Close] = closed

@@ -25,7 +25,9 @@ class Sent:
         way: Likewise.
     """
 
-    __slots__ = ("_batch", "_frames", "_is_begun", "_is_free", "_lane", "_lanes", "_on_stored", "timeout", "way")
+    __slots__ = (
+        "_batch", "_frames", "_is_begun", "_is_broken", "_is_free", "_lane", "_lanes", "_on_stored", "timeout", "way",
+    )  # fmt: skip
 
     def __init__(
         self, lane: Lane, batch: Sequence[Outgoing], frames: bytes, lanes: Lanes, timeout: float,
@@ -40,6 +42,7 @@ class Sent:
         self.timeout = timeout
         self._on_stored = on_stored
         self._is_begun = False
+        self._is_broken = False
         #: Whether all that is on its way over the link is known by its tag: nobody takes its answer for another's.
         self._is_free = True
 
@@ -59,9 +62,9 @@ class Sent:
                 if not sent:
                     return False
                 self._frames = self._frames[sent:]
-        except OSError:
-            # Whoever reads meets it as well.
-            self._frames = self._frames[:0]
+        except Exception:
+            # Whoever reads meets it as well, or has the broker's silence. Nothing else is sent over this one.
+            self._frames, self._is_broken = self._frames[:0], True
         return True
 
     def confirm(self) -> list[bool | Error] | None:
@@ -74,14 +77,21 @@ class Sent:
             self._lane.link.drain_now()
         except Exception:
             # What it says of the connection is not looked into here: whoever publishes the rest finds out.
-            known = publisher.answered()
-            return [place in known and self._told(place, known[place]) for place in range(len(self._batch))]
+            return [bool(stored) for stored in self.known()]
         answers = publisher.answers()
         if answers is None:
             return None
         # In the middle of a frame nothing else can be sent.
-        self._is_free = not self._frames
+        self._is_free = not (self._frames or self._is_broken)
         return [self._told(place, answer) for place, answer in enumerate(answers)]
+
+    def known(self) -> list[bool | None]:
+        """See `kq.backend.Unconfirmed`."""
+        answered = self._lane.publisher.answered() if self._is_begun else {}
+        return [
+            self._told(place, answered[place]) is True if place in answered else None
+            for place in range(len(self._batch))
+        ]
 
     def late(self) -> Error:
         """See `kq.backend.Unconfirmed`."""
@@ -99,5 +109,7 @@ class Sent:
         if answer is None:
             self._on_stored(place)
             return True
+        # The queue of a delay may have gone.
+        self._lane.buckets.clear()
         # It may still be stored; who sent it once more would meet the same, and store it twice.
         return answer if answer.details["reason"] == "blocked" else False

@@ -80,8 +80,16 @@ class Sent:
             got += [None] * (len(self._numbers) - len(got))
         # What an error says of the connection is not looked into here.
         self._is_free = all(isinstance(answer, int) for answer in got)
+        return self._stored()
+
+    def known(self) -> list[bool | None]:
+        """See `kq.backend.Unconfirmed`."""
+        stored = self._stored()
+        return [*stored, *[None] * (sum(self._numbers) - len(stored))]
+
+    def _stored(self) -> list[bool]:
         stored: list[bool] = []
-        for number, answer in zip(self._numbers, got, strict=True):
+        for number, answer in zip(self._numbers, self._got, strict=False):
             stored += [answer == number] * number
         return stored
 

@@ -70,12 +70,16 @@ class Request:
         """
         if self.future.done():
             return
-        if isinstance(outcome, BaseException):
+        if self._known is None:
+            if isinstance(outcome, BaseException):
+                self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
+        elif isinstance(outcome, BaseException) and not isinstance(outcome, Error):
             self.future.set_exception(outcome)
-        elif self._known is None:
-            self.future.set_result(outcome)
         else:
-            rest = iter(outcome)
+            # What is stored of it stays so, whatever comes of the rest.
+            rest = iter([outcome] * len(self.batch) if isinstance(outcome, Error) else outcome)
             results = [next(rest) if answer is False else answer for answer in self._known]
             self.future.set_result([None if answer is True else answer for answer in results])
 

@@ -238,6 +238,10 @@ class Unconfirmed(Protocol):
         """
         ...
 
+    def known(self) -> Sequence[bool | None]:
+        """Return what is known of each message when its time is over, as `confirm` does; None where nothing is."""
+        ...
+
     def late(self) -> Error:
         """Return the error for messages that are not confirmed in time."""
         ...

@@ -196,12 +196,9 @@ class LoopCommit:
         is_all = stored is not None and stored.count(True) == len(stored)
         try:
             if stored is None:
-                self._commit.doubt()
                 error = group.unconfirmed.late() if group.is_late else late(is_taken=True)
-                for request in group.requests:
-                    request.tell([error] * len(request.batch))
-            else:
-                self._tell(group, stored, is_all=is_all)
+                stored = [error if answer is None else answer for answer in group.unconfirmed.known()]
+            self._tell(group, stored, is_all=is_all)
         finally:
             self._groups.discard(group)
             is_kept = not self._kept and is_all and group.loop.is_running()
@@ -341,6 +338,8 @@ class _Group:
             self._give_up()
 
     def _write(self) -> None:
+        if self._is_over:
+            return
         is_writing = not self.unconfirmed.write()
         if is_writing and not self.is_writing:
             self.loop.add_writer(self.ear.fd, self._guard, self._write)
@@ -372,7 +371,9 @@ class _Group:
         try:
             self._timer.cancel()
             if self.is_writing:
-                self.loop.remove_writer(self.ear.fd)
+                # Whoever has broken the connection may have closed it.
+                with suppress(OSError):
+                    self.loop.remove_writer(self.ear.fd)
         finally:
             self._ended(self, stored)
 

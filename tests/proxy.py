@@ -118,6 +118,12 @@ class Proxy:
             for connection in self._connections:
                 connection.clog()
 
+    def say(self, data: bytes) -> None:
+        """Have each client hear this from its broker."""
+        with self._lock:
+            for connection in self._connections:
+                connection.down.put((0.0, data))
+
     def pause(self) -> None:
         """Read nothing more until `resume`, with little room for what is sent meanwhile: a broker that is slow."""
         self._reads.clear()

@@ -306,7 +306,8 @@ def test_what_an_alarm_holds_up_is_not_given_back_again(bench: Bench) -> None:
 def test_what_an_alarm_holds_up_is_waited_for_at_the_end(bench: Bench, patience: float) -> None:
     """What goes back by a copy is not given back as well: as long as there is time, and no longer."""
     queue = bench.declare("classic", options={"amqp": {"queue_type": "classic"}})
-    with closing(Proxy(AMQP_URL)) as proxy, closing(open_backend(Settings(broker=proxy.url), "test")) as backend:
+    settings = Settings(broker="", heartbeat=1.0)
+    with closing(Proxy(AMQP_URL)) as proxy, closing(open_backend(settings, "test", Driver(proxy.url))) as backend:
         feed = backend.feed([queue], 100)
         assert isinstance(feed, RabbitFeed)
         assert feed.fetch(1, {}) == []
@@ -314,12 +315,14 @@ def test_what_an_alarm_holds_up_is_waited_for_at_the_end(bench: Bench, patience:
         until = monotonic() + 15.0
         while not feed._outstanding and monotonic() < until:
             feed.wait(0.1)
+            feed._connected().drain_all()
         proxy.raise_alarm()
         feed.put_back()
         assert len(feed._onward) == 1
         closer = Thread(target=feed.close, args=[patience])
         closer.start()
-        closer.join(0.5 if patience > 1.0 else 15.0)
+        # Longer than a broker may be silent.
+        closer.join(4.0 if patience > 1.0 else 15.0)
         assert closer.is_alive() == (patience > 1.0)
         proxy.end_alarm()
         closer.join(15.0)

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import ssl
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ import trustme
 import kq
 from kq import errors
 from kq.backend import SEND_BYTES, SEND_LONG, SEND_MOST, Publication, Unconfirmed
+from kq.backends.rabbitmq import RabbitBackend
 from kq.backends.redis_call import SCRIPTS, Script
 from kq.config import Settings
 from kq.scheme import open_backend
@@ -188,6 +190,46 @@ def test_some_of_what_a_task_publishes_is_refused(bench: Bench) -> None:
     assert refused.details["reason"] == "unroutable"
     ids = [envelope.id for envelope in bench.backend.browse(bench.queue, 10, 0)]
     assert sorted(ids)[1:] == ["a", "c"]
+
+
+@ON_RABBITMQ
+@pytest.mark.parametrize("method", [(0, 10, 50), (1, 20, 40)], ids=["connection", "channel"])
+def test_rabbitmq_closes_what_a_task_writes_to(bench: Bench, method: tuple[int, int, int]) -> None:
+    """Connection and channel: the loop neither waits nor finds a descriptor that is not there; all is stored."""
+    channel, *numbers = method
+    payload = struct.pack(">HHH", *numbers, 320) + b"\x04stop" + bytes(4)
+    close = struct.pack(">BHI", 1, channel, len(payload)) + payload + b"\xce"
+    odd: list[Any] = []
+    with closing(Proxy(bench.broker.url)) as proxy, closing(kq.App("test", broker=proxy.url)) as app:
+
+        async def main() -> list[str]:
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: odd.append(context))
+            ids = [await app.apublish(bench.queue.id, "first")]
+            backend = app.registry.backend()
+            assert isinstance(backend, RabbitBackend)
+            (lane,) = backend._lanes._idle
+            lane.link.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            proxy.pause()
+            # Too much for the wire.
+            batch = [bench.message(body=b"1" * 60_000) for _ in range(16)]
+            task = asyncio.create_task(app._producer._async_commit("").publish(batch, 10.0))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert not backend._lanes._idle
+            began = monotonic()
+            proxy.say(close)
+            ticks = 0
+            while monotonic() - began < 0.3:
+                await asyncio.sleep(0.01)
+                ticks += 1
+            proxy.resume()
+            assert ticks > 10
+            assert await task == [None] * 16
+            return ids + [publication.envelope.id for publication in batch]
+
+        ids = asyncio.run(main())
+    assert odd == []
+    assert {envelope.id for envelope in bench.backend.browse(bench.queue, 100, 0)} == set(ids)
 
 
 @ON_RABBITMQ

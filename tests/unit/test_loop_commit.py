@@ -88,12 +88,16 @@ class Sent:
             return None
         return [BLOCKED if byte == 2 else byte == 1 for byte in self._answer]
 
+    def known(self) -> list[bool | None]:
+        return [*(byte == 1 for byte in self._answer), *[None] * (len(self.ids) - len(self._answer))]
+
     def close(self) -> None:
         self.is_closed = True
         self.ours.close()
         self.theirs.close()
 
     def answer(self, *stored: bool | int) -> None:
+        """Have it answered, or the first of it."""
         self.theirs.sendall(bytes(stored or [True] * len(self.ids)))
 
 
@@ -623,6 +627,41 @@ def test_a_call_takes_no_longer_than_it_may(broker: Broker, monkeypatch: pytest.
     asyncio.run(main())
     assert broker.published == [["behind"]]
     assert broker.groups == [["mute"], ["next"]]
+
+
+def test_what_is_known_when_the_time_is_over_is_told(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that answers one queue's messages, and not another's, holds up nobody but those; of one task, too."""
+
+    async def main() -> None:
+        first = broker.publish("first")
+        await turn()
+        tasks = [broker.publish("stored", "too"), broker.publish("stored, and refused", "mute")]
+        await turn()
+        monkeypatch.setattr(Sent, "timeout", 0.05)
+        broker.answer(0)
+        await first
+        await broker.has_sent(2)
+        broker.sent[1].answer(1, 1, 1)
+        (stored, other) = await asyncio.gather(*tasks)
+        assert stored == [None, None]
+        assert [str(error) for error in other] == ["None", "the broker is mute"]
+
+    asyncio.run(main())
+    assert broker.published == []
+
+
+def test_the_rest_of_what_is_stored_in_part_may_fail(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored is told as stored, also where no thread can be had for the rest."""
+    no_room = errors.Internal("no room for a thread")
+
+    async def main() -> None:
+        task = broker.publish("a", "b")
+        await turn()
+        monkeypatch.setattr(broker.tasks._mine.commit, "_pass_on", lambda request: request.tell(no_room))
+        broker.sent[0].answer(1, 0)
+        assert await task == [None, no_room]
+
+    asyncio.run(main())
 
 
 def test_groups_are_no_larger_than_they_may(broker: Broker) -> None:

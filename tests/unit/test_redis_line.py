@@ -386,6 +386,14 @@ def test_what_is_given_up_leaves_no_answer_behind(wire: Wire) -> None:
     assert not wire.is_free
 
 
+def test_what_is_known_of_what_is_given_up(wire: Wire) -> None:
+    """What has been answered by then; of the rest nothing is known."""
+    sent = wire.send(b"x", 2, 1, 1)
+    wire.server.sendall(b":2\r\n:0\r\n")
+    assert sent.confirm() is None
+    assert sent.known() == [True, True, False, None]
+
+
 def test_what_was_not_sent_leaves_the_connection_as_it_was(wire: Wire) -> None:
     """Which others can have."""
     wire.prepare(b"x", 1).close()
