@@ -160,8 +160,12 @@ class Dispatcher:
         """Tell whether a place may be given more, beside what it runs."""
         return place.ready and place.accepting and place is not self._reserved and place not in self._taken
 
-    def start_anyway(self) -> None:
-        """Hand out what was acknowledged beforehand: it runs here or never."""
+    def start_anyway(self) -> bool:
+        """Hand out what was acknowledged beforehand: it runs here or never.
+
+        Returns:
+            Whether there is something for which there is no place now.
+        """
         places = [place for place in self._pool.places if place.ready and place.accepting]
         lines = (self._backlog, self._alone)
         settled = [(line, flight) for line in lines for flight in line if flight.settled]
@@ -169,6 +173,7 @@ class Dispatcher:
             line.remove(flight)
             consumer = self._turns[flight.delivery.queue].take_anyway()
             self._submit(places[number % len(places)], [(flight, consumer)])
+        return bool(settled) and not places
 
     # Company.
 

@@ -135,6 +135,10 @@ class Pool(Protocol):
         """Ask for what has not started, and start nothing more; `Returned` brings it."""
         ...
 
+    def resume(self) -> None:
+        """Take jobs again after `recall`: there is something that runs here or never."""
+        ...
+
     def give_back(self) -> None:
         """Ask for what has not started, and go on; `Returned` brings it, as far as it has not started meanwhile."""
         ...

@@ -155,6 +155,13 @@ class ProcessPool:
         for child in self._children:
             self._retire(child)
 
+    def resume(self) -> None:
+        """See `Pool.resume`."""
+        if self._recalled and not self._closing:
+            self._recalled = False
+            # `poll` starts as many as are missing.
+            self.wake()
+
     def give_back(self) -> None:
         """See `Pool.give_back`."""
         for child in self._children:

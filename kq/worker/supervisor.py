@@ -89,6 +89,8 @@ class Supervisor:
         self._size = 0.0
         self._hoard = Hoard()
         self._stopping = False
+        #: Whether the pool starts nothing more.
+        self._is_recalled = False
         #: What went wrong in a fetcher's thread.
         self._failure: Exception | None = None
         self._intake: Intake | None = None
@@ -162,7 +164,7 @@ class Supervisor:
                 self._look_for_lost()
             self._admit()
             if self._stopping:
-                self._release_waiting()
+                self._finish_what_must()
             elif self._pool.is_stuck:
                 # Others may have places for it.
                 self._hold_nothing()
@@ -178,9 +180,19 @@ class Supervisor:
         self._intake.pause(_PAUSE_PATIENCE)
         with self._pool.lock:
             self._admit()
-            self._dispatcher.start_anyway()
-            self._release_waiting()
+            self._finish_what_must()
+            if not self._is_recalled:
+                self._pool.give_back()
+
+    def _finish_what_must(self) -> None:
+        """Give back what waits, but for what was acknowledged beforehand: for that the pool goes on, or once more."""
+        is_needed = self._dispatcher.start_anyway()
+        self._release_waiting()
+        if is_needed and self._is_recalled:
+            self._pool.resume()
+        elif not is_needed and not self._is_recalled:
             self._pool.recall()
+        self._is_recalled = not is_needed
 
     def take_last(self, events: list[Event]) -> None:
         """Take the results that came while the pool was closing; nobody is charged for being closed."""
@@ -201,8 +213,9 @@ class Supervisor:
     def release_all(self) -> None:
         """Give back everything that is still here, uncharged. Call it once nothing runs any more."""
         self._admit()
-        self._release_waiting()
         for flight in list(self._flights.values()):
+            if flight.settled:
+                self._lament(flight, "worker")
             self.release(flight)
 
     # Events.
@@ -236,6 +249,7 @@ class Supervisor:
             if not event.early:
                 self._dispatcher.ended(flight)
                 self._ended += 1
+                self.tally.handled += flight.delivery.queue in self._auto_ack
                 self._forget(flight)
                 freed[flight.delivery.queue] += 1
         assert self._intake is not None
@@ -280,6 +294,15 @@ class Supervisor:
             extra={"action": "readopted", "queue": delivery.queue, "message_id": delivery.id},
         )  # fmt: skip
 
+    @staticmethod
+    def _lament(flight: Flight, who: str) -> None:
+        """Tell of a message that was settled before its handler ended, which it will not now."""
+        logger.error(
+            "%s %s had been settled, which stands, when the %s ended that had it",
+            flight.delivery.queue, flight.delivery.id, who,
+            extra={"action": "failed_late", "queue": flight.delivery.queue, "message_id": flight.delivery.id},
+        )  # fmt: skip
+
     def _examine(self, death: Died) -> None:
         """Charge whom a process died of, if that is known, and give the others their chance again."""
         for tag in (*death.running, *death.queued):
@@ -291,11 +314,7 @@ class Supervisor:
         finding = examine(death, running, queued, self._rules)
         self.tally.crashes += finding.crashed
         for flight in finding.over:
-            logger.error(
-                "%s %s had been settled, which stands, when the process ended that had it",
-                flight.delivery.queue, flight.delivery.id,
-                extra={"action": "failed_late", "queue": flight.delivery.queue, "message_id": flight.delivery.id},
-            )  # fmt: skip
+            self._lament(flight, "process")
             self.drop(flight)
         for flight in finding.again:
             self._wait_again(flight)
@@ -367,7 +386,6 @@ class Supervisor:
                 if auto_ack:
                     # The fetcher has acknowledged it already.
                     flight.settled = True
-                    self.tally.handled += 1
                 self._dispatcher.put(flight, front=False)
 
     def _pace(self) -> float:
@@ -430,7 +448,10 @@ class Supervisor:
 
     def _release_waiting(self) -> None:
         for flight in self._dispatcher.take_all():
-            self.release(flight)
+            if flight.settled:
+                self._dispatcher.put(flight, front=False)
+            else:
+                self.release(flight)
 
     def _hold_nothing(self) -> None:
         """Hold nothing as long as nothing can run, but for what was acknowledged: it runs here or never."""

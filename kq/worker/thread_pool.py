@@ -107,6 +107,10 @@ class ThreadPool:
         self._place.accepting = False
         self._events.put(Returned(self._place, self._runner.recall()))
 
+    def resume(self) -> None:
+        """See `Pool.resume`."""
+        self._place.accepting = True
+
     def give_back(self) -> None:
         """See `Pool.give_back`."""
         self._events.put(Returned(self._place, self._runner.recall()))

@@ -643,6 +643,53 @@ def test_at_most_once_is_not_never(local_shop: Shop) -> None:
     assert len(ran) + shop.app.info(queue).message_count == 300
 
 
+@pytest.mark.parametrize("first", ["children", "worker"])
+def test_at_most_once_is_not_never_where_children_die_at_the_end(local_shop: Shop, first: str) -> None:
+    """What was acknowledged and had not started when its child died runs in another one, before the worker ends."""
+    shop = local_shop
+    queue = shop.queue + "-once"
+    shop.app.publish_many(queue, [{"n": n, "seconds": 0.1} for n in range(120)])
+    worker = shop.worker("-p", "2", "-c", "2")
+    shop.until("started", 20)
+    children = shop.children(worker)
+    if first == "worker":
+        worker.send_signal(signal.SIGTERM)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    if first == "children":
+        worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(60) == 0
+
+    ran = [line["n"] for line in shop.history("started")]
+    assert len(ran) == len(set(ran))
+    done = len(shop.history("done"))
+    assert f"stopped: {done} done" in shop.log()
+    # Those that ran in the children are told of, also where their handler had got no further than that.
+    told = shop.log().count("had been settled, which stands")
+    assert told <= 4
+    assert done + told + shop.app.info(queue).message_count == 120
+
+
+def test_at_most_once_is_told_of_what_never_ran(local_shop: Shop) -> None:
+    """A second signal ends the worker at once: what it had acknowledged is lost then, and named."""
+    shop = local_shop
+    queue = shop.queue + "-once"
+    shop.app.publish_many(queue, [{"n": n, "seconds": 5} for n in range(40)])
+    worker = shop.worker("-p", "2", "-c", "2")
+    shop.until("started", 4)
+    worker.send_signal(signal.SIGTERM)
+    wait_for(lambda: "a second signal" in shop.log(), "the first signal to be heard")
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(30) == 0
+
+    left = shop.app.info(queue).message_count
+    assert left < 40
+    assert shop.log().count("had been settled, which stands") == 40 - left
+    assert "stopped: 0 done" in shop.log()
+
+
 def cpu_of(pid: int) -> float:
     """Return the processor seconds that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
