@@ -33,7 +33,7 @@ from kq.backend import Capabilities, Role
 from kq.backends.machine import awake as _awake
 from kq.backends.machine import now as _since_start
 from kq.backends.sqlite_error import SQLiteErrors
-from kq.backends.sqlite_file import Disk
+from kq.backends.sqlite_file import Disk, journal_size
 from kq.backends.sqlite_listener import Listener, forget
 from kq.backends.sqlite_open import Identity, connect, identity, wait_by_itself
 from kq.backends.sqlite_rows import (
@@ -109,6 +109,8 @@ class SQLiteStore(Near):
         #: Until when it is known that there is no place for the socket on which others would wake us.
         self._deaf_until = 0.0
         self._connection: sqlite3.Connection | None = None
+        #: Bytes of messages that are taken at once, as of `TAKE_BYTES`.
+        self._take_bytes = TAKE_BYTES
         #: Which file the connection has open.
         self._identity: Identity | None = None
         self._listener: Listener | None = None
@@ -216,7 +218,7 @@ class SQLiteStore(Near):
             ):
                 rows.append(row)
                 size += len(row[2])
-                if size >= TAKE_BYTES:
+                if size >= self._take_bytes:
                     break
             token = new_tokens(db, len(rows)) if rows else 0
             db.executemany(
@@ -502,6 +504,8 @@ class SQLiteStore(Near):
             raise BrokerAway("the SQLite store is closed", details={"reason": "unavailable"})
         if self._connection is None:
             self._connection, self._identity = connect(self._path, self._timeout)
+            # All that is taken at once goes through the journal.
+            self._take_bytes = min(TAKE_BYTES, 2 * journal_size(self._path))
         return self._connection
 
     def _see_that_it_is_free(self) -> None:

@@ -21,12 +21,19 @@ _NETWORK_FILE_SYSTEMS: Final = frozenset(
     }
 )  # fmt: skip
 
+#: Bytes of a journal that SQLite tidies up by itself, and of the smallest that it is to keep; which part of a small
+#: disk one has at most.
+_JOURNAL: Final = 4 * 2**20
+_LEAST_JOURNAL: Final = 64 * 1024
+_JOURNAL_OF: Final = 16
 #: Bytes of a disk that are kept free for taking and settling; of a small one, a quarter.
 _RESERVE: Final = 16 * 2**20
 #: Which part of that is to be the disk's own, and not the file's, for the journal.
 _JOURNAL_SHARE: Final = 4
 #: Bytes that are stored, and seconds, before the disk is looked at again.
 _LOOK_AFTER: Final = 2**20
+#: How often, at least, before what is kept of a small disk is stored.
+_LOOKS: Final = 8
 _LOOK_EVERY: Final = 1.0
 #: Bytes that a message of none takes on the disk until SQLite has tidied up: a page of the table and of two indexes.
 _OVERHEAD: Final = 3 * 4096
@@ -113,6 +120,18 @@ def _file_system(path: str) -> tuple[str, str]:
     return best, kind
 
 
+def journal_size(path: str) -> int:
+    """Return how many bytes a file's journal should have at most before it is tidied up: of a small disk a little part.
+
+    Else it takes all that there is, and nothing in it is moved to the file, where its room could be used again.
+    """
+    try:
+        found = os.statvfs(os.path.dirname(os.path.realpath(path)))
+    except OSError:
+        return _JOURNAL
+    return max(_LEAST_JOURNAL, min(_JOURNAL, found.f_blocks * found.f_frsize // _JOURNAL_OF))
+
+
 class Disk:
     """The disk that a file is on. Several threads may ask at once.
 
@@ -125,12 +144,13 @@ class Disk:
         self._folder = os.path.dirname(os.path.realpath(path))
         #: Bytes that have been stored since the last look, and when to look again anyway.
         self._stored = 0
+        self._look_after = _LOOK_AFTER
         self._look_at = 0.0
 
     def reserve(self, sizes: Sequence[int], unused: Callable[[], int]) -> None:
         """Refuse to store more where it is nearly full: what is stored must still be taken, and that takes room.
 
-        It is looked at after each megabyte, or second.
+        It is looked at after each megabyte, of a small disk less, or second.
 
         Args:
             sizes: How many bytes each of the messages has that are to be stored.
@@ -142,7 +162,7 @@ class Disk:
         size_of_all = sum(sizes)
         self._stored += size_of_all + _OVERHEAD * len(sizes)
         now = monotonic()
-        if self._stored < _LOOK_AFTER and now < self._look_at:
+        if self._stored < self._look_after and now < self._look_at:
             return
         self._look_at = 0.0
         try:
@@ -153,6 +173,7 @@ class Disk:
         # It is written to the journal first, and from there to where it belongs.
         needed = size_of_all + _PAGE * len(sizes) if size_of_all > _LOOK_AFTER else 0
         kept = min(_RESERVE, size // 4)
+        self._look_after = min(_LOOK_AFTER, kept // _LOOKS)
         # A file never becomes smaller: what has been handled leaves room in it. The journal has to grow all the same.
         if free < kept + 2 * needed and (
             free < kept // _JOURNAL_SHARE + needed or free + unused() < kept + 2 * needed

@@ -7,12 +7,14 @@ import sqlite3
 from typing import Final
 
 from kq.backends.sqlite_boot import follow
-from kq.backends.sqlite_file import check_place
+from kq.backends.sqlite_file import check_place, journal_size
 from kq.backends.sqlite_schema import prepare
 from kq.backends.store import BrokerAway
 
-#: Bytes of the journal that stay when nothing is in it; a usual one has a quarter of that.
-_JOURNAL: Final = 16 * 2**20
+#: How much of the journal stays when nothing is in it, as a multiple of what it usually has.
+_STAYS: Final = 4
+#: Bytes of one of its pages.
+_PAGE: Final = 4096
 
 #: Which file it is, whatever it is called.
 Identity = tuple[int, int]
@@ -44,8 +46,10 @@ def connect(path: str, timeout: float) -> tuple[sqlite3.Connection, Identity | N
         db.execute("PRAGMA checkpoint_fullfsync = ON")
         # Some build SQLite so that it overwrites all that is deleted: as many bytes again for each message.
         db.execute("PRAGMA secure_delete = FAST")
+        size = journal_size(path)
+        db.execute(f"PRAGMA wal_autocheckpoint = {size // _PAGE}")
         # What a large transaction has taken is not kept from others for ever.
-        db.execute(f"PRAGMA journal_size_limit = {_JOURNAL}")
+        db.execute(f"PRAGMA journal_size_limit = {size * _STAYS}")
         prepare(db, path)
         follow(db, path)
         wait_by_itself(db, 0.0)

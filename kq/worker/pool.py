@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from kq.executor import Job
 from kq.outcome import Death, Outcome
+
+#: Seconds beyond its grace that a handler is given where the worker ends.
+OVERDUE: Final = 1.0
 
 
 class Finished(msgspec.Struct, frozen=True):

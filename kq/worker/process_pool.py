@@ -16,7 +16,7 @@ from kq.outcome import DONE, Death, Outcome
 from kq.waker import Waker
 from kq.worker import frame
 from kq.worker.child_process import ChildProcess
-from kq.worker.pool import Died, Event, Finished, Place, Returned, StartFailed
+from kq.worker.pool import OVERDUE, Died, Event, Finished, Place, Returned, StartFailed
 from kq.worker.process import Process
 
 logger = logging.getLogger("kq.worker")
@@ -39,8 +39,6 @@ _KILLED = 2.0
 _SHARE_AFTER = 0.5
 #: Seconds after which the pace of one that has nothing to do is forgotten.
 _IDLE = 4.0
-#: Seconds beyond its grace that a handler is given where the worker ends.
-_OVERDUE = 1.0
 #: Seconds of work that a child holds beyond what its handlers run.
 _LOOKAHEAD = 0.1
 #: Jobs that a child holds at most.
@@ -206,7 +204,7 @@ class ProcessPool:
             self._retire(child)
             if child.tags:
                 # Whoever closes has waited for its handlers as long as it meant to.
-                child.doomed_at = monotonic() + min(patience, _OVERDUE)
+                child.doomed_at = monotonic() + min(patience, OVERDUE)
         while self._children and monotonic() < until:
             events += self.poll(until - monotonic())
         for child in self._children:

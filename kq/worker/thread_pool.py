@@ -15,7 +15,7 @@ from threading import Lock
 from time import monotonic
 
 from kq.executor import Executor, Job
-from kq.worker.pool import Event, Finished, Place, Returned
+from kq.worker.pool import OVERDUE, Event, Finished, Place, Returned
 from kq.worker.runner import Result, Runner
 from kq.worker.slot import SlotTable
 
@@ -134,7 +134,8 @@ class ThreadPool:
     def _close(self, patience: float) -> list[Event]:
         self._runner.stop()
         events: list[Event] = []
-        until = monotonic() + patience
+        # Whoever closes has waited for its handlers as long as it meant to.
+        until = monotonic() + min(patience, OVERDUE)
         while self._place.tags and monotonic() < until:
             events += self.poll(until - monotonic())
         if not self._place.tags:

@@ -58,15 +58,17 @@ def test_term_lets_handlers_finish(shop: Shop) -> None:
     assert {line["attempt"] for line in shop.history("started")} == {1}
 
 
-def test_short_grace_releases(shop: Shop) -> None:
+@pytest.mark.parametrize("pool", ["processes", "threads"])
+def test_short_grace_releases(shop: Shop, pool: str) -> None:
     """A handler that outlives its grace is killed, and its message goes back at once and uncharged."""
-    worker = shop.worker("-p", "1", "--grace", "0.5s")
+    worker = shop.worker("-p", "1", "--pool", pool, "--grace", "0.5s")
     shop.app.publish(shop.queue, {"n": 1, "do": "sleep", "seconds": 600})
     shop.until("started")
     started = monotonic()
 
     assert shop.stop(worker) == 0
-    assert monotonic() - started < 10
+    # The grace and a second, in which threads may end as well.
+    assert monotonic() - started < 4
 
     shop.worker("-p", "1", "--grace", "0")
     again = shop.until("started", 2)

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from kq.backends import sqlite_file
-from kq.backends.sqlite_file import Disk, check_place, path_of
-from kq.backends.store import BrokerAway
+from kq.backends.sqlite import SQLiteStore
+from kq.backends.sqlite_file import Disk, check_place, journal_size, path_of
+from kq.backends.store import BrokerAway, Entry
 from kq.errors import Internal, Invalid
 
 
@@ -133,3 +135,24 @@ def test_a_file_that_is_mounted_by_itself_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(BrokerAway, match=r"is mounted by itself.*kq\.db-wal.*mount a folder") as caught:
         check_place(str(file))
     assert not caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("size", "journal"), [(2 * 2**20, 128 * 2**10), (2**19, 64 * 2**10), (2**30, 4 * 2**20)], ids=str
+)
+def test_a_small_disk_has_a_small_journal(
+    size: int, journal: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else it would take all of it before anything is moved to the file, whose room can be used again."""
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=size, f_frsize=1, f_blocks=size))
+    path = tmp_path / "kq.db"
+    assert journal_size(str(path)) == journal
+    with closing(SQLiteStore(str(path), 10.0)) as store:
+        store.declare("q", {})
+        for n in range(60):
+            store.put("q", [Entry(f"{n}", b"x" * 3000, 4)], None)
+        log = path.with_name("kq.db-wal").stat().st_size
+        assert log <= 2 * journal
+        # Nor is more taken at once than that has room for.
+        taken = store.take("q", 60, 1000).leases
+        assert len(taken) == min(60, -(-2 * journal // 3000))
