@@ -31,6 +31,9 @@ _SHOWN: Final = 100
 #: What stands for a variable of the environment in a text.
 VARIABLE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
+#: What looks like the beginning of that; where it is none, nothing else stands for itself either.
+_MEANT: Final = re.compile(r"\$\{\s*env\b", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
@@ -155,6 +158,13 @@ def look_up(scalar: Scalar, environment: MappingOf[str, str], problems: Problems
             return ""
         return value
 
+    rest = VARIABLE.sub(lambda found: found[2] or "", scalar.text)
+    if _MEANT.search(rest):
+        # Taken as it stands it might be a key that everybody knows. Not shown: a default may be a secret.
+        expected = (
+            "expected ${env:NAME} or ${env:NAME:-default}, without blanks before NAME, and without variables in default"
+        )
+        problems.add(scalar.place, f"{label}: ill-formed variable; {expected}")
     value = VARIABLE.sub(value_of, scalar.text)
     return Text(value, scalar.text, VARIABLE.search(scalar.text) is not None)
 

@@ -181,6 +181,9 @@ def test_variables_are_looked_up(write: Write) -> None:
 
 def test_a_variable_s_value_is_not_shown(write: Write) -> None:
     """What a variable held may be a secret: errors show the variable's name."""
+    for text in ("${env: B}", "${env:B", "${env:}", "${ENV:B}", "${ env:B}", "${env:A B}", "${env:X:-${env:B}}"):
+        why = refused(write(f"entries: [{{kind: queue.queue, id: 'a:q', codec: '{text}'}}]\n"), B="json/plain")
+        assert "codec: ill-formed variable; expected ${env:NAME}" in why
     why = refused(write("settings: {lease: '${env:SECRET}', max_body: '${env:SECRET}'}\n"), SECRET="c4nary")
     assert "c4nary" not in why
     assert "got '${env:SECRET}'" in why
