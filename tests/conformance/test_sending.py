@@ -122,10 +122,33 @@ def test_what_no_queue_takes_is_told_of_each_message(bench: Bench) -> None:
     gone, full = bench.declare("gone"), bench.declare("full", max_length=1)
     bench.delete(gone.id)
     bench.publish(bench.message(queue=full), bench.message(queue=full))
+    # Which has a queue for that delay made, and known.
+    bench.publish(bench.message(queue=bench.declare("delayed"), delay=3600.0))
     batch = [bench.message("a"), bench.message(queue=gone), bench.message(queue=full), bench.message("b")]
     assert send(bench, *batch) == [True, False, False, True]
     assert {envelope.id for envelope in bench.backend.browse(bench.queue, 10, 0)} == {"a", "b"}
+    # The queue of a delay may be gone likewise: it is not taken for one that is there any more.
+    backend = bench.backend
+    assert isinstance(backend, RabbitBackend)
+    (lane,) = backend._lanes._idle
+    assert not lane.buckets
     assert send(bench, bench.message("c")) == [True]
+
+
+@ON_RABBITMQ
+def test_a_connection_that_cannot_be_written_to_is_used_no_more(bench: Bench) -> None:
+    """What was to go over it is for somebody else to publish."""
+    backend = bench.backend
+    assert isinstance(backend, RabbitBackend)
+    bench.publish(bench.message("first"))
+    sent = backend.send([bench.message("second")])
+    assert sent is not None
+    with socket.socket(fileno=os.dup(sent.fileno())) as ours:
+        ours.shutdown(socket.SHUT_RDWR)
+        assert sent.write()
+        assert sent.confirm() == [False]
+    sent.close()
+    assert backend._lanes._idle == []
 
 
 @ON_RABBITMQ
